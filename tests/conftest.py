@@ -1,0 +1,25 @@
+"""Settings every test runs under: strict shapes, warnings as errors, fast tests first."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# One cache of compiled programs for all tests and the processes they start.
+CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture
+def float64():
+    """float64 arrays and computations in this test."""
+    with jax.enable_x64(True):
+        yield
