@@ -1,0 +1,422 @@
+"""ActiveMLP, the backbone of Active Token Mixers, and its five published variants.
+
+Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3; the variants' numbers are
+those of the authors' release.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from activemlp_jax.models.atm import sample_axis
+
+Dtype = Any
+
+MIN_IMAGE_SIDE = 32  # the four stages reduce by 32
+
+# The original cuts this normal at +-2, a hundred standard deviations out: no cut at all.
+linear_init = nn.initializers.normal(stddev=0.02)
+
+
+def conv_init(groups: int = 1) -> nn.initializers.Initializer:
+    """Normal with standard deviation sqrt(2 / fan_out), fan_out = k * k * out / groups."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
+        height, width, _, features = shape
+        fan_out = height * width * features // groups
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(np.sqrt(2 / fan_out), dtype)
+
+    return init
+
+
+def _wide(dtype: Dtype) -> Dtype:
+    """float32, or wider where `dtype` is: for parameters, positions, statistics and logits."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _linear(
+    features: int, dtype: Dtype, use_bias: bool = True, name: str | None = None
+) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=_wide(dtype),
+        kernel_init=linear_init,
+        name=name,
+    )
+
+
+def _norm(dtype: Dtype, name: str | None = None) -> nn.LayerNorm:
+    # use_fast_variance would compute E[x^2] - E[x]^2, which cancels.
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        dtype=dtype,
+        param_dtype=_wide(dtype),
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def _conv(
+    features: int,
+    size: int,
+    stride: int,
+    padding: int,
+    dtype: Dtype,
+    groups: int = 1,
+    name: str | None = None,
+) -> nn.Conv:
+    return nn.Conv(
+        features,
+        kernel_size=(size, size),
+        strides=stride,
+        padding=padding,
+        feature_group_count=groups,
+        dtype=dtype,
+        param_dtype=_wide(dtype),
+        kernel_init=conv_init(groups),
+        name=name,
+    )
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return nn.gelu(x, approximate=False)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear: `[..., C]` to `[..., features]`."""
+
+    hidden: int
+    features: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = _gelu(_linear(self.hidden, self.dtype, name="fc1")(x))
+        return _linear(self.features, self.dtype, name="fc2")(x)
+
+
+class OffsetLayer(nn.Module):
+    """Offsets in pixels for both axes: `[B, H, W, C]` to `[B, H, W, 2 * C / share_dim]`.
+
+    The first half moves along the width, the second along the height. The linear layer runs in
+    float32 or wider also under bfloat16, whose spacing at 32 pixels would be a quarter pixel.
+    """
+
+    share_dim: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        groups = x.shape[-1] // self.share_dim
+        x = _norm(_wide(self.dtype), name="norm")(x)
+        return _linear(2 * groups, _wide(self.dtype), name="linear")(x)
+
+
+class ActiveTokenMixer(nn.Module):
+    """The ATM layer: tokens from the row, from the column and the own one, mixed by content.
+
+    Args of the call: `x` `[B, H, W, C]`, normalised; `offset` `[B, H, W, 2G]` of `OffsetLayer`.
+    Returns `[B, H, W, C]`.
+
+    Source: Active Token Mixer, section 3.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, offset: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        offset_w, offset_h = jnp.split(offset, 2, axis=-1)
+        w = _linear(channels, self.dtype, name="atm_w")(sample_axis(x, offset_w, "w"))
+        h = _linear(channels, self.dtype, name="atm_h")(sample_axis(x, offset_h, "h"))
+        c = _linear(channels, self.dtype, use_bias=False, name="atm_c")(x)
+
+        summary = (w + h + c).mean(axis=(1, 2), keepdims=True)
+        fusion = Mlp(channels // 4, 3 * channels, self.dtype, name="fusion")(summary)
+        weight = nn.softmax(fusion.reshape(*fusion.shape[:-1], channels, 3), axis=-1)
+        mixed = w * weight[..., 0] + h * weight[..., 1] + c * weight[..., 2]
+        return _linear(channels, self.dtype, name="proj")(mixed)
+
+
+class Block(nn.Module):
+    """One residual block: ATM, then MLP, each behind a LayerNorm and drop path.
+
+    A block that makes offsets (`makes_offset`) computes them from its input and returns them for
+    the blocks behind it; the others use those they are given.
+    """
+
+    mlp_ratio: float
+    share_dim: int
+    makes_offset: bool
+    drop_path_rate: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, offset: jax.Array | None, train: bool
+    ) -> tuple[jax.Array, jax.Array]:
+        channels = x.shape[-1]
+        if self.makes_offset:
+            offset = OffsetLayer(self.share_dim, self.dtype, name="offset_layer")(x)
+        assert offset is not None, "the first block of a stage makes offsets"
+
+        # Dropout over the batch axis alone is drop path: whole samples, scaled by 1 / keep.
+        drop_path = nn.Dropout(
+            self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
+        )
+        mixer = ActiveTokenMixer(self.dtype, name="atm")
+        mlp = Mlp(int(channels * self.mlp_ratio), channels, self.dtype, name="mlp")
+        x = x + drop_path(mixer(_norm(self.dtype, name="norm1")(x), offset))
+        x = x + drop_path(mlp(_norm(self.dtype, name="norm2")(x)))
+        return x, offset
+
+
+class Stage(nn.Module):
+    """Blocks of one width and resolution.
+
+    `drop_path_rates` has one rate a block. Block j makes new offsets if `offset_interval` divides
+    j and it is not the last; right before, the stage's one depthwise convolution adds position.
+    """
+
+    mlp_ratio: float
+    share_dim: int
+    offset_interval: int
+    drop_path_rates: Sequence[float]
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels = x.shape[-1]
+        depth = len(self.drop_path_rates)
+        peg = _conv(channels, 3, 1, 1, self.dtype, groups=channels, name="peg")
+        offset = None
+        for j, rate in enumerate(self.drop_path_rates):
+            makes_offset = j % self.offset_interval == 0 and j != depth - 1
+            if makes_offset:
+                x = x + peg(x)
+            block = Block(
+                self.mlp_ratio, self.share_dim, makes_offset, rate, self.dtype, name=f"block_{j}"
+            )
+            x, offset = block(x, offset, train)
+        return x
+
+
+def check_architecture(
+    depths: Sequence[int],
+    embed_dims: Sequence[int],
+    mlp_ratios: Sequence[float],
+    share_dims: Sequence[int],
+    offset_interval: int,
+    num_classes: int,
+    drop_path_rate: float,
+) -> None:
+    """Raises ValueError, naming the field, if no ActiveMLP has these fields."""
+    fields = {
+        "depths": depths,
+        "embed_dims": embed_dims,
+        "mlp_ratios": mlp_ratios,
+        "share_dims": share_dims,
+    }
+    for name, values in fields.items():
+        if len(values) != 4:
+            raise ValueError(f"{name} is {tuple(values)}, expected four values, one a stage")
+        kinds = (int, float) if name == "mlp_ratios" else (int,)
+        if not all(type(value) in kinds and value > 0 for value in values):
+            kind = "numbers" if name == "mlp_ratios" else "integers"
+            raise ValueError(f"{name} is {tuple(values)}, expected positive {kind}")
+    for stage, depth in enumerate(depths):
+        if depth < 2:
+            raise ValueError(
+                f"depths is {tuple(depths)}: stage {stage} has {depth} block, expected at least "
+                "2 (the last block of a stage makes no offsets of its own)"
+            )
+    for stage, (dim, share) in enumerate(zip(embed_dims, share_dims, strict=True)):
+        if dim % share:
+            raise ValueError(
+                f"embed_dims is {tuple(embed_dims)}: the {dim} channels of stage {stage} are not "
+                f"divisible by its share_dims value {share}"
+            )
+    for stage, dim in enumerate(embed_dims):
+        if dim < 4:
+            raise ValueError(f"embed_dims is {tuple(embed_dims)}: stage {stage} needs at least 4")
+    if offset_interval < 1:
+        raise ValueError(f"offset_interval is {offset_interval}, expected at least 1")
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, expected at least 1")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 <= rate < 1")
+
+
+class ActiveMLP(nn.Module):
+    """ActiveMLP of any shape; each of the first four fields has one value a stage.
+
+    Args:
+      depths: blocks, at least two.
+      embed_dims: channels.
+      mlp_ratios: hidden channels of the MLPs over `embed_dims`.
+      share_dims: neighbouring channels that share one offset; divides `embed_dims`.
+      offset_interval: every how many blocks of a stage new offsets are made.
+      num_classes: outputs of the linear head.
+      drop_path_rate: of the last block; the rates grow linearly from 0 at the first.
+      dtype: of the computation. Parameters, offsets and logits are float32, or float64 here.
+
+    Calls:
+      `init(rng, images)` and `apply(variables, images, train=False)` give logits
+      `[B, num_classes]`; `apply(variables, images, method='features')` gives the pyramid. Images
+      are `[B, H, W, 3]`, floating, normalised, H and W at least 32. With `train=True` and a
+      positive drop path rate, `apply` needs `rngs={'dropout': key}`.
+
+    Raises:
+      ValueError: fields that fit no model, or images of another shape.
+
+    Source: Active Token Mixer, section 3.
+    """
+
+    depths: Sequence[int]
+    embed_dims: Sequence[int]
+    mlp_ratios: Sequence[float]
+    share_dims: Sequence[int]
+    offset_interval: int
+    num_classes: int = 1000
+    drop_path_rate: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        check_architecture(
+            self.depths,
+            self.embed_dims,
+            self.mlp_ratios,
+            self.share_dims,
+            self.offset_interval,
+            self.num_classes,
+            self.drop_path_rate,
+        )
+        super().__post_init__()
+
+    def setup(self) -> None:
+        # padding 2, not SAME: the original's stem
+        self.stem = _conv(self.embed_dims[0], 7, 4, 2, self.dtype)
+        rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
+        ends = np.cumsum(self.depths)
+        self.stages = [
+            Stage(
+                self.mlp_ratios[i],
+                self.share_dims[i],
+                self.offset_interval,
+                tuple(float(rate) for rate in rates[ends[i] - self.depths[i] : ends[i]]),
+                self.dtype,
+            )
+            for i in range(4)
+        ]
+        self.downsamples = [_conv(dim, 3, 2, 1, self.dtype) for dim in self.embed_dims[1:]]
+        self.norm = _norm(self.dtype)
+        self.head = _linear(self.num_classes, _wide(self.dtype))
+
+    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """Each stage's output before its downsampling, not normalised.
+
+        Args:
+          images: `[B, H, W, 3]`, floating, normalised; H and W at least 32.
+          train: whether drop path is on.
+
+        Returns:
+          Four maps `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32, in the
+          model's dtype; odd sides follow the convolutions' floor arithmetic.
+
+        Raises:
+          ValueError: images of another rank or channel count, or a side below 32.
+
+        Source: Active Token Mixer, section 3; the taps of the original's dense tasks.
+        """
+        chex.assert_shape(images, (None, None, None, 3), exception_type=ValueError)
+        if min(images.shape[1:3]) < MIN_IMAGE_SIDE:
+            raise ValueError(
+                f"images have shape {images.shape}, expected sides of at least {MIN_IMAGE_SIDE}"
+            )
+        x = self.stem(images)
+        maps = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x, train)
+            maps.append(x)
+            if i < 3:
+                x = self.downsamples[i](x)
+        return maps
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        x = self.norm(self.features(images, train)[-1])
+        x = x.mean(axis=(1, 2), dtype=_wide(self.dtype))
+        return self.head(x)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "active_xtiny": {
+        "depths": (2, 2, 4, 2),
+        "embed_dims": (64, 128, 320, 512),
+        "mlp_ratios": (4, 4, 4, 4),
+        "share_dims": (2, 4, 4, 8),
+        "offset_interval": 2,
+    },
+    "active_tiny": {
+        "depths": (2, 3, 10, 3),
+        "embed_dims": (64, 128, 320, 512),
+        "mlp_ratios": (4, 4, 4, 4),
+        "share_dims": (2, 4, 4, 8),
+        "offset_interval": 2,
+    },
+    "active_small": {
+        "depths": (3, 4, 18, 3),
+        "embed_dims": (64, 128, 320, 512),
+        "mlp_ratios": (8, 8, 4, 4),
+        "share_dims": (2, 4, 4, 8),
+        "offset_interval": 6,
+    },
+    "active_base": {
+        "depths": (3, 8, 27, 3),
+        "embed_dims": (64, 128, 320, 512),
+        "mlp_ratios": (8, 8, 4, 4),
+        "share_dims": (2, 4, 4, 8),
+        "offset_interval": 6,
+    },
+    "active_large": {
+        "depths": (3, 4, 24, 3),
+        "embed_dims": (96, 192, 384, 768),
+        "mlp_ratios": (4, 4, 4, 4),
+        "share_dims": (2, 4, 4, 8),
+        "offset_interval": 6,
+    },
+}
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows, sorted."""
+    return sorted(VARIANTS)
+
+
+def create_model(
+    name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, dtype: Dtype = jnp.float32
+) -> ActiveMLP:
+    """One of the published variants, as a linen module without weights.
+
+    Args:
+      name: one of `list_models()`.
+      num_classes: outputs of the head.
+      drop_path_rate: of the last block; the rates grow linearly from 0 at the first.
+      dtype: of the computation; see `ActiveMLP`.
+
+    Raises:
+      ValueError: an unknown name.
+
+    Source: the authors' release; Active Token Mixer, section 4.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"no model {name!r}, expected one of {', '.join(list_models())}")
+    return ActiveMLP(
+        **VARIANTS[name], num_classes=num_classes, drop_path_rate=drop_path_rate, dtype=dtype
+    )
