@@ -1,0 +1,14 @@
+"""ActiveMLP, the Active Token Mixer backbone (AAAI 2023), in JAX and Flax."""
+
+from activemlp_jax.models.atm import sample_axis
+from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
+from activemlp_jax.weights.torch_names import from_torch, to_torch
+
+__all__ = [
+    "ActiveMLP",
+    "create_model",
+    "from_torch",
+    "list_models",
+    "sample_axis",
+    "to_torch",
+]

@@ -1,0 +1,163 @@
+"""ActiveMLP in PyTorch, a second writing of the same function to check the first one by.
+
+Its state dict has the keys and shapes of the authors' releases. It shares no code with the flax
+model, so that an error would have to be made twice to go unseen. Needs the extra `torch`.
+
+Source: Active Token Mixer, section 3, and the keys of the authors' released checkpoints.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def sample_axis(x: Tensor, offset: Tensor, dim: int) -> Tensor:
+    """Linear interpolation along `dim` at shifted positions, zeros outside the map.
+
+    Args:
+      x: `[B, H, W, C]`.
+      offset: `[B, H, W, G]`, finite, pixels; group g moves the channels `g*C/G` to
+        `(g+1)*C/G - 1`.
+      dim: 1 for the height, 2 for the width.
+
+    Returns:
+      `[B, H, W, C]`.
+    """
+    length = x.shape[dim]
+    own = torch.arange(length, dtype=offset.dtype, device=x.device)
+    position = own.view([-1 if d == dim else 1 for d in range(4)]) + offset
+    position = position.repeat_interleave(x.shape[-1] // offset.shape[-1], dim=-1)
+    floor = position.floor()
+    result = torch.zeros_like(x)
+    for place, weight in ((floor, 1 - (position - floor)), (floor + 1, position - floor)):
+        inside = (place >= 0) & (place < length)
+        value = x.gather(dim, place.clamp(0, length - 1).long())
+        result = result + weight * torch.where(inside, value, 0)
+    return result
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, features: int, hidden: int, out: int):
+        super().__init__()
+        self.fc1 = nn.Linear(features, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., features]` to `[..., out]`."""
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class Convolution(nn.Module):
+    """A convolution of NHWC maps, under the name `proj`."""
+
+    def __init__(
+        self, features: int, out: int, size: int, stride: int = 1, padding: int = 0, groups: int = 1
+    ):
+        super().__init__()
+        self.proj = nn.Conv2d(features, out, size, stride, padding, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, Cin]` to `[B, H', W', Cout]`."""
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ActiveTokenMixer(nn.Module):
+    """The ATM layer."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.atm_c = nn.Linear(dim, dim, bias=False)
+        self.atm_h = nn.Conv2d(dim, dim, 1)
+        self.atm_w = nn.Conv2d(dim, dim, 1)
+        self.fusion = Mlp(dim, dim // 4, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """`x` `[B, H, W, C]`, `offset` `[B, H, W, 2G]` to `[B, H, W, C]`."""
+        offset_w, offset_h = offset.chunk(2, dim=-1)
+        sampled = (sample_axis(x, offset_w, 2), sample_axis(x, offset_h, 1))
+        w, h = (
+            functional.linear(tokens, conv.weight[:, :, 0, 0], conv.bias)
+            for tokens, conv in zip(sampled, (self.atm_w, self.atm_h), strict=True)
+        )
+        c = self.atm_c(x)
+        fusion = self.fusion((w + h + c).mean(dim=(1, 2)))
+        weight = fusion.view(-1, 1, 1, x.shape[-1], 3).softmax(dim=-1)
+        return self.proj((torch.stack((w, h, c), dim=-1) * weight).sum(dim=-1))
+
+
+class Block(nn.Module):
+    """ATM and MLP; some blocks hold the layer that makes offsets, some the downsampling."""
+
+    def __init__(self, dim: int, hidden: int, offsets: int, downsampled_dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.atm = ActiveTokenMixer(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden, dim)
+        self.offset_layer: nn.Module | None = None
+        if offsets:
+            self.offset_layer = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, offsets))
+        self.downsample: nn.Module | None = None
+        if downsampled_dim:
+            self.downsample = Convolution(dim, downsampled_dim, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """`[B, H, W, C]` to the same."""
+        x = x + self.atm(self.norm1(x), offset)
+        return x + self.mlp(self.norm2(x))
+
+
+class TorchActiveMLP(nn.Module):
+    """ActiveMLP for inference and gradients; fields as those of the flax `ActiveMLP`."""
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        embed_dims: Sequence[int],
+        mlp_ratios: Sequence[float],
+        share_dims: Sequence[int],
+        offset_interval: int,
+        num_classes: int = 1000,
+    ):
+        super().__init__()
+        self.patch_embed = Convolution(3, embed_dims[0], 7, stride=4, padding=2)
+        self.pos_blocks = nn.ModuleList(
+            Convolution(dim, dim, 3, padding=1, groups=dim) for dim in embed_dims
+        )
+        self.blocks = nn.ModuleList()
+        for stage, depth in enumerate(depths):
+            dim = embed_dims[stage]
+            blocks = nn.ModuleList()
+            for j in range(depth):
+                is_last = j == depth - 1
+                makes_offset = j % offset_interval == 0 and not is_last
+                blocks.append(
+                    Block(
+                        dim,
+                        hidden=int(dim * mlp_ratios[stage]),
+                        offsets=2 * dim // share_dims[stage] if makes_offset else 0,
+                        downsampled_dim=embed_dims[stage + 1] if is_last and stage < 3 else 0,
+                    )
+                )
+            self.blocks.append(blocks)
+        self.norm = nn.LayerNorm(embed_dims[-1])
+        self.head = nn.Linear(embed_dims[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[B, H, W, 3]`, normalised, to logits `[B, num_classes]`."""
+        x = self.patch_embed(images)
+        for stage, peg in enumerate(self.pos_blocks):
+            for block in self.blocks[stage].children():
+                assert isinstance(block, Block)
+                if block.offset_layer is not None:
+                    x = x + peg(x)
+                    offset = block.offset_layer(x)
+                x = block(x, offset)
+                if block.downsample is not None:
+                    x = block.downsample(x)
+        return self.head(self.norm(x).mean(dim=(1, 2)))

@@ -1,0 +1,108 @@
+"""PyTorch state dicts to flax variables and back: complete, exact, and strict."""
+
+from typing import Any
+
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import activemlp_jax as am
+from activemlp_jax.weights.torch_names import infer_architecture, parameter_shapes
+
+
+def micro_state_dict() -> dict[str, np.ndarray]:
+    return goldens.rule_state_dict(goldens.torch_shapes(am.ActiveMLP(**goldens.MICRO)))
+
+
+@pytest.mark.parametrize("name", am.list_models())
+def test_released_keys_convert_both_ways_bit_for_bit(name: str):
+    rng = np.random.default_rng(0)
+    shapes = goldens.official_shapes(name)
+    state_dict = {key: rng.random(shape, np.float32) for key, shape in shapes.items()}
+    model = am.create_model(name)
+    back = am.to_torch(am.from_torch(state_dict, model))
+    assert set(back) == set(state_dict)
+    for key, value in state_dict.items():
+        assert back[key].dtype == value.dtype
+        np.testing.assert_array_equal(back[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("name", am.list_models())
+def test_architecture_is_read_off_the_shapes(name: str):
+    state_dict = {key: np.empty(shape) for key, shape in goldens.official_shapes(name).items()}
+    inferred = am.ActiveMLP(**infer_architecture(state_dict))
+    assert inferred == am.create_model(name)
+
+
+def test_an_odd_mlp_ratio_is_inferred_to_the_same_hidden_width():
+    for dim, hidden in [(12, 29), (24, 79), (96, 97), (40, 143)]:
+        model = am.ActiveMLP((2,) * 4, (dim,) * 4, (hidden / dim + 1e-12,) * 4, (4,) * 4, 1)
+        shapes = goldens.torch_shapes(model)
+        state_dict = {key: np.empty(shape) for key, shape in shapes.items()}
+        inferred = am.ActiveMLP(**infer_architecture(state_dict))
+        assert parameter_shapes(inferred) == parameter_shapes(model)
+
+
+def test_tensors_are_accepted_without_copying_through_lists():
+    arrays = micro_state_dict()
+    tensors = {key: torch.tensor(value) for key, value in arrays.items()}
+    for ours, expected in zip(
+        jax.tree.leaves(am.from_torch(tensors)),
+        jax.tree.leaves(am.from_torch(arrays)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_bfloat16_tensors_keep_their_type():
+    tensors = {key: torch.tensor(value).bfloat16() for key, value in micro_state_dict().items()}
+    variables = am.from_torch(tensors)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(jnp.bfloat16)}
+
+
+def change(state_dict: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    state_dict = dict(state_dict)
+    for key, value in changes.items():
+        name = key.replace("__", ".")
+        if value is None:
+            del state_dict[name]
+        else:
+            state_dict[name] = value
+    return state_dict
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm__weight": None}, r"1 missing \(norm\.weight\)$"),
+        ({"blocks__2__1__mlp__fc1__bias": None}, r"missing \(blocks\.2\.1\.mlp\.fc1\.bias\)"),
+        ({"blocks__2__2__offset_layer__1__weight": None}, r"offset_layer\.1\.weight"),
+        ({"extra": np.zeros(3)}, r"1 unknown \(extra\)$"),
+        ({"head__bias": np.zeros(7)}, r"head.bias has shape \(7,\), the model expects \(10,\)"),
+        ({"head__weight": None}, r"misses head\.weight"),
+        ({"blocks__0__0__norm1__weight": None}, r"misses blocks\.0\.0\.norm1\.weight"),
+        ({"norm__weight": None, "extra": np.zeros(3)}, r"missing \(norm.*unknown \(extra\)"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused_by_key(changes: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        am.from_torch(change(micro_state_dict(), **changes))
+
+
+def test_weights_of_another_model_are_refused():
+    shapes = goldens.official_shapes("active_xtiny")
+    state_dict = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    with pytest.raises(ValueError, match=r"depths \(2, 3, 10, 3\).*keys \d+ missing \(.*more\)"):
+        am.from_torch(state_dict, am.create_model("active_tiny"))
+    with pytest.raises(ValueError, match=r"head\.bias has shape \(1000,\).*expects \(10,\)"):
+        am.from_torch(state_dict, am.create_model("active_xtiny", num_classes=10))
+    with pytest.raises(ValueError, match=r"empty"):
+        am.from_torch({})
+
+
+def test_to_torch_names_a_parameter_it_does_not_know():
+    with pytest.raises(ValueError, match="no PyTorch name for the parameter surprise/kernel"):
+        am.to_torch({"params": {"surprise": {"kernel": np.zeros((2, 2))}}})
