@@ -14,92 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from activemlp_jax.models.atm import sample_axis
-
-Dtype = Any
+from activemlp_jax.models.layers import DepthwiseConv, Dtype, Mlp, conv, linear, norm, wide
 
 MIN_IMAGE_SIDE = 32  # the four stages reduce by 32
-
-# The original cuts this normal at +-2, a hundred standard deviations out: no cut at all.
-linear_init = nn.initializers.normal(stddev=0.02)
-
-
-def conv_init(groups: int = 1) -> nn.initializers.Initializer:
-    """Normal with standard deviation sqrt(2 / fan_out), fan_out = k * k * out / groups."""
-
-    def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
-        height, width, _, features = shape
-        fan_out = height * width * features // groups
-        return jax.random.normal(key, shape, dtype) * jnp.asarray(np.sqrt(2 / fan_out), dtype)
-
-    return init
-
-
-def _wide(dtype: Dtype) -> Dtype:
-    """float32, or wider where `dtype` is: for parameters, positions, statistics and logits."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def _linear(
-    features: int, dtype: Dtype, use_bias: bool = True, name: str | None = None
-) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=_wide(dtype),
-        kernel_init=linear_init,
-        name=name,
-    )
-
-
-def _norm(dtype: Dtype, name: str | None = None) -> nn.LayerNorm:
-    # use_fast_variance would compute E[x^2] - E[x]^2, which cancels.
-    return nn.LayerNorm(
-        epsilon=1e-5,
-        dtype=dtype,
-        param_dtype=_wide(dtype),
-        use_fast_variance=False,
-        name=name,
-    )
-
-
-def _conv(
-    features: int,
-    size: int,
-    stride: int,
-    padding: int,
-    dtype: Dtype,
-    groups: int = 1,
-    name: str | None = None,
-) -> nn.Conv:
-    return nn.Conv(
-        features,
-        kernel_size=(size, size),
-        strides=stride,
-        padding=padding,
-        feature_group_count=groups,
-        dtype=dtype,
-        param_dtype=_wide(dtype),
-        kernel_init=conv_init(groups),
-        name=name,
-    )
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    return nn.gelu(x, approximate=False)
-
-
-class Mlp(nn.Module):
-    """Linear, exact GELU, Linear: `[..., C]` to `[..., features]`."""
-
-    hidden: int
-    features: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = _gelu(_linear(self.hidden, self.dtype, name="fc1")(x))
-        return _linear(self.features, self.dtype, name="fc2")(x)
 
 
 class OffsetLayer(nn.Module):
@@ -115,8 +32,8 @@ class OffsetLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         groups = x.shape[-1] // self.share_dim
-        x = _norm(_wide(self.dtype), name="norm")(x)
-        return _linear(2 * groups, _wide(self.dtype), name="linear")(x)
+        x = norm(wide(self.dtype), name="norm")(x)
+        return linear(2 * groups, wide(self.dtype), name="linear")(x)
 
 
 class ActiveTokenMixer(nn.Module):
@@ -134,15 +51,15 @@ class ActiveTokenMixer(nn.Module):
     def __call__(self, x: jax.Array, offset: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         offset_w, offset_h = jnp.split(offset, 2, axis=-1)
-        w = _linear(channels, self.dtype, name="atm_w")(sample_axis(x, offset_w, "w"))
-        h = _linear(channels, self.dtype, name="atm_h")(sample_axis(x, offset_h, "h"))
-        c = _linear(channels, self.dtype, use_bias=False, name="atm_c")(x)
+        w = linear(channels, self.dtype, name="atm_w")(sample_axis(x, offset_w, "w"))
+        h = linear(channels, self.dtype, name="atm_h")(sample_axis(x, offset_h, "h"))
+        c = linear(channels, self.dtype, use_bias=False, name="atm_c")(x)
 
         summary = (w + h + c).mean(axis=(1, 2), keepdims=True)
         fusion = Mlp(channels // 4, 3 * channels, self.dtype, name="fusion")(summary)
         weight = nn.softmax(fusion.reshape(*fusion.shape[:-1], channels, 3), axis=-1)
         mixed = w * weight[..., 0] + h * weight[..., 1] + c * weight[..., 2]
-        return _linear(channels, self.dtype, name="proj")(mixed)
+        return linear(channels, self.dtype, name="proj")(mixed)
 
 
 class Block(nn.Module):
@@ -173,8 +90,8 @@ class Block(nn.Module):
         )
         mixer = ActiveTokenMixer(self.dtype, name="atm")
         mlp = Mlp(int(channels * self.mlp_ratio), channels, self.dtype, name="mlp")
-        x = x + drop_path(mixer(_norm(self.dtype, name="norm1")(x), offset))
-        x = x + drop_path(mlp(_norm(self.dtype, name="norm2")(x)))
+        x = x + drop_path(mixer(norm(self.dtype, name="norm1")(x), offset))
+        x = x + drop_path(mlp(norm(self.dtype, name="norm2")(x)))
         return x, offset
 
 
@@ -193,9 +110,8 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        channels = x.shape[-1]
         depth = len(self.drop_path_rates)
-        peg = _conv(channels, 3, 1, 1, self.dtype, groups=channels, name="peg")
+        peg = DepthwiseConv(self.dtype, name="peg")
         offset = None
         for j, rate in enumerate(self.drop_path_rates):
             makes_offset = j % self.offset_interval == 0 and j != depth - 1
@@ -302,7 +218,7 @@ class ActiveMLP(nn.Module):
 
     def setup(self) -> None:
         # padding 2, not SAME: the original's stem
-        self.stem = _conv(self.embed_dims[0], 7, 4, 2, self.dtype)
+        self.stem = conv(self.embed_dims[0], 7, 4, 2, self.dtype)
         rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
         ends = np.cumsum(self.depths)
         self.stages = [
@@ -315,9 +231,9 @@ class ActiveMLP(nn.Module):
             )
             for i in range(4)
         ]
-        self.downsamples = [_conv(dim, 3, 2, 1, self.dtype) for dim in self.embed_dims[1:]]
-        self.norm = _norm(self.dtype)
-        self.head = _linear(self.num_classes, _wide(self.dtype))
+        self.downsamples = [conv(dim, 3, 2, 1, self.dtype) for dim in self.embed_dims[1:]]
+        self.norm = norm(self.dtype)
+        self.head = linear(self.num_classes, wide(self.dtype))
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Each stage's output before its downsampling, not normalised.
@@ -351,7 +267,7 @@ class ActiveMLP(nn.Module):
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         x = self.norm(self.features(images, train)[-1])
-        x = x.mean(axis=(1, 2), dtype=_wide(self.dtype))
+        x = x.mean(axis=(1, 2), dtype=wide(self.dtype))
         return self.head(x)
 
 

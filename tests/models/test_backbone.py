@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import activemlp_jax as am
-from activemlp_jax.models.backbone import Mlp, Stage
+from activemlp_jax.models.backbone import Stage
+from activemlp_jax.models.layers import Mlp
 from activemlp_jax.weights.torch_model import TorchActiveMLP
 
 VARIANT_SIZES = [(name, 224) for name in am.list_models()] + [("active_large", 384)]
