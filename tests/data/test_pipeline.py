@@ -1,0 +1,194 @@
+"""Batches are a pure function of seed and step: any workers, any hosts, any restart."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from activemlp_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
+from activemlp_jax.data.sources import ArraySource, open_source
+from activemlp_jax.data.transforms import eval_transform, random_affine
+from activemlp_jax.errors import UserError
+from activemlp_jax.training.config import default_config
+
+EXAMPLES = 53
+BATCH = 8
+EPOCH = EXAMPLES // BATCH
+
+
+def config(**changes: Any) -> Any:
+    config = default_config()
+    config.batch_size = config.eval_batch_size = BATCH
+    config.data.affine.degrees = 20.0
+    config.data.affine.translate = 0.1
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def source() -> ArraySource:
+    """Every example has its index as label."""
+    images = np.random.default_rng(0).integers(0, 256, (EXAMPLES, 32, 32, 3), np.uint8)
+    return ArraySource(images, np.arange(EXAMPLES), tuple(map(str, range(EXAMPLES))))
+
+
+def batches(first: int = 0, last: int = 3 * EPOCH, hosts: Any = (0, 1), **changes: Any) -> Any:
+    process, processes = hosts
+    iterator = train_batches(
+        source(), config(**changes), first_step=first, last_step=last,
+        process=process, processes=processes,
+    )  # fmt: skip
+    with contextlib.closing(iterator):
+        return list(iterator)
+
+
+def assert_same(ours: list[Batch], expected: list[Batch]) -> None:
+    assert len(ours) == len(expected)
+    for step, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        for key in b:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=f"{key} of step {step}")
+
+
+def test_batches_are_uint8_images_and_int32_labels():
+    batch = batches(last=1)[0]
+    assert batch["image"].shape == (BATCH, 32, 32, 3)
+    assert batch["image"].dtype == np.uint8
+    assert batch["label"].dtype == np.int32
+
+
+def test_an_epoch_visits_examples_once_each_and_in_another_order_the_next_time():
+    labels = np.stack([batch["label"] for batch in batches()]).reshape(3, -1)
+    for epoch in labels:
+        assert len(set(epoch)) == EPOCH * BATCH
+    assert len({tuple(epoch) for epoch in labels}) == 3
+
+
+def test_every_example_is_left_out_by_some_epoch_only():
+    labels = [batch["label"] for batch in batches(last=12 * EPOCH)]
+    assert set(np.concatenate(labels)) == set(range(EXAMPLES))
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 7])
+def test_the_number_of_threads_changes_nothing(threads: int):
+    assert_same(batches(**{"data.num_threads": threads}), batches(**{"data.num_threads": 3}))
+
+
+def test_a_resumed_run_gets_the_batches_it_would_have_got():
+    uninterrupted = batches()
+    for step in range(3 * EPOCH):
+        assert_same(batches(first=step), uninterrupted[step:])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_hosts_hold_disjoint_blocks_of_the_same_global_batch(processes: int):
+    parts = [batches(hosts=(process, processes)) for process in range(processes)]
+    joined = [
+        {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, batches())
+
+
+def test_another_seed_gives_another_order_and_other_transforms():
+    ours, other = batches(last=1)[0], batches(last=1, seed=1)[0]
+    assert (ours["label"] != other["label"]).any()
+
+
+def test_the_same_example_is_transformed_anew_each_epoch():
+    seen = [
+        batch["image"][row]
+        for batch in batches(last=8 * EPOCH)
+        for row in np.flatnonzero(batch["label"] == 7)
+    ]
+    assert len({image.tobytes() for image in seen}) == len(seen) > 4
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_evaluation_counts_every_example_once_on_any_number_of_hosts(processes: int):
+    counted: list[int] = []
+    steps = set()
+    for process in range(processes):
+        with contextlib.closing(
+            eval_batches(source(), config(), process=process, processes=processes)
+        ) as iterator:
+            host = list(iterator)
+        steps.add(len(host))
+        for batch in host:
+            assert batch["mask"].shape == (BATCH // processes,)
+            counted += list(batch["label"][batch["mask"] == 1])
+    assert sorted(counted) == list(range(EXAMPLES))
+    assert steps == {7}, "all hosts take the same number of steps"
+
+
+def test_a_batch_larger_than_the_data_set_is_refused():
+    with pytest.raises(UserError, match="batch_size is 54, but the training set has only 53"):
+        steps_per_epoch(source(), 54)
+
+
+def test_digits_are_split_by_writer():
+    train, test = open_source("digits", "train"), open_source("digits", "test")
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.class_names == tuple("0123456789")
+    image, label = train[0]
+    assert (image.shape, image.dtype, label) == ((32, 32, 3), np.uint8, 0)
+    assert [test[i].label for i in range(5)] == [2, 3, 4, 5, 6]
+    assert image.max() > 200
+    assert image.min() == 0
+
+
+def test_an_unknown_data_set_names_the_known_ones():
+    with pytest.raises(UserError, match="no data set 'imagnet', expected one of digits"):
+        open_source("imagnet", "train")
+
+
+def affine(**limits: float) -> Any:
+    settings = default_config().data.affine
+    for key, value in limits.items():
+        settings[key] = value
+    return settings
+
+
+def blob(x: int, y: int) -> np.ndarray:
+    image = np.zeros((33, 33, 3), np.uint8)
+    image[y - 1 : y + 2, x - 1 : x + 2] = 255
+    return image
+
+
+def centre_of_mass(image: np.ndarray) -> tuple[float, float]:
+    grey = image[..., 0] / image[..., 0].sum()
+    y, x = np.mgrid[:33, :33]
+    return float((grey * x).sum() - 16), float((grey * y).sum() - 16)
+
+
+def test_affine_without_limits_changes_nothing():
+    image = np.random.default_rng(0).integers(0, 256, (33, 31, 3), np.uint8)
+    np.testing.assert_array_equal(random_affine(image, np.random.default_rng(0), affine()), image)
+
+
+def test_affine_turns_around_the_centre_by_at_most_the_given_angle():
+    angles = []
+    for seed in range(200):
+        turned = random_affine(blob(26, 16), np.random.default_rng(seed), affine(degrees=30.0))
+        x, y = centre_of_mass(turned)
+        assert abs(np.hypot(x, y) - 10) < 0.3
+        angles.append(np.degrees(np.arctan2(y, x)))
+    assert -30.5 < min(angles) < -27
+    assert 27 < max(angles) < 30.5
+
+
+def test_affine_scales_and_shifts_within_the_limits():
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        x, y = centre_of_mass(random_affine(blob(16, 16), rng, affine(translate=0.2)))
+        assert max(abs(x), abs(y)) < 0.2 * 33 + 0.1
+        x, y = centre_of_mass(random_affine(blob(26, 16), rng, affine(scale=0.25)))
+        assert 7.4 < x < 12.6
+        assert abs(y) < 0.3
+
+
+def test_evaluation_resizes_and_does_nothing_else():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    settings = config().data
+    np.testing.assert_array_equal(eval_transform(image, settings), image)
+    settings.image_size = 48
+    assert eval_transform(image, settings).shape == (48, 48, 3)
