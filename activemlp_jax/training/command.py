@@ -1,0 +1,98 @@
+"""The command line of training: flags in, one clear line out when they are wrong."""
+
+import difflib
+import runpy
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+
+from activemlp_jax.errors import UserError, exit_with
+
+
+def _keys(config: ConfigDict, prefix: str = "config.") -> list[str]:
+    keys = []
+    for key, value in config.items():
+        keys += [
+            prefix + key,
+            *(_keys(value, f"{prefix}{key}.") if hasattr(value, "items") else []),
+        ]
+    return keys
+
+
+def _load(path: str) -> ConfigDict:
+    """What the config file at `path` gives; UserError if it gives none."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path}")
+    try:
+        return runpy.run_path(path)["get_config"]()
+    except KeyError:
+        raise UserError(f"{path} defines no function get_config()") from None
+    except Exception as error:  # whatever the user's file does wrong
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: {type(error).__name__}: {reason}") from error
+
+
+def _check_keys(argv: list[str], default_config: Path) -> None:
+    """Raises UserError for a config file that fails, or an override of a key it does not have."""
+    path, overrides = str(default_config), []
+    for position, argument in enumerate(argv):
+        name, _, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            continue
+        if name == "config":
+            path = value or " ".join(argv[position + 1 : position + 2])
+        elif name.startswith("config."):
+            overrides.append(name)
+    known = _keys(_load(path))
+    for name in overrides:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{path} has no key {name}{hint}")
+
+
+def run(default_config: Path) -> None:
+    """Parse the flags of `train.py`, and train; ends the process.
+
+    Args:
+      default_config: the config file where the command line names none.
+    """
+    config_flags.DEFINE_config_file(
+        "config", str(default_config), "Config file; --config.KEY=VALUE changes a key of it."
+    )
+    flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
+
+    def parse(argv: list[str]) -> list[str]:
+        asks_for_help = any(argument.lstrip("-").startswith("help") for argument in argv[1:])
+        try:
+            if not asks_for_help:
+                _check_keys(argv[1:], default_config)
+            rest = flags.FLAGS(argv)
+        except (UserError, flags.Error, TypeError, ValueError) as error:
+            exit_with(" ".join(str(error).split()))
+        if len(rest) > 1:
+            exit_with(f"unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
+        if flags.FLAGS["verbosity"].using_default_value:
+            # absl would show every step of every checkpoint.
+            flags.FLAGS["verbosity"].value = logging.WARNING
+            flags.FLAGS["verbosity"].using_default_value = False
+        return rest
+
+    app.run(_main, flags_parser=parse)
+
+
+def _main(argv: list[str]) -> None:
+    del argv
+    from activemlp_jax.training.loop import train  # after the flags: --help need not wait for it
+
+    config = flags.FLAGS.config
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = Path(flags.FLAGS.workdir or f"runs/{name}")
+    try:
+        train(config, workdir, Console())
+    except UserError as error:
+        exit_with(error)
+    sys.exit(0)

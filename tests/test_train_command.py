@@ -1,0 +1,192 @@
+"""The real `train.py` as a process: a run, a kill, a resume, and every wrong command line."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A model that trains in seconds; the path through the program is that of any run.
+SMALL = (
+    "--config.model.embed_dims=(8,8,16,16)",
+    "--config.model.mlp_ratios=(2.0,2.0,2.0,2.0)",
+    "--config.batch_size=479",
+    "--config.epochs=4",
+    "--config.checkpoint.every_epochs=1",
+)
+EPOCH_STEPS = 3
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *arguments]
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def small_run(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    result = run("--workdir", str(workdir), *SMALL, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(workdir: Path) -> list[np.ndarray]:
+    """All arrays of the newest checkpoint: weights, their average, optimiser, step."""
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        assert manager.latest_step() == 4 * EPOCH_STEPS
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of four epochs without interruption, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    return workdir, small_run(workdir, "--config.tensorboard").stdout
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_record_its_pictures_and_its_checkpoints(finished: tuple[Path, str]):
+    workdir, output = finished
+    assert "1,437 images to train, 360 to test" in output
+    assert "test images" in output
+    names = {path.name for path in workdir.iterdir()}
+    assert names == {
+        "checkpoints",
+        "config.json",
+        "confusion_matrix.png",
+        "curves.png",
+        "metrics.jsonl",
+        "tensorboard",
+    }
+    lines = records(workdir)
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    for key in ("learning_rate", "test_loss", "test_accuracy", "ema_test_accuracy"):
+        assert all(np.isfinite(line[key]) for line in lines), key
+    for name in ("curves.png", "confusion_matrix.png"):
+        assert (workdir / name).read_bytes()[:4] == b"\x89PNG"
+    assert any((workdir / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_at_the_same_weights_bit_for_bit(
+    finished: tuple[Path, str], tmp_path: Path
+):
+    workdir = tmp_path / "killed"
+    process = subprocess.Popen(
+        command("--workdir", str(workdir), *SMALL), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while not (workdir / "checkpoints" / str(EPOCH_STEPS)).exists():
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline, "no checkpoint within four minutes"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    output = small_run(workdir).stdout
+    assert "going on from step" in output
+    ours, expected = final_state(workdir), final_state(finished[0])
+    assert len(ours) == len(expected) > 500
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    resumed, uninterrupted = records(workdir), records(finished[0])
+    for line in (*resumed, *uninterrupted):
+        del line["images_per_second"]
+    assert resumed == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_finished_run_trains_no_further(finished: tuple[Path, str]):
+    workdir, _ = finished
+    before, state = records(workdir), final_state(workdir)
+    output = small_run(workdir, "--config.tensorboard").stdout
+    assert "going on from step 12 of 12" in output
+    assert records(workdir) == before
+    for a, b in zip(final_state(workdir), state, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_directory_of_another_run_is_refused_and_left_alone(finished: tuple[Path, str]):
+    workdir, _ = finished
+    files = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    result = run("--workdir", str(workdir), *SMALL, "--config.seed=1")
+    assert_one_clear_line(result, "belongs to a run with other settings: seed (0 there, 1 here)")
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == files
+
+
+def assert_one_clear_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 2, f"exit status {result.returncode}: {result.stderr}"
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for part in ("train.py: error: ", *parts):
+        assert part in result.stderr
+
+
+def test_help_shows_an_example():
+    result = run("--help")
+    assert "python train.py --config configs/digits.py" in result.stdout
+    assert "--workdir" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config.epoch=3"], ["no key config.epoch", "did you mean config.epochs?"]),
+        (["--config.model.depth=3"], ["no key config.model.depth", "config.model.depths"]),
+        (["--config.epochs=many"], ["config.epochs=many", "int"]),
+        (["--config.ema_decay=high"], ["config.ema_decay=high", "float"]),
+        (["--config.model.depths=(2,2,2)"], ["depths is (2, 2, 2), expected four values"]),
+        (["--config.model.depths=(2,1,2,2)"], ["stage 1 has 1 block, expected at least 2"]),
+        (["--config.model.depths=deep"], ["depths is ('deep',), expected four values"]),
+        (["--config.model.share_dims=(2,3,4,8)"], ["64 channels of stage 1", "share_dims value 3"]),
+        (["--config.data.image_size=16"], ["config.data.image_size is 16, expected at least 32"]),
+        (["--config.batch_size=2000"], ["batch_size is 2000", "only 1437 images"]),
+        (["--config=configs/nothing.py"], ["there is no config file configs/nothing.py"]),
+        (["--config", "configs/nothing.py"], ["there is no config file configs/nothing.py"]),
+        (["--config=README.md"], ["README.md"]),
+        (["--steps=3"], ["Unknown command line flag 'steps'"]),
+        (["configs/digits.py"], ["unexpected argument 'configs/digits.py'"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_clear_line(
+    arguments: list[str], parts: list[str], tmp_path: Path
+):
+    workdir = tmp_path / "run"
+    assert_one_clear_line(run("--workdir", str(workdir), *arguments), *parts)
+    assert not workdir.exists(), "nothing is made for a run that cannot start"
+
+
+def test_a_config_with_a_key_that_does_not_exist_is_named(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from activemlp_jax.training.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.learning_rate = 1e-3\n"
+        "    return config\n"
+    )
+    result = run("--config", str(path), "--workdir", str(tmp_path / "run"))
+    assert_one_clear_line(result, "mine.py", "learning_rate")
+
+
+def test_a_workdir_that_cannot_be_written_is_one_clear_line(tmp_path: Path):
+    (tmp_path / "file").write_text("content")
+    result = run("--workdir", str(tmp_path / "file"), *SMALL)
+    assert_one_clear_line(result, "file cannot be written")

@@ -1,0 +1,109 @@
+"""The optimiser, the averaged weights and the step against the original's training."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import goldens
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import activemlp_jax as am
+from activemlp_jax.training.config import default_config
+from activemlp_jax.training.optimizer import adamw, cosine_schedule, decay_mask
+from activemlp_jax.training.step import TrainState, make_train_step
+from activemlp_jax.training.tasks import soft_cross_entropy
+
+
+def micro(**changes: Any) -> am.ActiveMLP:
+    return am.ActiveMLP(**{**goldens.MICRO, **changes})
+
+
+def test_the_original_groups_of_decayed_weights():
+    model = micro()
+    mask = decay_mask(goldens.rule_variables(model)["params"])
+    spread = jax.tree.map(
+        lambda decays, leaf: np.full(leaf.shape, decays),
+        mask,
+        goldens.rule_variables(model)["params"],
+    )
+    by_name = {name: bool(value.all()) for name, value in am.to_torch({"params": spread}).items()}
+    groups = goldens.load_json("weight_decay_groups.json")
+    assert {name for name, decays in by_name.items() if not decays} == set(
+        groups["no_weight_decay"]
+    )
+    assert {name for name, decays in by_name.items() if decays} == set(groups["weight_decay"])
+
+
+@pytest.mark.usefixtures("float64")
+def test_six_steps_equal_the_originals():
+    golden = goldens.load("train_steps.npz")
+    model = micro(dtype=jnp.float64)
+
+    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
+        return soft_cross_entropy(logits, batch["target"])
+
+    rates = jnp.asarray(golden["lr"])
+    optimizer = adamw(default_config().optimizer, lambda step: rates[step])
+    ema_decay = float(golden["ema_decay"])
+    params = goldens.rule_variables(model, seed=1)["params"]
+    state = TrainState.create(params, optimizer, ema_decay)
+    step = jax.jit(make_train_step(loss, optimizer, ema_decay, seed=0))
+    for i, expected in enumerate(golden["loss"]):
+        logits = goldens.golden_input("train_steps.npz", f"target_logits_{i}")
+        batch = {
+            "image": goldens.golden_input("train_steps.npz", f"image_{i}"),
+            "target": np.exp(logits) / np.exp(logits).sum(-1, keepdims=True),
+        }
+        state, value = step(state, batch)
+        goldens.assert_close(value, expected, 1e-9, f"loss before step {i}")
+
+    for prefix, tree in (("final/", state.params), ("ema/", state.ema_params)):
+        weights = am.to_torch({"params": tree})
+        names = [key.removeprefix(prefix) for key in golden if key.startswith(prefix)]
+        assert len(names) > 100, f"only {len(names)} goldens under {prefix}"
+        for name in names:
+            goldens.assert_close(weights[name], golden[prefix + name], 1e-9, prefix + name)
+
+
+def test_no_average_is_kept_where_the_decay_is_zero():
+    optimizer = optax.sgd(0.5)
+    state = TrainState.create({"w": jnp.ones(2)}, optimizer, ema_decay=0)
+    assert state.ema_params is None
+    step = make_train_step(lambda params, *_: params["w"].sum(), optimizer, ema_decay=0, seed=0)
+    state, _ = step(state, {})
+    assert state.ema_params is None
+    np.testing.assert_array_equal(state.params["w"], [0.5, 0.5])
+
+
+def test_random_numbers_follow_from_seed_and_step_alone():
+    def loss(params: Any, _: Any, key: jax.Array) -> jax.Array:
+        return params["w"] * jax.random.uniform(key)
+
+    def losses(seed: int, first: int) -> list[float]:
+        step = make_train_step(loss, optax.sgd(0.0), 0, seed)
+        state = TrainState.create({"w": jnp.ones(())}, optax.sgd(0.0), 0)
+        state = state.replace(step=jnp.asarray(first, jnp.int32))
+        values = []
+        for _ in range(3):
+            state, value = step(state, {})
+            values.append(float(value))
+        return values
+
+    assert losses(0, 0)[1:] == losses(0, 1)[:2]
+    assert len({*losses(0, 0), *losses(1, 0)}) == 6
+
+
+def test_the_smooth_schedule_warms_up_then_follows_a_cosine_from_step_zero():
+    config = SimpleNamespace(
+        learning_rate=1e-3, warmup_learning_rate=1e-6, final_learning_rate=1e-5, warmup_epochs=5
+    )
+    schedule = cosine_schedule(config, steps_per_epoch=10, epochs=100)
+    steps = np.arange(1000)
+    warmup = 1e-6 + (1e-3 - 1e-6) * steps / 50
+    cosine = 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * steps / 1000)) / 2
+    expected = np.where(steps < 50, warmup, cosine)
+    np.testing.assert_allclose(jax.vmap(schedule)(steps), expected, rtol=1e-5)

@@ -1,0 +1,108 @@
+"""A run's directory: claimed by one run, rewound on resume, never overwritten by another."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from activemlp_jax.errors import UserError
+from activemlp_jax.training.config import check_config, default_config
+from activemlp_jax.training.workdir import (
+    append_record,
+    claim_workdir,
+    read_records,
+    rewind_records,
+)
+
+
+def config(**changes: Any) -> Any:
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_new_directory_is_made_and_holds_the_settings(tmp_path: Path):
+    claim_workdir(tmp_path / "a" / "b", config(seed=5))
+    assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["seed"] == 5
+
+
+def test_the_same_run_may_come_back_with_what_does_not_change_its_results(tmp_path: Path):
+    claim_workdir(tmp_path, config())
+    claim_workdir(tmp_path, config(**{"tensorboard": True, "data.num_threads": 5}))
+
+
+def test_a_directory_of_another_run_is_left_alone_and_every_difference_named(tmp_path: Path):
+    claim_workdir(tmp_path, config())
+    append_record(tmp_path, {"epoch": 1, "step": 11})
+    before = contents(tmp_path)
+    other = config(**{"seed": 1, "model.depths": (2, 2, 4, 2)})
+    message = r"other settings: model\.depths .*there.*here.*; seed \(0 there, 1 here\)"
+    with pytest.raises(UserError, match=message):
+        claim_workdir(tmp_path, other)
+    assert contents(tmp_path) == before
+
+
+def test_a_directory_with_someone_elses_files_is_left_alone(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(UserError, match=r"holds files but no config\.json"):
+        claim_workdir(tmp_path, config())
+    assert list(contents(tmp_path)) == [str(tmp_path / "thesis.tex")]
+
+
+def test_a_config_that_is_no_json_is_left_alone(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{oops")
+    with pytest.raises(UserError, match="not readable as JSON"):
+        claim_workdir(tmp_path, config())
+    assert (tmp_path / "config.json").read_text() == "{oops"
+
+
+@pytest.mark.parametrize("place", ["file", "below a file", "no such file system"])
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, place: str):
+    file = tmp_path / "file"
+    file.write_text("content")
+    path = {"file": file, "below a file": file / "run", "no such file system": Path("/proc/run")}
+    with pytest.raises(UserError, match=f"{path[place]} cannot be written: "):
+        claim_workdir(path[place], config())
+    assert file.read_text() == "content"
+
+
+def test_records_after_the_restored_step_are_forgotten(tmp_path: Path):
+    assert rewind_records(tmp_path, 0) == []
+    for epoch in (1, 2, 3):
+        append_record(tmp_path, {"epoch": epoch, "step": 10 * epoch})
+    assert [record["epoch"] for record in rewind_records(tmp_path, 20)] == [1, 2]
+    append_record(tmp_path, {"epoch": 3, "step": 30})
+    assert [record["epoch"] for record in read_records(tmp_path)] == [1, 2, 3]
+
+
+def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path):
+    append_record(tmp_path, {"epoch": 1, "step": 10})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "st')
+    assert [record["epoch"] for record in rewind_records(tmp_path, 20)] == [1]
+    append_record(tmp_path, {"epoch": 2, "step": 20})
+    assert [record["epoch"] for record in read_records(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.image_size": 31}, r"config\.data\.image_size is 31, expected at least 32"),
+        ({"model.depths": (2, 2, 1, 2)}, r"config\.model: depths is .*stage 2 has 1 block"),
+        ({"model.share_dims": (2, 5, 4, 8)}, r"64 channels of stage 1.*share_dims value 5"),
+        ({"model.dtype": "float16"}, r"config\.model\.dtype is 'float16', expected one of"),
+        ({"data.name": "cifar"}, r"config\.data\.name is 'cifar', expected one of digits"),
+        ({"batch_size": 0}, r"config\.batch_size is 0, expected at least 1"),
+        ({"ema_decay": 1.0}, r"config\.ema_decay is 1\.0"),
+        ({"epochs": -1}, r"config\.epochs is -1"),
+        ({"optimizer.learning_rate": 0.0}, r"config\.optimizer\.learning_rate is 0\.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_named_before_any_work(changes: Any, message: str):
+    with pytest.raises(UserError, match=message):
+        check_config(config(**changes))

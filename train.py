@@ -1,0 +1,13 @@
+"""Train ActiveMLP as a config file says; the same command again goes on where a run stopped.
+
+Examples:
+  python train.py
+  python train.py --config configs/digits.py --workdir runs/seed-1 --config.seed=1
+"""
+
+from pathlib import Path
+
+from activemlp_jax.training.command import run
+
+if __name__ == "__main__":
+    run(default_config=Path(__file__).parent / "configs" / "digits.py")
