@@ -117,7 +117,7 @@ def test_a_finished_run_trains_no_further(finished: tuple[Path, str]):
     workdir, _ = finished
     before, state = records(workdir), final_state(workdir)
     output = small_run(workdir, "--config.tensorboard").stdout
-    assert "going on from step 12 of 12" in output
+    assert "all 12 steps are done" in output
     assert records(workdir) == before
     for a, b in zip(final_state(workdir), state, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -130,6 +130,14 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(finished: tuple[Pa
     result = run("--workdir", str(workdir), *SMALL, "--config.seed=1")
     assert_one_clear_line(result, "belongs to a run with other settings: seed (0 there, 1 here)")
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == files
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path):
+    result = run("--workdir", str(tmp_path), *SMALL, "--config.optimizer.learning_rate=1e30")
+    assert result.returncode == 2, result.stderr
+    assert "the loss is nan at or just before step" in result.stderr
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 
 def assert_one_clear_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:

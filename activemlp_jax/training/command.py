@@ -60,18 +60,21 @@ def run(default_config: Path) -> None:
     Args:
       default_config: the config file where the command line names none.
     """
+    asks_for_help = any(argument.lstrip("-").startswith("help") for argument in sys.argv[1:])
+    if not asks_for_help:
+        try:
+            _check_keys(sys.argv[1:], default_config)
+        except UserError as error:
+            exit_with(error)
     config_flags.DEFINE_config_file(
         "config", str(default_config), "Config file; --config.KEY=VALUE changes a key of it."
     )
     flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
 
     def parse(argv: list[str]) -> list[str]:
-        asks_for_help = any(argument.lstrip("-").startswith("help") for argument in argv[1:])
         try:
-            if not asks_for_help:
-                _check_keys(argv[1:], default_config)
             rest = flags.FLAGS(argv)
-        except (UserError, flags.Error, TypeError, ValueError) as error:
+        except (flags.Error, TypeError, ValueError) as error:
             exit_with(" ".join(str(error).split()))
         if len(rest) > 1:
             exit_with(f"unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
@@ -95,4 +98,6 @@ def _main(argv: list[str]) -> None:
         train(config, workdir, Console())
     except UserError as error:
         exit_with(error)
-    sys.exit(0)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from the last checkpoint in {workdir}")
+        sys.exit(130)

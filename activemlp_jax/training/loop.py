@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -55,6 +57,7 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
         finite.
     """
     check_config(config)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     for key in ("batch_size", "eval_batch_size"):
         sharding.check_batch_size(key, config[key])
     train_source = open_source(config.data.name, "train")
@@ -95,12 +98,14 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
         first_step = int(state.step)
         records = rewind_records(workdir, first_step)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        console.print(
-            f"{parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s); "
-            f"{len(train_source):,} images to train, {len(test_source):,} to test; {workdir}"
+        say(
+            f"{parameters:,} parameters on {jax.device_count()} {jax.default_backend()} device(s), "
+            f"{len(train_source):,} images to train, {len(test_source):,} to test, in {workdir}"
         )
-        if first_step:
-            console.print(f"going on from step {first_step} of {last_step}")
+        if first_step == last_step:
+            say(f"all {last_step} steps are done; give another --workdir to train again")
+        elif first_step:
+            say(f"going on from step {first_step} of {last_step}")
 
         batches = train_batches(
             train_source, config, first_step=first_step, last_step=last_step, **sharding.this_host()
@@ -108,6 +113,7 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
         reporter = Reporter(
             workdir, first_step, last_step, config.batch_size, config.tensorboard, console
         )
+        started = time.perf_counter()
         with reporter, contextlib.closing(batches):
             for epoch in range(first_step // epoch_steps + 1, config.epochs + 1):
                 reporter.start_epoch(epoch, config.epochs)
@@ -131,17 +137,19 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
                 if epoch % config.checkpoint.every_epochs == 0 or epoch == config.epochs:
                     checkpoints.save(state)
 
-    summary, sums = test(state)
+        seconds = time.perf_counter() - started
+
+    _, sums = test(state)
     accuracy = task.metrics(sums)["accuracy"]
     draw_curves(records, workdir / "curves.png")
     draw_confusion(
         sums["confusion"], train_source.class_names, accuracy, workdir / "confusion_matrix.png"
     )
-    console.print(
-        f"accuracy {accuracy:.2f}% on {len(test_source):,} test images; "
-        f"curves.png, confusion_matrix.png and metrics.jsonl are in {workdir}"
+    say(
+        f"accuracy {accuracy:.2f}% on {len(test_source):,} test images, "
+        f"{seconds:.0f} s of training; see curves.png and confusion_matrix.png in {workdir}"
     )
-    return records[-1] | summary
+    return records[-1]
 
 
 def check_finite(loss: jax.Array, step: int) -> float:

@@ -16,7 +16,14 @@ from rich.progress import (
 
 from activemlp_jax.training.workdir import Record, append_record
 
-PRINTED = ("train_loss", "test_loss", "test_accuracy", "ema_test_accuracy", "images_per_second")
+PRINTED = (
+    ("epoch", "epoch {:>3}"),
+    ("train_loss", "loss {:.4f}"),
+    ("test_loss", "test loss {:.4f}"),
+    ("test_accuracy", "accuracy {:.2f}%"),
+    ("ema_test_accuracy", "averaged weights {:.2f}%"),
+    ("images_per_second", "{:.0f} images/s"),
+)
 
 
 class Reporter:
@@ -104,8 +111,8 @@ class Reporter:
     def epoch(self, record: Record) -> None:
         """An epoch was evaluated: write its record, print the main figures."""
         append_record(self._workdir, record)
-        shown = "  ".join(f"{key} {record[key]:.4g}" for key in PRINTED if key in record)
-        self._console.print(f"epoch {record['epoch']:>3}  {shown}", highlight=False)
+        shown = [template.format(record[key]) for key, template in PRINTED if key in record]
+        self._console.print("  ".join(shown), highlight=False, soft_wrap=True)
         if self._writer is not None:
             for key, value in record.items():
                 self._writer.add_scalar(key, value, record["step"])
