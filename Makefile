@@ -1,0 +1,40 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv as needed.
+#
+#   PYTHON=python3.12   another Python than python3 (3.11 to 3.13)
+#   PIP_FLAGS=...       more flags for pip, such as an index with a CPU build of torch
+#   DEMO_FLAGS=...      more flags for the demo's train.py
+#   TEST_FLAGS=...      more flags for pytest
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo-installed
+	.venv/bin/python train.py --config configs/digits.py $(DEMO_FLAGS)
+
+test: .venv/test-installed
+	.venv/bin/python -m pytest $(TEST_FLAGS)
+
+lint: .venv/dev-installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo-installed: EXTRA =
+.venv/test-installed: EXTRA = [test]
+.venv/dev-installed: EXTRA = [dev]
+.venv/%-installed: .venv/bin/python pyproject.toml constraints.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt $(PIP_FLAGS) --editable '.$(EXTRA)'
+	touch $@
