@@ -1,4 +1,18 @@
-"""A small ActiveMLP on scikit-learn's handwritten digits: the first run on any machine."""
+"""A small ActiveMLP on scikit-learn's handwritten digits: the first run on any machine.
+
+    python train.py --config configs/digits.py
+
+1.2 million parameters, 40 epochs of 1,408 images. Measured on 2 cores of a shared x86 server,
+without other load: 15 s to compile (5 s from the cache), 80 to 84 s of training. Accuracy of the
+averaged weights on the 360 test images:
+
+    --config.seed=0    98.33%
+    --config.seed=1    98.06%
+    --config.seed=2    98.89%
+
+One image is 0.28%. On one machine a seed gives the same weights bit for bit; another processor
+rounds differently, which moves a run about as much as another seed does.
+"""
 
 from ml_collections import ConfigDict
 
@@ -9,13 +23,19 @@ def get_config() -> ConfigDict:
     """The defaults, and what the digits change."""
     config = default_config()
     config.epochs = 40
-    config.batch_size = 96
+    config.batch_size = 32
     config.eval_batch_size = 120
     config.ema_decay = 0.99
     config.label_smoothing = 0.05
+    config.model.embed_dims = (16, 48, 96, 160)
+    config.model.drop_path_rate = 0.1
     config.optimizer.learning_rate = 2e-3
-    config.data.affine.degrees = 15.0
-    config.data.affine.scale = 0.15
-    config.data.affine.shear = 0.15
-    config.data.affine.translate = 0.1
+    config.optimizer.warmup_epochs = 2
+    config.data.num_threads = 1  # such small images: a second thread waits for the interpreter
+    config.data.warp.degrees = 15.0
+    config.data.warp.scale = 0.15
+    config.data.warp.shear = 0.2
+    config.data.warp.translate = 0.06
+    config.data.warp.bend = 0.05
+    config.checkpoint.every_epochs = 5
     return config

@@ -43,11 +43,12 @@ def default_config() -> ConfigDict:
     config.data.mean = IMAGENET_MEAN
     config.data.std = IMAGENET_STD
     config.data.num_threads = 2
-    config.data.affine = ConfigDict()  # see transforms.random_affine
-    config.data.affine.degrees = 0.0
-    config.data.affine.scale = 0.0
-    config.data.affine.shear = 0.0
-    config.data.affine.translate = 0.0
+    config.data.warp = ConfigDict()  # see transforms.random_warp
+    config.data.warp.degrees = 0.0
+    config.data.warp.scale = 0.0
+    config.data.warp.shear = 0.0
+    config.data.warp.translate = 0.0
+    config.data.warp.bend = 0.0
 
     config.optimizer = ConfigDict()  # AdamW
     config.optimizer.learning_rate = 5e-4  # the highest, after the warm-up
@@ -93,7 +94,7 @@ def check_config(config: ConfigDict) -> None:
     require("data.image_size", size >= MIN_IMAGE_SIDE, f"at least {MIN_IMAGE_SIDE}")
     require("data.name", config.data.name in SOURCES, f"one of {', '.join(sorted(SOURCES))}")
     require("data.num_threads", config.data.num_threads >= 0, "0 or more")
-    require("data.affine.scale", 0 <= config.data.affine.scale < 1, "0 <= scale < 1")
+    require("data.warp.scale", 0 <= config.data.warp.scale < 1, "0 <= scale < 1")
     require("seed", config.seed >= 0, "0 or more")
     require("epochs", config.epochs >= 1, "at least 1")
     require("batch_size", config.batch_size >= 1, "at least 1")

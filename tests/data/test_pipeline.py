@@ -8,7 +8,7 @@ import pytest
 
 from activemlp_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
 from activemlp_jax.data.sources import ArraySource, open_source
-from activemlp_jax.data.transforms import eval_transform, random_affine
+from activemlp_jax.data.transforms import eval_transform, random_warp
 from activemlp_jax.errors import UserError
 from activemlp_jax.training.config import default_config
 
@@ -20,8 +20,8 @@ EPOCH = EXAMPLES // BATCH
 def config(**changes: Any) -> Any:
     config = default_config()
     config.batch_size = config.eval_batch_size = BATCH
-    config.data.affine.degrees = 20.0
-    config.data.affine.translate = 0.1
+    config.data.warp.degrees = 20.0
+    config.data.warp.translate = 0.1
     config.update_from_flattened_dict(changes)
     return config
 
@@ -141,8 +141,8 @@ def test_an_unknown_data_set_names_the_known_ones():
         open_source("imagnet", "train")
 
 
-def affine(**limits: float) -> Any:
-    settings = default_config().data.affine
+def warp(**limits: float) -> Any:
+    settings = default_config().data.warp
     for key, value in limits.items():
         settings[key] = value
     return settings
@@ -160,15 +160,15 @@ def centre_of_mass(image: np.ndarray) -> tuple[float, float]:
     return float((grey * x).sum() - 16), float((grey * y).sum() - 16)
 
 
-def test_affine_without_limits_changes_nothing():
+def test_warp_without_limits_changes_nothing():
     image = np.random.default_rng(0).integers(0, 256, (33, 31, 3), np.uint8)
-    np.testing.assert_array_equal(random_affine(image, np.random.default_rng(0), affine()), image)
+    np.testing.assert_array_equal(random_warp(image, np.random.default_rng(0), warp()), image)
 
 
-def test_affine_turns_around_the_centre_by_at_most_the_given_angle():
+def test_warp_turns_around_the_centre_by_at_most_the_given_angle():
     angles = []
     for seed in range(200):
-        turned = random_affine(blob(26, 16), np.random.default_rng(seed), affine(degrees=30.0))
+        turned = random_warp(blob(26, 16), np.random.default_rng(seed), warp(degrees=30.0))
         x, y = centre_of_mass(turned)
         assert abs(np.hypot(x, y) - 10) < 0.3
         angles.append(np.degrees(np.arctan2(y, x)))
@@ -176,14 +176,28 @@ def test_affine_turns_around_the_centre_by_at_most_the_given_angle():
     assert 27 < max(angles) < 30.5
 
 
-def test_affine_scales_and_shifts_within_the_limits():
+def test_warp_scales_shifts_and_shears_within_the_limits():
     for seed in range(50):
         rng = np.random.default_rng(seed)
-        x, y = centre_of_mass(random_affine(blob(16, 16), rng, affine(translate=0.2)))
+        x, y = centre_of_mass(random_warp(blob(16, 16), rng, warp(translate=0.2)))
         assert max(abs(x), abs(y)) < 0.2 * 33 + 0.1
-        x, y = centre_of_mass(random_affine(blob(26, 16), rng, affine(scale=0.25)))
+        x, y = centre_of_mass(random_warp(blob(26, 16), rng, warp(scale=0.25)))
         assert 7.4 < x < 12.6
         assert abs(y) < 0.3
+        x, y = centre_of_mass(random_warp(blob(16, 26), rng, warp(shear=0.3)))
+        assert abs(x) < 3.3
+        assert abs(y - 10) < 0.3
+
+
+def test_warp_bends_by_a_little_and_never_the_same_way():
+    shifts = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        x, y = centre_of_mass(random_warp(blob(16, 16), rng, warp(bend=0.04)))
+        shifts += [x, y]
+    # The centre of the image is a corner of four cells, so it moves by the noise itself.
+    assert np.std(shifts) == pytest.approx(0.04 * 33, rel=0.2)
+    assert abs(np.mean(shifts)) < 0.3
 
 
 def test_evaluation_resizes_and_does_nothing_else():
