@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,13 @@ def evaluate(count: Count, params: Params, source: Source, config: ConfigDict, m
     return sums
 
 
+def example_batch(source: Source, config: ConfigDict, mesh: Mesh) -> Batch:
+    """A batch like all those of a run."""
+    batches = train_batches(source, config, first_step=0, last_step=1, **sharding.this_host())
+    with contextlib.closing(batches):
+        return sharding.put_batch(next(batches), mesh)
+
+
 def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
     """Train as `config` says, or go on where the run in `workdir` stopped.
 
@@ -72,8 +80,10 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
     task = Classification(model, config.label_smoothing, config.data.mean, config.data.std)
     schedule = cosine_schedule(config.optimizer, epoch_steps, config.epochs)
     optimizer = adamw(config.optimizer, schedule)
-    train_step = jax.jit(
-        make_train_step(task.loss, optimizer, config.ema_decay, config.seed), donate_argnums=0
+    train_step: Any = jax.jit(
+        make_train_step(task.loss, optimizer, config.ema_decay, config.seed),
+        donate_argnums=0,
+        out_shardings=everywhere,
     )
     count = jax.jit(task.count)
 
@@ -104,8 +114,15 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
         )
         if first_step == last_step:
             say(f"all {last_step} steps are done; give another --workdir to train again")
-        elif first_step:
-            say(f"going on from step {first_step} of {last_step}")
+        else:
+            if first_step:
+                say(f"going on from step {first_step} of {last_step}")
+            started = time.perf_counter()
+            train_step = train_step.lower(
+                state, example_batch(train_source, config, mesh)
+            ).compile()
+            test(state)
+            say(f"compiled in {time.perf_counter() - started:.0f} s")
 
         batches = train_batches(
             train_source, config, first_step=first_step, last_step=last_step, **sharding.this_host()
