@@ -21,15 +21,18 @@ def _read(line: jax.Array, index: jax.Array) -> jax.Array:
     return line.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def _sample_line(line: jax.Array, position: jax.Array) -> jax.Array:
-    """Linear interpolation of `line` [L, S] at `position` [L] (pixels), zeros outside.
+def _sample_line(line: jax.Array, offset: jax.Array) -> jax.Array:
+    """Linear interpolation of `line` [L, S] at own coordinate + `offset` [L], zeros outside.
 
-    The derivative by position is the right-hand difference `line[floor + 1] - line[floor]`,
-    at exact integers too, because `floor` has derivative zero.
+    The derivative by the offset is the right-hand difference `line[floor + 1] - line[floor]`, at
+    exact integers too, because `floor` has derivative zero.
     """
     length = line.shape[0]
-    floor = jnp.floor(position)
-    fraction = (position - floor)[:, None]
+    # Coordinates are integers, so offset and position have the same fraction. Taken from the
+    # offset it is exact: float32 would round 3 - 1e-8 to 3 and read on the wrong side of it.
+    offset_floor = jnp.floor(offset)
+    fraction = (offset - offset_floor)[:, None]
+    floor = jnp.arange(length, dtype=offset.dtype) + offset_floor
     # Any place two or more pixels outside reads zeros twice; -2 stands for all of them and for
     # NaN, so that the cast to integers never overflows.
     touches_map = (floor >= -1) & (floor < length)
@@ -37,13 +40,13 @@ def _sample_line(line: jax.Array, position: jax.Array) -> jax.Array:
     return (1 - fraction) * _read(line, index) + fraction * _read(line, index + 1)
 
 
-def _sample_gather(x: jax.Array, position: jax.Array, axis: str) -> jax.Array:
-    """`x` [B, H, W, G, S] at `position` [B, H, W, G] along `axis`, by gathering groups."""
+def _sample_gather(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
+    """`x` [B, H, W, G, S] moved by `offset` [B, H, W, G] along `axis`, by gathering groups."""
     line_axis = 1 if axis == "h" else 0  # the other spatial axis, once the batch is mapped
     sample = jax.vmap(_sample_line, in_axes=(-2, -1), out_axes=-2)  # groups
     sample = jax.vmap(sample, in_axes=line_axis, out_axes=line_axis)
     sample = jax.vmap(sample)  # batch
-    return sample(x, position)
+    return sample(x, offset)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, str], jax.Array]] = {
@@ -66,7 +69,7 @@ def sample_axis(x: ArrayLike, offset: ArrayLike, axis: str, impl: str = "auto") 
       impl: 'auto', or a name in `IMPLEMENTATIONS`.
 
     Returns:
-      `[B, H, W, C]`, dtype of `x`; positions and interpolation are computed in float32 or wider.
+      `[B, H, W, C]`, dtype of `x`; offsets and interpolation are computed in float32 or wider.
 
     Raises:
       ValueError: G does not divide C, the leading shapes differ, or `axis` or `impl` is unknown.
@@ -95,9 +98,6 @@ def sample_axis(x: ArrayLike, offset: ArrayLike, axis: str, impl: str = "auto") 
         )
 
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, offset.dtype), jnp.float32)
-    shape = (1, height, 1, 1) if axis == "h" else (1, 1, width, 1)
-    length = height if axis == "h" else width
-    position = jnp.arange(length, dtype=dtype).reshape(shape) + offset.astype(dtype)
     grouped = x.reshape(batch, height, width, groups, channels // groups)
     sample = IMPLEMENTATIONS["gather" if impl == "auto" else impl]
-    return sample(grouped, position, axis).astype(x.dtype).reshape(x.shape)
+    return sample(grouped, offset.astype(dtype), axis).astype(x.dtype).reshape(x.shape)

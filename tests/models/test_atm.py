@@ -83,12 +83,13 @@ def test_values_and_gradients_equal_the_original(axis: str, impl: str):
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_values_equal_the_original_in_float32(axis: str):
+def test_values_and_gradients_equal_the_original_in_float32(axis: str):
     golden = goldens.load("atm_op.npz")
-    arrays = (golden[key].astype(np.float32) for key in ("x", "offset"))
-    y = sample_axis(*arrays, axis)
-    assert y.dtype == jnp.float32
-    goldens.assert_close(y, golden[f"{axis}/y"], 1e-4, f"{axis}/y")
+    arrays = [golden[key].astype(np.float32) for key in ("x", "offset", "cotangent")]
+    results = value_and_gradients(*arrays, axis, "auto")
+    for name, ours in zip(("y", "grad_x", "grad_offset"), results, strict=True):
+        assert ours.dtype == jnp.float32
+        goldens.assert_close(ours, golden[f"{axis}/{name}"], 1e-4, f"{axis}/{name}")
 
 
 @pytest.mark.usefixtures("float64")
