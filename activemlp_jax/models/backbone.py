@@ -144,7 +144,7 @@ def check_architecture(
         if len(values) != 4:
             raise ValueError(f"{name} is {tuple(values)}, expected four values, one a stage")
         kinds = (int, float) if name == "mlp_ratios" else (int,)
-        if not all(type(value) in kinds and value > 0 for value in values):
+        if not all(type(value) in kinds and 0 < value < float("inf") for value in values):
             kind = "numbers" if name == "mlp_ratios" else "integers"
             raise ValueError(f"{name} is {tuple(values)}, expected positive {kind}")
     for stage, depth in enumerate(depths):
@@ -159,9 +159,14 @@ def check_architecture(
                 f"embed_dims is {tuple(embed_dims)}: the {dim} channels of stage {stage} are not "
                 f"divisible by its share_dims value {share}"
             )
-    for stage, dim in enumerate(embed_dims):
+    for stage, (dim, ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
         if dim < 4:
             raise ValueError(f"embed_dims is {tuple(embed_dims)}: stage {stage} needs at least 4")
+        if int(dim * ratio) < 1:
+            raise ValueError(
+                f"mlp_ratios is {tuple(mlp_ratios)}: stage {stage} of {dim} channels would have no "
+                "hidden channels"
+            )
     if offset_interval < 1:
         raise ValueError(f"offset_interval is {offset_interval}, expected at least 1")
     if num_classes < 1:

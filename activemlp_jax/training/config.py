@@ -1,5 +1,7 @@
 """Every setting of a run, with its default; configs change what differs from these."""
 
+import math
+from collections.abc import Callable
 from functools import reduce
 from operator import getitem
 from typing import Any
@@ -14,7 +16,7 @@ from activemlp_jax.models.backbone import MIN_IMAGE_SIDE, ActiveMLP
 # These do not change what a run computes, so a run may be resumed with others.
 FREE_TO_CHANGE = ("tensorboard", "data.num_threads", "checkpoint.keep", "checkpoint.every_epochs")
 
-DTYPES = ("bfloat16", "float32", "float64")
+DTYPES = ("bfloat16", "float32")
 
 
 def default_config() -> ConfigDict:
@@ -78,34 +80,61 @@ def build_model(config: ConfigDict, num_classes: int) -> ActiveMLP:
         raise UserError(f"config.model: {error}") from error
 
 
+def _three_numbers(value: Any, at_least: float) -> bool:
+    return len(value) == 3 and all(
+        isinstance(number, int | float) and math.isfinite(number) and number > at_least
+        for number in value
+    )
+
+
+# What a value must be to work: keys, condition, and the words for it. Types are ml_collections'.
+LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("epochs", "batch_size", "eval_batch_size", "checkpoint.every_epochs", "checkpoint.keep"),
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    # JAX's keys keep 32 bits of a seed.
+    (("seed",), lambda value: 0 <= value < 2**32, "0 <= seed < 2**32"),
+    (
+        ("label_smoothing", "ema_decay", "optimizer.b1", "optimizer.b2", "data.warp.scale"),
+        lambda value: 0 <= value < 1,
+        "0 <= value < 1",
+    ),
+    (("model.dtype",), lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
+    (("data.name",), lambda value: value in SOURCES, f"one of {', '.join(sorted(SOURCES))}"),
+    (("data.image_size",), lambda value: value >= MIN_IMAGE_SIDE, f"at least {MIN_IMAGE_SIDE}"),
+    (("data.mean",), lambda value: _three_numbers(value, -math.inf), "three numbers"),
+    (("data.std",), lambda value: _three_numbers(value, 0), "three numbers above 0"),
+    (("optimizer.learning_rate",), lambda value: value > 0, "more than 0"),
+    (
+        (
+            "optimizer.warmup_learning_rate",
+            "optimizer.final_learning_rate",
+            "optimizer.warmup_epochs",
+            "optimizer.weight_decay",
+            "optimizer.eps",
+            "data.num_threads",
+            "data.warp.degrees",
+            "data.warp.shear",
+            "data.warp.translate",
+            "data.warp.bend",
+        ),
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+)
+
+
 def check_config(config: ConfigDict) -> None:
     """Raises UserError, naming the key, the value and what was expected, before any work."""
-    model = config.model
-    if model.dtype not in DTYPES:
-        raise UserError(f"config.model.dtype is {model.dtype!r}, expected one of {DTYPES}")
-    build_model(config, num_classes=1)
-
-    def require(key: str, holds: bool, expected: str) -> None:
-        if not holds:
+    for keys, holds, expected in LIMITS:
+        for key in keys:
             value = reduce(getitem, key.split("."), config)
-            raise UserError(f"config.{key} is {value!r}, expected {expected}")
-
-    size = config.data.image_size
-    require("data.image_size", size >= MIN_IMAGE_SIDE, f"at least {MIN_IMAGE_SIDE}")
-    require("data.name", config.data.name in SOURCES, f"one of {', '.join(sorted(SOURCES))}")
-    require("data.num_threads", config.data.num_threads >= 0, "0 or more")
-    require("data.warp.scale", 0 <= config.data.warp.scale < 1, "0 <= scale < 1")
-    require("seed", config.seed >= 0, "0 or more")
-    require("epochs", config.epochs >= 1, "at least 1")
-    require("batch_size", config.batch_size >= 1, "at least 1")
-    require("eval_batch_size", config.eval_batch_size >= 1, "at least 1")
-    require("label_smoothing", 0 <= config.label_smoothing < 1, "0 <= smoothing < 1")
-    require("ema_decay", 0 <= config.ema_decay < 1, "0 <= decay < 1")
-    optimizer = config.optimizer
-    require("optimizer.learning_rate", optimizer.learning_rate > 0, "more than 0")
-    require("optimizer.warmup_epochs", optimizer.warmup_epochs >= 0, "0 or more")
-    require("checkpoint.every_epochs", config.checkpoint.every_epochs >= 1, "at least 1")
-    require("checkpoint.keep", config.checkpoint.keep >= 1, "at least 1")
+            infinite = isinstance(value, float) and not math.isfinite(value)
+            if infinite or not holds(value):
+                raise UserError(f"config.{key} is {value!r}, expected {expected}")
+    build_model(config, num_classes=1)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

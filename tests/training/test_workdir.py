@@ -89,6 +89,19 @@ def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path):
     assert [record["epoch"] for record in read_records(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("content", ["", "[]", "null", "{"])
+def test_a_config_json_that_is_none_is_refused(content: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json is no"):
+        claim_workdir(tmp_path, config())
+
+
+def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path):
+    (tmp_path / "config.json.partial").write_text("{")
+    claim_workdir(tmp_path, config())
+    assert (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -101,6 +114,14 @@ def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path):
         ({"ema_decay": 1.0}, r"config\.ema_decay is 1\.0"),
         ({"epochs": -1}, r"config\.epochs is -1"),
         ({"optimizer.learning_rate": 0.0}, r"config\.optimizer\.learning_rate is 0\.0"),
+        ({"optimizer.learning_rate": float("inf")}, r"config\.optimizer\.learning_rate is inf"),
+        ({"optimizer.weight_decay": -1.0}, r"config\.optimizer\.weight_decay is -1\.0"),
+        ({"optimizer.b1": 1.0}, r"config\.optimizer\.b1 is 1\.0, expected 0 <= value < 1"),
+        ({"data.mean": (0.5,)}, r"config\.data\.mean is \(0\.5,\), expected three numbers"),
+        ({"data.std": (0.2, 0.0, 0.2)}, r"config\.data\.std is .*expected three numbers above 0"),
+        ({"data.warp.bend": -0.1}, r"config\.data\.warp\.bend is -0\.1, expected 0 or more"),
+        ({"model.mlp_ratios": (0.01, 4.0, 4.0, 4.0)}, r"stage 0 .* no hidden channels"),
+        ({"seed": 2**40}, r"config\.seed is 1099511627776, expected 0 <= seed < 2\*\*32"),
     ],
 )
 def test_settings_that_cannot_work_are_named_before_any_work(changes: Any, message: str):
