@@ -133,10 +133,28 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(finished: tuple[Pa
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path: Path):
-    result = run("--workdir", str(tmp_path), *SMALL, "--config.optimizer.learning_rate=1e30")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.optimizer.learning_rate=1e30"], "the loss is nan at or just before step"),
+        # The only update of the epoch breaks the weights, and no loss of training shows it.
+        (
+            [
+                "--config.optimizer.learning_rate=1e30",
+                "--config.optimizer.warmup_epochs=0",
+                "--config.batch_size=1437",
+            ],
+            "the test_loss is nan at or just before step 0",
+        ),
+    ],
+    ids=["within an epoch", "at the end of an epoch"],
+)
+def test_weights_that_are_not_finite_stop_the_run_before_they_are_saved(
+    flags: list[str], message: str, tmp_path: Path
+):
+    result = run("--workdir", str(tmp_path), *SMALL, *flags)
     assert result.returncode == 2, result.stderr
-    assert "the loss is nan at or just before step" in result.stderr
+    assert message in result.stderr
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 
@@ -163,7 +181,12 @@ def test_help_shows_an_example():
         (["--config.model.depths=(2,2,2)"], ["depths is (2, 2, 2), expected four values"]),
         (["--config.model.depths=(2,1,2,2)"], ["stage 1 has 1 block, expected at least 2"]),
         (["--config.model.depths=deep"], ["depths is ('deep',), expected four values"]),
-        (["--config.model.share_dims=(2,3,4,8)"], ["64 channels of stage 1", "share_dims value 3"]),
+        (
+            ["--config.model.embed_dims=(8,16,16,16)", "--config.model.share_dims=(2,3,4,8)"],
+            ["16 channels of stage 1", "share_dims value 3"],
+        ),
+        (["--config.optimizer.b2=1.5"], ["config.optimizer.b2 is 1.5, expected 0 <= value < 1"]),
+        (["--workdir=gs://bucket/run"], ["gs://bucket/run, expected a directory of this machine"]),
         (["--config.data.image_size=16"], ["config.data.image_size is 16, expected at least 32"]),
         (["--config.batch_size=2000"], ["batch_size is 2000", "only 1437 images"]),
         (["--config=configs/nothing.py"], ["there is no config file configs/nothing.py"]),
@@ -181,17 +204,26 @@ def test_a_wrong_command_line_is_one_clear_line(
     assert not workdir.exists(), "nothing is made for a run that cannot start"
 
 
-def test_a_config_with_a_key_that_does_not_exist_is_named(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("config = default_config()\n    config.learning_rate = 1e-3", ["learning_rate"]),
+        ("config = default_config()\n    config['learning_rate'] = 1e-3", ["learning_rate"]),
+        ("config = None", ["get_config() must return default_config() with other values"]),
+        ("config = ConfigDict()", ["get_config() must return default_config() with other values"]),
+    ],
+)
+def test_a_config_file_that_gives_no_config_is_one_clear_line(
+    body: str, parts: list[str], tmp_path: Path
+):
     path = tmp_path / "mine.py"
     path.write_text(
+        "from ml_collections import ConfigDict\n"
         "from activemlp_jax.training.config import default_config\n"
-        "def get_config():\n"
-        "    config = default_config()\n"
-        "    config.learning_rate = 1e-3\n"
-        "    return config\n"
+        f"def get_config():\n    {body}\n    return config\n"
     )
     result = run("--config", str(path), "--workdir", str(tmp_path / "run"))
-    assert_one_clear_line(result, "mine.py", "learning_rate")
+    assert_one_clear_line(result, "mine.py", *parts)
 
 
 def test_a_workdir_that_cannot_be_written_is_one_clear_line(tmp_path: Path):

@@ -10,6 +10,9 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.training.config import default_config
+
+HELP = ("help", "helpfull", "helpshort", "helpxml", "?")
 
 
 def _keys(config: ConfigDict, prefix: str = "config.") -> list[str]:
@@ -27,12 +30,16 @@ def _load(path: str) -> ConfigDict:
     if not Path(path).is_file():
         raise UserError(f"there is no config file {path}")
     try:
-        return runpy.run_path(path)["get_config"]()
-    except KeyError:
-        raise UserError(f"{path} defines no function get_config()") from None
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config() if get_config else None
     except Exception as error:  # whatever the user's file does wrong
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: {type(error).__name__}: {reason}") from error
+    if get_config is None:
+        raise UserError(f"{path} defines no function get_config()")
+    if not isinstance(config, ConfigDict) or set(_keys(config)) != set(_keys(default_config())):
+        raise UserError(f"{path}: get_config() must return default_config() with other values")
+    return config
 
 
 def _check_keys(argv: list[str], default_config: Path) -> None:
@@ -60,7 +67,7 @@ def run(default_config: Path) -> None:
     Args:
       default_config: the config file where the command line names none.
     """
-    asks_for_help = any(argument.lstrip("-").startswith("help") for argument in sys.argv[1:])
+    asks_for_help = any(argument.lstrip("-") in HELP for argument in sys.argv[1:])
     if not asks_for_help:
         try:
             _check_keys(sys.argv[1:], default_config)
@@ -89,15 +96,17 @@ def run(default_config: Path) -> None:
 
 def _main(argv: list[str]) -> None:
     del argv
-    from activemlp_jax.training.loop import train  # after the flags: --help need not wait for it
-
     config = flags.FLAGS.config
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = Path(flags.FLAGS.workdir or f"runs/{name}")
+    workdir = flags.FLAGS.workdir or f"runs/{name}"
+    if "://" in workdir:
+        exit_with(f"--workdir is {workdir}, expected a directory of this machine")
     try:
-        train(config, workdir, Console())
+        from activemlp_jax.training.loop import train  # here, as --help need not wait for it
+
+        train(config, Path(workdir).expanduser(), Console())
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from the last checkpoint in {workdir}")
+        print(f"\ninterrupted; the same command goes on from the newest checkpoint in {workdir}")
         sys.exit(130)

@@ -49,7 +49,7 @@ def example_batch(source: Source, config: ConfigDict, mesh: Mesh) -> Batch:
         return sharding.put_batch(next(batches), mesh)
 
 
-def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
+def train(config: ConfigDict, workdir: Path, console: Console) -> None:
     """Train as `config` says, or go on where the run in `workdir` stopped.
 
     Args:
@@ -57,15 +57,12 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
       workdir: made if need be; the module `workdir` says what it holds.
       console: where to report.
 
-    Returns:
-      The record of the last epoch, as in `metrics.jsonl`.
-
     Raises:
       UserError: settings that cannot work, a workdir that cannot be used, or a loss that is not
         finite.
     """
     check_config(config)
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for key in ("batch_size", "eval_batch_size"):
         sharding.check_batch_size(key, config[key])
     train_source = open_source(config.data.name, "train")
@@ -85,7 +82,7 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
         donate_argnums=0,
         out_shardings=everywhere,
     )
-    count = jax.jit(task.count)
+    count = jax.jit(task.count, out_shardings=everywhere)
 
     def initial_state() -> TrainState:
         images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
@@ -138,7 +135,7 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
                 for step in range((epoch - 1) * epoch_steps, epoch * epoch_steps):
                     state, loss = train_step(state, sharding.put_batch(next(batches), mesh))
                     losses.append(loss)
-                    # The loss of the step before is there already: looking at it does not wait.
+                    # Waiting for the step before, not for this one, keeps the device busy.
                     reporter.step(check_finite(losses[-2:][0], step))
                 train_loss = np.mean([check_finite(loss, step) for loss in losses])
                 record = {
@@ -149,6 +146,8 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
                     "images_per_second": round(reporter.images_per_second(), 1),
                     **test(state)[0],
                 }
+                for key in ("test_loss", "ema_test_loss"):
+                    check_finite(record.get(key, 0.0), step, key)
                 reporter.epoch(record)
                 records.append(record)
                 if epoch % config.checkpoint.every_epochs == 0 or epoch == config.epochs:
@@ -158,7 +157,8 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
 
     _, sums = test(state)
     accuracy = task.metrics(sums)["accuracy"]
-    draw_curves(records, workdir / "curves.png")
+    if records:  # a finished run whose metrics.jsonl was taken away has none
+        draw_curves(records, workdir / "curves.png")
     draw_confusion(
         sums["confusion"], train_source.class_names, accuracy, workdir / "confusion_matrix.png"
     )
@@ -166,12 +166,11 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> Record:
         f"accuracy {accuracy:.2f}% on {len(test_source):,} test images, "
         f"{seconds:.0f} s of training; see curves.png and confusion_matrix.png in {workdir}"
     )
-    return records[-1]
 
 
-def check_finite(loss: jax.Array, step: int) -> float:
+def check_finite(loss: jax.Array | float, step: int, name: str = "loss") -> float:
     """`loss` as a number; raises UserError if it is none."""
     value = float(loss)
     if not math.isfinite(value):
-        raise UserError(f"the loss is {value} at or just before step {step}; the run stops here")
+        raise UserError(f"the {name} is {value} at or just before step {step}; the run stops here")
     return value

@@ -51,10 +51,10 @@ class Reporter:
         self._batch_size = batch_size
         self._console = console
         self._writer = None
-        if tensorboard:
+        if tensorboard and step < steps:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step)
+            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),

@@ -90,8 +90,19 @@ def test_hosts_hold_disjoint_blocks_of_the_same_global_batch(processes: int):
 
 
 def test_another_seed_gives_another_order_and_other_transforms():
-    ours, other = batches(last=1)[0], batches(last=1, seed=1)[0]
-    assert (ours["label"] != other["label"]).any()
+    ours, other = batches(last=EPOCH), batches(last=EPOCH, seed=1)
+    assert (ours[0]["label"] != other[0]["label"]).any()
+    image_of = [
+        {
+            label: image
+            for batch in run
+            for label, image in zip(batch["label"], batch["image"], strict=True)
+        }
+        for run in (ours, other)
+    ]
+    both = image_of[0].keys() & image_of[1].keys()
+    assert len(both) > EXAMPLES // 2
+    assert all((image_of[0][label] != image_of[1][label]).any() for label in both)
 
 
 def test_the_same_example_is_transformed_anew_each_epoch():
@@ -176,17 +187,28 @@ def test_warp_turns_around_the_centre_by_at_most_the_given_angle():
     assert 27 < max(angles) < 30.5
 
 
-def test_warp_scales_shifts_and_shears_within_the_limits():
-    for seed in range(50):
-        rng = np.random.default_rng(seed)
-        x, y = centre_of_mass(random_warp(blob(16, 16), rng, warp(translate=0.2)))
-        assert max(abs(x), abs(y)) < 0.2 * 33 + 0.1
-        x, y = centre_of_mass(random_warp(blob(26, 16), rng, warp(scale=0.25)))
-        assert 7.4 < x < 12.6
-        assert abs(y) < 0.3
-        x, y = centre_of_mass(random_warp(blob(16, 26), rng, warp(shear=0.3)))
-        assert abs(x) < 3.3
-        assert abs(y - 10) < 0.3
+@pytest.mark.parametrize(
+    ("limits", "start", "axis", "extremes"),
+    [
+        ({"translate": 0.2}, (16, 16), "x", (-0.2 * 33, 0.2 * 33)),
+        ({"translate": 0.2}, (16, 16), "y", (-0.2 * 33, 0.2 * 33)),
+        ({"scale": 0.25}, (26, 16), "x", (7.5, 12.5)),
+        ({"scale": 0.25}, (16, 26), "y", (7.5, 12.5)),
+        ({"shear": 0.3}, (16, 26), "x", (-3, 3)),
+    ],
+)
+def test_warp_shifts_scales_and_shears_up_to_the_limits(
+    limits: dict[str, float], start: tuple[int, int], axis: str, extremes: tuple[float, float]
+):
+    rng = np.random.default_rng(0)
+    moved = [
+        centre_of_mass(random_warp(blob(*start), rng, warp(**limits)))["xy".index(axis)]
+        for _ in range(200)
+    ]
+    least, most = extremes
+    tenth = (most - least) / 10
+    assert least - 0.3 < min(moved) < least + tenth
+    assert most - tenth < max(moved) < most + 0.3
 
 
 def test_warp_bends_by_a_little_and_never_the_same_way():
