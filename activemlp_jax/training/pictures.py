@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from activemlp_jax.training.workdir import Record
@@ -18,10 +19,10 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
     loss, accuracy, rate = figure.subplots(1, 3)
     epochs = [record["epoch"] for record in records]
 
-    def line(axes: object, key: str, label: str, colour: str) -> None:
+    def line(axes: Axes, key: str, label: str, colour: str) -> None:
         if key in records[0]:
             values = [record[key] for record in records]
-            axes.plot(epochs, values, label=label, color=COLOURS[colour])  # type: ignore[attr-defined]
+            axes.plot(epochs, values, label=label, color=COLOURS[colour])
 
     line(loss, "train_loss", "train (smoothed labels)", "train")
     line(loss, "test_loss", "test", "test")
