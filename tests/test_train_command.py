@@ -165,10 +165,11 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *parts: str)
         assert part in result.stderr
 
 
-def test_help_shows_an_example():
+def test_help_shows_an_example_and_the_flags():
     result = run("--help")
     assert "python train.py --config configs/digits.py" in result.stdout
-    assert "--workdir" in result.stdout
+    assert "--config.KEY=VALUE changes a key" in result.stdout
+    assert "Directory of the run" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def run(default_config: Path) -> None:
         "config", str(default_config), "Config file; --config.KEY=VALUE changes a key of it."
     )
     flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
+    for name in ("config", "workdir"):  # --help shows the flags of the program's own module
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def parse(argv: list[str]) -> list[str]:
         try:
