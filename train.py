@@ -10,4 +10,4 @@ from pathlib import Path
 from activemlp_jax.training.command import run
 
 if __name__ == "__main__":
-    run(default_config=Path(__file__).parent / "configs" / "digits.py")
+    run(default_path=Path(__file__).parent / "configs" / "digits.py")

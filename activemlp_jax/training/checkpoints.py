@@ -1,7 +1,6 @@
 """Checkpoints of the whole state by orbax: asynchronous, and never half there."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -21,12 +20,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._manager.close()
 
     def restore_latest(self, like: Any, sharding: Sharding) -> TrainState | None:

@@ -42,9 +42,9 @@ def _load(path: str) -> ConfigDict:
     return config
 
 
-def _check_keys(argv: list[str], default_config: Path) -> None:
+def _check_keys(argv: list[str], default_path: Path) -> None:
     """Raises UserError for a config file that fails, or an override of a key it does not have."""
-    path, overrides = str(default_config), []
+    path, overrides = str(default_path), []
     for position, argument in enumerate(argv):
         name, _, value = argument.lstrip("-").partition("=")
         if not argument.startswith("-"):
@@ -61,20 +61,20 @@ def _check_keys(argv: list[str], default_config: Path) -> None:
             raise UserError(f"{path} has no key {name}{hint}")
 
 
-def run(default_config: Path) -> None:
+def run(default_path: Path) -> None:
     """Parse the flags of `train.py`, and train; ends the process.
 
     Args:
-      default_config: the config file where the command line names none.
+      default_path: the config file where the command line names none.
     """
     asks_for_help = any(argument.lstrip("-") in HELP for argument in sys.argv[1:])
     if not asks_for_help:
         try:
-            _check_keys(sys.argv[1:], default_config)
+            _check_keys(sys.argv[1:], default_path)
         except UserError as error:
             exit_with(error)
     config_flags.DEFINE_config_file(
-        "config", str(default_config), "Config file; --config.KEY=VALUE changes a key of it."
+        "config", str(default_path), "Config file; --config.KEY=VALUE changes a key of it."
     )
     flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
     for name in ("config", "workdir"):  # --help shows the flags of the program's own module

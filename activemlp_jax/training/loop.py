@@ -111,14 +111,14 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
         )
         if first_step == last_step:
             say(f"all {last_step} steps are done; give another --workdir to train again")
-        else:
-            if first_step:
-                say(f"going on from step {first_step} of {last_step}")
-            started = time.perf_counter()
-            train_step = train_step.lower(
-                state, example_batch(train_source, config, mesh)
-            ).compile()
-            test(state)
+        elif first_step:
+            say(f"going on from step {first_step} of {last_step}")
+
+        started = time.perf_counter()
+        _, sums = test(state)  # compiles the evaluation, and is all that a finished run needs
+        if first_step < last_step:
+            batch = example_batch(train_source, config, mesh)
+            train_step = train_step.lower(state, batch).compile()
             say(f"compiled in {time.perf_counter() - started:.0f} s")
 
         batches = train_batches(
@@ -138,13 +138,14 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
                     # Waiting for the step before, not for this one, keeps the device busy.
                     reporter.step(check_finite(losses[-2:][0], step))
                 train_loss = np.mean([check_finite(loss, step) for loss in losses])
+                metrics, sums = test(state)
                 record = {
                     "epoch": epoch,
                     "step": step + 1,
                     "learning_rate": float(schedule(step)),
                     "train_loss": float(train_loss),
                     "images_per_second": round(reporter.images_per_second(), 1),
-                    **test(state)[0],
+                    **metrics,
                 }
                 for key in ("test_loss", "ema_test_loss"):
                     check_finite(record.get(key, 0.0), step, key)
@@ -155,7 +156,6 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
 
         seconds = time.perf_counter() - started
 
-    _, sums = test(state)
     accuracy = task.metrics(sums)["accuracy"]
     if records:  # a finished run whose metrics.jsonl was taken away has none
         draw_curves(records, workdir / "curves.png")
