@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.model.drop_path_rate = 0.1
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_epochs = 2
+    config.data.resize_factor = 1.0  # the digits fill their images
     config.data.num_threads = 1  # such small images: a second thread waits for the interpreter
     config.data.warp.degrees = 15.0
     config.data.warp.scale = 0.15

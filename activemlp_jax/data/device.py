@@ -5,9 +5,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """`images` `[B, H, W, 3]` uint8 to float32 with `mean` and `std`, both of the range 0 to 1."""

@@ -14,6 +14,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 from ml_collections import ConfigDict
 
+from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import Source
 from activemlp_jax.data.transforms import eval_transform, train_transform
 from activemlp_jax.errors import UserError
@@ -96,28 +97,42 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source, config: ConfigDict, *, process: int = 0, processes: int = 1
+    source: Source,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    *,
+    num_threads: int,
+    process: int = 0,
+    processes: int = 1,
 ) -> Generator[Batch]:
     """This host's part of one ordered pass; every example counts exactly once.
+
+    Args:
+      source: the set to evaluate on.
+      preprocessing: of each image; normalising is left to the device.
+      batch_size: over all hosts.
+      num_threads: that read and transform; 0 for none but the caller's.
+      process: this host's number among `processes`, which divides the batch size.
+      processes: the number of hosts.
 
     Yields:
       `image` and `label` as `train_batches`, and `mask` `[B]` float32: 1 for an example, 0 for
       the padding that fills the last batch, so that all hosts take the same number of steps.
     """
-    local_batch = config.eval_batch_size // processes
-    steps = -(-len(source) // config.eval_batch_size)
+    local_batch = batch_size // processes
+    steps = -(-len(source) // batch_size)
 
     def sample(index: int) -> dict[str, Any]:
         position = _global_position(index, local_batch, process, processes)
         example = source[min(position, len(source) - 1)]
         return {
-            "image": eval_transform(example.image, config.data),
+            "image": eval_transform(example.image, preprocessing),
             "label": np.int32(example.label),
             "mask": np.float32(position < len(source)),
         }
 
     dataset = grain.MapDataset.range(steps * local_batch).map(sample).batch(local_batch)
-    options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=16)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16)
     iterator = iter(dataset.to_iter_dataset(options))
     try:
         yield from iterator

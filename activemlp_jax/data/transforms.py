@@ -8,6 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from activemlp_jax.data.preprocessing import Preprocessing
+
 MESH = 2  # cells along each side of a warped image
 
 
@@ -82,6 +84,23 @@ def train_transform(image: np.ndarray, rng: np.random.Generator, config: ConfigD
     return resize(random_warp(image, rng, config.warp), config.image_size)
 
 
-def eval_transform(image: np.ndarray, config: ConfigDict) -> np.ndarray:
-    """What evaluation sees of `image`: `[image_size, image_size, 3]` uint8."""
-    return resize(image, config.image_size)
+def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """What evaluation sees of `image`: the centre, `[image_size, image_size, 3]` uint8.
+
+    The short side is resized, bicubic, with the long side in proportion, truncated; the crop's
+    offset is rounded half to even.
+
+    Source: the evaluation transform of the authors' release, pixel for pixel.
+    """
+    size = preprocessing.image_size
+    short = int(preprocessing.resize_factor * size)
+    height, width = image.shape[:2]
+    long = int(short * max(height, width) / min(height, width))
+    new_width, new_height = (short, long) if width <= height else (long, short)
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    resized = image
+    if (height, width) != (new_height, new_width):
+        resized = np.asarray(
+            Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
+        )
+    return resized[top : top + size, left : left + size]

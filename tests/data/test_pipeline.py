@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 
 from activemlp_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
-from activemlp_jax.data.sources import ArraySource, open_source
-from activemlp_jax.data.transforms import eval_transform, random_warp
+from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.data.sources import ArraySource
 from activemlp_jax.errors import UserError
 from activemlp_jax.training.config import default_config
 
 EXAMPLES = 53
 BATCH = 8
 EPOCH = EXAMPLES // BATCH
+EVALUATION = Preprocessing(image_size=32, resize_factor=1.0)
 
 
 def config(**changes: Any) -> Any:
     config = default_config()
-    config.batch_size = config.eval_batch_size = BATCH
+    config.batch_size = BATCH
     config.data.warp.degrees = 20.0
     config.data.warp.translate = 0.1
     config.update_from_flattened_dict(changes)
@@ -120,7 +121,9 @@ def test_evaluation_counts_every_example_once_on_any_number_of_hosts(processes: 
     steps = set()
     for process in range(processes):
         with contextlib.closing(
-            eval_batches(source(), config(), process=process, processes=processes)
+            eval_batches(
+                source(), EVALUATION, BATCH, num_threads=2, process=process, processes=processes
+            )
         ) as iterator:
             host = list(iterator)
         steps.add(len(host))
@@ -134,97 +137,3 @@ def test_evaluation_counts_every_example_once_on_any_number_of_hosts(processes: 
 def test_a_batch_larger_than_the_data_set_is_refused():
     with pytest.raises(UserError, match="batch_size is 54, but the training set has only 53"):
         steps_per_epoch(source(), 54)
-
-
-def test_digits_are_split_by_writer():
-    train, test = open_source("digits", "train"), open_source("digits", "test")
-    assert (len(train), len(test)) == (1437, 360)
-    assert train.class_names == tuple("0123456789")
-    image, label = train[0]
-    assert (image.shape, image.dtype, label) == ((32, 32, 3), np.uint8, 0)
-    assert [test[i].label for i in range(5)] == [2, 3, 4, 5, 6]
-    assert image.max() > 200
-    assert image.min() == 0
-
-
-def test_an_unknown_data_set_names_the_known_ones():
-    with pytest.raises(UserError, match="no data set 'imagnet', expected one of digits"):
-        open_source("imagnet", "train")
-
-
-def warp(**limits: float) -> Any:
-    settings = default_config().data.warp
-    for key, value in limits.items():
-        settings[key] = value
-    return settings
-
-
-def blob(x: int, y: int) -> np.ndarray:
-    image = np.zeros((33, 33, 3), np.uint8)
-    image[y - 1 : y + 2, x - 1 : x + 2] = 255
-    return image
-
-
-def centre_of_mass(image: np.ndarray) -> tuple[float, float]:
-    grey = image[..., 0] / image[..., 0].sum()
-    y, x = np.mgrid[:33, :33]
-    return float((grey * x).sum() - 16), float((grey * y).sum() - 16)
-
-
-def test_warp_without_limits_changes_nothing():
-    image = np.random.default_rng(0).integers(0, 256, (33, 31, 3), np.uint8)
-    np.testing.assert_array_equal(random_warp(image, np.random.default_rng(0), warp()), image)
-
-
-def test_warp_turns_around_the_centre_by_at_most_the_given_angle():
-    angles = []
-    for seed in range(200):
-        turned = random_warp(blob(26, 16), np.random.default_rng(seed), warp(degrees=30.0))
-        x, y = centre_of_mass(turned)
-        assert abs(np.hypot(x, y) - 10) < 0.3
-        angles.append(np.degrees(np.arctan2(y, x)))
-    assert -30.5 < min(angles) < -27
-    assert 27 < max(angles) < 30.5
-
-
-@pytest.mark.parametrize(
-    ("limits", "start", "axis", "extremes"),
-    [
-        ({"translate": 0.2}, (16, 16), "x", (-0.2 * 33, 0.2 * 33)),
-        ({"translate": 0.2}, (16, 16), "y", (-0.2 * 33, 0.2 * 33)),
-        ({"scale": 0.25}, (26, 16), "x", (7.5, 12.5)),
-        ({"scale": 0.25}, (16, 26), "y", (7.5, 12.5)),
-        ({"shear": 0.3}, (16, 26), "x", (-3, 3)),
-    ],
-)
-def test_warp_shifts_scales_and_shears_up_to_the_limits(
-    limits: dict[str, float], start: tuple[int, int], axis: str, extremes: tuple[float, float]
-):
-    rng = np.random.default_rng(0)
-    moved = [
-        centre_of_mass(random_warp(blob(*start), rng, warp(**limits)))["xy".index(axis)]
-        for _ in range(200)
-    ]
-    least, most = extremes
-    tenth = (most - least) / 10
-    assert least - 0.3 < min(moved) < least + tenth
-    assert most - tenth < max(moved) < most + 0.3
-
-
-def test_warp_bends_by_a_little_and_never_the_same_way():
-    shifts = []
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        x, y = centre_of_mass(random_warp(blob(16, 16), rng, warp(bend=0.04)))
-        shifts += [x, y]
-    # The centre of the image is a corner of four cells, so it moves by the noise itself.
-    assert np.std(shifts) == pytest.approx(0.04 * 33, rel=0.2)
-    assert abs(np.mean(shifts)) < 0.3
-
-
-def test_evaluation_resizes_and_does_nothing_else():
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    settings = config().data
-    np.testing.assert_array_equal(eval_transform(image, settings), image)
-    settings.image_size = 48
-    assert eval_transform(image, settings).shape == (48, 48, 3)

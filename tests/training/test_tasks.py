@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import activemlp_jax as am
-from activemlp_jax.data.device import IMAGENET_MEAN, IMAGENET_STD, normalise
+from activemlp_jax.data.device import normalise
+from activemlp_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from activemlp_jax.training.tasks import Classification
 
 

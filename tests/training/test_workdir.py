@@ -105,11 +105,12 @@ def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data.resize_factor": 0.5}, r"config\.data\.resize_factor is 0\.5, expected 1 or more"),
+        ({"data.test_split": ""}, r"config\.data\.test_split is .., expected the name of a split"),
         ({"data.image_size": 31}, r"config\.data\.image_size is 31, expected at least 32"),
         ({"model.depths": (2, 2, 1, 2)}, r"config\.model: depths is .*stage 2 has 1 block"),
         ({"model.share_dims": (2, 5, 4, 8)}, r"64 channels of stage 1.*share_dims value 5"),
         ({"model.dtype": "float16"}, r"config\.model\.dtype is 'float16', expected one of"),
-        ({"data.name": "cifar"}, r"config\.data\.name is 'cifar', expected one of digits"),
         ({"batch_size": 0}, r"config\.batch_size is 0, expected at least 1"),
         ({"ema_decay": 1.0}, r"config\.ema_decay is 1\.0"),
         ({"epochs": -1}, r"config\.epochs is -1"),
