@@ -2,6 +2,8 @@
 
 from activemlp_jax.models.atm import sample_axis
 from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
+from activemlp_jax.weights.model_directory import load_pretrained
+from activemlp_jax.weights.torch_files import load_torch_checkpoint
 from activemlp_jax.weights.torch_names import from_torch, to_torch
 
 __all__ = [
@@ -9,6 +11,8 @@ __all__ = [
     "create_model",
     "from_torch",
     "list_models",
+    "load_pretrained",
+    "load_torch_checkpoint",
     "sample_axis",
     "to_torch",
 ]

@@ -69,7 +69,7 @@ def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     return _to_torch_layout(path, np.broadcast_to(np.zeros(()), shape)).shape
 
 
-def _as_numpy(value: Any) -> np.ndarray:
+def as_numpy(value: Any) -> np.ndarray:
     """A numpy view of an array or a PyTorch tensor."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
@@ -84,13 +84,17 @@ def _list_keys(keys: list[str], most: int = 8) -> str:
     return f"{shown} and {len(keys) - most} more" if len(keys) > most else shown
 
 
-def _shape_of(state_dict: Mapping[str, Any], key: str) -> tuple[int, ...]:
+def _rows(state_dict: Mapping[str, Any], key: str) -> int:
+    """The first size of a weight; none has a size of zero."""
     if key not in state_dict:
         found = f"found {_list_keys(list(state_dict), 3)}" if state_dict else "it is empty"
         raise ValueError(
             f"the state dict misses {key}, which every ActiveMLP classifier has; {found}"
         )
-    return tuple(state_dict[key].shape)
+    shape = tuple(state_dict[key].shape)
+    if not shape or 0 in shape:
+        raise ValueError(f"{key} has shape {shape}, which no ActiveMLP has")
+    return shape[0]
 
 
 def _depths(blocks: set[tuple[int, int]]) -> tuple[int, ...]:
@@ -117,16 +121,20 @@ def infer_architecture(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       several `offset_interval`s give the same network, the smallest.
 
     Raises:
-      ValueError: a key that every model has is missing, named.
+      ValueError: a key that every model has is missing or has a shape that none has, named.
     """
     matches = (re.match(r"blocks\.(\d+)\.(\d+)\.", key) for key in state_dict)
     blocks = {(int(match[1]), int(match[2])) for match in matches if match}
     depths = _depths(blocks)
+    for stage, depth in enumerate(depths):
+        count = sum(i == stage for i, _ in blocks)
+        if count != depth:
+            raise ValueError(f"stage {stage} has a block {depth - 1}, but only {count} blocks")
     embed_dims, mlp_ratios, share_dims = [], [], []
     for stage in range(4):
-        dim = _shape_of(state_dict, f"blocks.{stage}.0.norm1.weight")[0]
-        hidden = _shape_of(state_dict, f"blocks.{stage}.0.mlp.fc1.weight")[0]
-        offsets = _shape_of(state_dict, f"blocks.{stage}.0.offset_layer.1.weight")[0]
+        dim = _rows(state_dict, f"blocks.{stage}.0.norm1.weight")
+        hidden = _rows(state_dict, f"blocks.{stage}.0.mlp.fc1.weight")
+        offsets = _rows(state_dict, f"blocks.{stage}.0.offset_layer.1.weight")
         embed_dims.append(dim)
         mlp_ratios.append(_ratio(hidden, dim))
         share_dims.append(2 * dim // offsets)
@@ -144,7 +152,7 @@ def infer_architecture(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_ratios": tuple(mlp_ratios),
         "share_dims": tuple(share_dims),
         "offset_interval": min(range(1, max(depths) + 1), key=disagreement),
-        "num_classes": _shape_of(state_dict, "head.weight")[0],
+        "num_classes": _rows(state_dict, "head.weight"),
     }
 
 
@@ -184,7 +192,7 @@ def from_torch(state_dict: Mapping[str, Any], model: ActiveMLP | None = None) ->
         )
     flat = {}
     for path, name in names.items():
-        value = _as_numpy(state_dict[name])
+        value = as_numpy(state_dict[name])
         expected = _torch_shape(path, shapes[path])
         if value.shape != expected:
             raise ValueError(f"{name} has shape {value.shape}, the model expects {expected}")

@@ -1,0 +1,159 @@
+"""Convert PyTorch weights of ActiveMLP into a model directory, or a model directory back.
+
+Examples:
+  python convert_torch_weights.py activemlp_tiny.pth models/active_tiny --verify
+  python convert_torch_weights.py models/active_tiny back.pth --to-torch
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
+from activemlp_jax.weights.model_directory import (
+    ModelCard,
+    read_card,
+    read_weights,
+    whole_or_nothing,
+    write_model,
+)
+from activemlp_jax.weights.torch_files import (
+    KINDS,
+    TorchCheckpoint,
+    choose_kind,
+    read_checkpoint,
+    sha256,
+    write_checkpoint,
+)
+from activemlp_jax.weights.torch_names import from_torch, infer_architecture, to_torch
+
+NAMES = {"ema": "averaged (EMA)", "model": "raw"}
+
+
+def main() -> None:
+    """The command line of `convert_torch_weights.py`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="IN", help="a .pth or .safetensors file")
+    parser.add_argument("target", metavar="OUT", help="the model directory to make")
+    parser.add_argument(
+        "--weights",
+        choices=list(KINDS),
+        help="the weights that later tools use by default (ema where there are any); with "
+        "--to-torch, the only ones to write",
+    )
+    parser.add_argument(
+        "--model", choices=list_models(), help="refuse any other (found out from the shapes)"
+    )
+    parser.add_argument("--num-classes", type=int, help="refuse another number of classes")
+    parser.add_argument(
+        "--image-size", type=int, help="side that the weights are for (the file's, or else 224)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run the result and a PyTorch model with the file's weights on random images, in "
+        "float64, and print the difference; nothing is written if there is one",
+    )
+    parser.add_argument(
+        "--to-torch",
+        action="store_true",
+        help="the way back: IN is a model directory, OUT a file. A .pth file has the original's "
+        "form, {'model': ..., 'model_ema': ...}; with --weights these under 'model' alone. A "
+        ".safetensors file has one set of weights",
+    )
+    arguments = parser.parse_args()
+    source, target = Path(arguments.source), Path(arguments.target)
+    try:
+        if target.exists():
+            raise UserError(f"{target} is already there; give another place")
+        if arguments.to_torch:
+            for option in ("model", "num_classes", "image_size", "verify"):
+                if getattr(arguments, option) not in (None, False):
+                    raise UserError(f"--{option.replace('_', '-')} does not go with --to-torch")
+            _to_torch(source, target, arguments.weights)
+        else:
+            _from_torch(source, target, arguments)
+    except (UserError, OSError) as error:
+        exit_with(error)
+
+
+def _expected_model(arguments: argparse.Namespace, found: dict[str, Any]) -> ActiveMLP:
+    """The model that the command line asks for, or else that of the fields `found`."""
+    if arguments.num_classes is not None:
+        found = {**found, "num_classes": arguments.num_classes}
+    if arguments.model:
+        return create_model(arguments.model, found["num_classes"])
+    return ActiveMLP(**found)
+
+
+def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:
+    checkpoint = read_checkpoint(source)
+    default = choose_kind(checkpoint.weights, arguments.weights or "auto", source)
+    try:
+        model = _expected_model(arguments, infer_architecture(checkpoint.weights[default]))
+        sizes = (arguments.image_size, checkpoint.image_size, Preprocessing.image_size)
+        preprocessing = Preprocessing(next(size for size in sizes if size is not None))
+        params = {
+            kind: from_torch(state_dict, model)["params"]
+            for kind, state_dict in checkpoint.weights.items()
+        }
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    origin = {"file": source.name, "sha256": sha256(source), "epoch": checkpoint.epoch}
+    card = ModelCard(model, preprocessing, tuple(params), default, None, origin)
+    _print_found(source, card, checkpoint)
+    with whole_or_nothing(target) as place:
+        write_model(place, card, params)
+        if arguments.verify:
+            _verify(place, checkpoint)
+    print(f"wrote {target}; the {NAMES[default]} weights are its default")
+
+
+def _print_found(source: Path, card: ModelCard, checkpoint: TorchCheckpoint) -> None:
+    arrays = checkpoint.weights[card.default_kind].values()
+    parameters = sum(array.size for array in arrays)
+    types = ", ".join(sorted({str(array.dtype) for array in arrays}))
+    name = card.name or f"of no published variant, depths {card.model.depths}"
+    epoch = "unknown" if checkpoint.epoch is None else checkpoint.epoch
+    print(f"{source}: SHA-256 {card.source['sha256']}")
+    print(f"  model:   {name}, {parameters:,} parameters, {card.model.num_classes} classes")
+    print(f"  weights: {' and '.join(NAMES[kind] for kind in card.kinds)}, {types}; epoch {epoch}")
+    print(f"  images:  {card.preprocessing.image_size} pixels")
+
+
+def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
+    try:
+        from activemlp_jax.weights.verify import BOUND, largest_difference
+    except ImportError as error:
+        raise UserError("--verify needs PyTorch: pip install 'activemlp-jax[torch]'") from error
+    for kind, difference in largest_difference(directory, checkpoint.weights).items():
+        line = f"{NAMES[kind]} weights: PyTorch and flax differ by {difference:.1e} of the logits"
+        if not difference <= BOUND:
+            raise UserError(f"{line}, more than {BOUND:.0e}; nothing was written")
+        print(f"verified {line} (random images, float64)")
+
+
+def _to_torch(source: Path, target: Path, only: str | None) -> None:
+    card = read_card(source)
+    one_only = target.suffix == ".safetensors"
+    if only:
+        kinds = {choose_kind(card.kinds, only, source): "model"}
+    elif one_only:
+        kinds = {card.default_kind: "model"}
+    else:
+        kinds = {kind: kind for kind in card.kinds}
+    weights = {
+        key: to_torch({"params": read_weights(source, card, kind)}) for kind, key in kinds.items()
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(target, weights)
+    kinds_written = " and ".join(NAMES[kind] for kind in kinds)
+    print(f"wrote the {kinds_written} weights to {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The real `convert_torch_weights.py` as a process: in, out, and every file it must refuse."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import goldens
+import jax
+import numpy as np
+import pytest
+import torch
+
+import activemlp_jax as am
+
+ROOT = Path(__file__).parents[1]
+MICRO_CHECKPOINT = goldens.DATA / "micro_checkpoint.pth"
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, str(ROOT / "convert_torch_weights.py"), *map(str, arguments)]
+
+
+def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def converted(*arguments: str | Path) -> str:
+    result = convert(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def original() -> dict[str, dict[str, torch.Tensor]]:
+    """The two state dicts of the micro checkpoint, read by PyTorch itself."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(MICRO_CHECKPOINT, weights_only=True)
+    return {key: content[key] for key in ("model", "model_ema")}
+
+
+def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(ours) == set(expected)
+    for key, value in expected.items():
+        assert ours[key].dtype == value.dtype
+        assert torch.equal(ours[key], value), key
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The model directory of the micro checkpoint, and what its conversion printed."""
+    directory = tmp_path_factory.mktemp("models") / "micro"
+    return directory, converted(MICRO_CHECKPOINT, directory, "--verify")
+
+
+def test_conversion_prints_what_it_found(micro: tuple[Path, str]):
+    directory, output = micro
+    for part in (
+        "depths (2, 3, 4, 2), 69,162 parameters, 10 classes",
+        "averaged (EMA) and raw, float32; epoch 3",
+        "64 pixels",
+        f"wrote {directory}; the averaged (EMA) weights are its default",
+    ):
+        assert part in output
+    verified = [line for line in output.splitlines() if line.startswith("verified")]
+    assert len(verified) == 2
+    for line in verified:
+        difference = float(line.split("differ by ")[1].split()[0])
+        assert 0 < difference < 1e-12, line
+
+
+def test_the_directory_says_where_its_weights_come_from(micro: tuple[Path, str]):
+    card = json.loads((micro[0] / "model.json").read_text())
+    assert card["source"] == {
+        "file": "micro_checkpoint.pth",
+        "sha256": "0e477715f6055423b83d793183319ba7a76b602c059527b3a6435d405ec79022",
+        "epoch": 3,
+    }
+    assert card["preprocessing"]["image_size"] == 64
+    assert card["weights"] == {"kinds": ["ema", "model"], "default": "ema"}
+
+
+@pytest.mark.parametrize("kind", ["ema", "model"])
+def test_converted_weights_give_the_originals_logits(micro: tuple[Path, str], kind: str):
+    model, variables = am.load_pretrained(micro[0], kind)
+    images = goldens.golden_input("micro_checkpoint_golden.npz", "input").astype(np.float32)
+    golden = goldens.load("micro_checkpoint_golden.npz")[f"logits_{kind}"]
+    goldens.assert_close(jax.jit(model.apply)(variables, images), golden, 1e-5, kind)
+
+
+def test_the_weights_asked_for_become_the_default(micro: tuple[Path, str], tmp_path: Path):
+    output = converted(MICRO_CHECKPOINT, tmp_path / "raw", "--weights", "model")
+    assert "the raw weights are its default" in output
+    _, ours = am.load_pretrained(tmp_path / "raw")
+    _, raw = am.load_pretrained(micro[0], "model")
+    jax.tree.map(np.testing.assert_array_equal, ours, raw)
+
+
+def test_weights_go_back_to_pytorch_bit_for_bit(micro: tuple[Path, str], tmp_path: Path):
+    output = converted(micro[0], tmp_path / "back.pth", "--to-torch")
+    assert "wrote the averaged (EMA) and raw weights to" in output
+    back, expected = torch.load(tmp_path / "back.pth", weights_only=True), original()
+    assert set(back) == set(expected)
+    for key, state_dict in expected.items():
+        assert_equal(back[key], state_dict)
+
+    converted(micro[0], tmp_path / "ema.pth", "--to-torch", "--weights", "ema")
+    back = torch.load(tmp_path / "ema.pth", weights_only=True)
+    assert set(back) == {"model"}
+    assert_equal(back["model"], expected["model_ema"])
+
+
+def test_safetensors_go_both_ways(micro: tuple[Path, str], tmp_path: Path):
+    path = tmp_path / "micro.safetensors"
+    converted(micro[0], path, "--to-torch")
+    output = converted(path, tmp_path / "again", "--image-size", "64")
+    assert "raw, float32; epoch unknown" in output
+    _, ours = am.load_pretrained(tmp_path / "again")
+    _, expected = am.load_pretrained(micro[0])
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+def test_a_published_variant_is_recognised_and_checked(tmp_path: Path):
+    shapes = goldens.official_shapes("active_xtiny")
+    weights = {key: torch.full(shape, 0.01) for key, shape in shapes.items()}
+    torch.save({"state_dict": weights}, tmp_path / "xtiny.pth")
+    output = converted(
+        tmp_path / "xtiny.pth", tmp_path / "xtiny", "--model", "active_xtiny",
+        "--num-classes", "1000",
+    )  # fmt: skip
+    assert "active_xtiny, 15,349,128 parameters, 1000 classes" in output
+    assert json.loads((tmp_path / "xtiny" / "model.json").read_text())["name"] == "active_xtiny"
+
+
+@pytest.mark.slow
+def test_a_large_checkpoint_of_training_needs_less_than_four_gigabytes(tmp_path: Path):
+    shapes = goldens.official_shapes("active_large")
+    torch.save(
+        {
+            "model": {key: torch.randn(shape) for key, shape in shapes.items()},
+            "model_ema": {key: torch.randn(shape) for key, shape in shapes.items()},
+            "optimizer": {
+                "state": {
+                    key: {"exp_avg": torch.zeros(shape), "exp_avg_sq": torch.zeros(shape)}
+                    for key, shape in shapes.items()
+                }
+            },
+            "epoch": 299,
+        },
+        tmp_path / "large.pth",
+    )
+    assert (tmp_path / "large.pth").stat().st_size > 1.2e9
+    started = time.perf_counter()
+    process = subprocess.Popen(command(tmp_path / "large.pth", tmp_path / "large"), cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds, gigabytes = time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
+    print(f"active_large: {seconds:.0f} s, {gigabytes:.2f} GB")
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert gigabytes < 4, f"{gigabytes:.2f} GB"
+
+
+def state_dict(**changes: Any) -> dict[str, Any]:
+    """The raw weights of the micro checkpoint with changes; None takes a key away."""
+    weights = {**original()["model"], **{k.replace("__", "."): v for k, v in changes.items()}}
+    return {key: value for key, value in weights.items() if value is not None}
+
+
+class RunsCommand:
+    """A pickle that makes the file `it_ran` in the working directory's parent."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.proof}",)
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "a truncated zip": (MICRO_CHECKPOINT.read_bytes()[:900_000], "or a broken or truncated one"),
+    "an empty file": (b"", "is empty"),
+    "a text file": (b"hello\n", "is no PyTorch checkpoint"),
+    "another architecture": (
+        {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1000)},
+        "misses blocks.0.0.norm1.weight, which every ActiveMLP classifier has; found conv1.weight",
+    ),
+    "one extra key": (state_dict(surprise=torch.zeros(3)), "keys 1 unknown (surprise)"),
+    "one missing key": (state_dict(norm__weight=None), "keys 1 missing (norm.weight)"),
+    "one wrong shape": (
+        state_dict(blocks__1__0__mlp__fc2__bias=torch.zeros(5)),
+        "blocks.1.0.mlp.fc2.bias has shape (5,), the model expects (16,)",
+    ),
+    "a missing block": (
+        {k: v for k, v in state_dict().items() if not k.startswith("blocks.2.1.")},
+        "stage 2 has a block 3, but only 3 blocks",
+    ),
+    "NaN weights": (
+        state_dict(head__bias=torch.full((10,), torch.nan)),
+        "head.bias has 10 of 10 values not finite",
+    ),
+    "NaN in the average only": (
+        {"model": state_dict(), "model_ema": state_dict(head__bias=torch.full((10,), torch.nan))},
+        "ema: head.bias has 10 of 10 values not finite",
+    ),
+    "averages of another model": (
+        {"model": state_dict(head__bias=torch.zeros(7)), "model_ema": state_dict()},
+        "head.bias has shape (7,), the model expects (10,)",
+    ),
+    "a segmentation checkpoint": (
+        (goldens.DATA / "seg_micro_upernet_checkpoint.pth").read_bytes(),
+        "is a segmentation checkpoint",
+    ),
+}
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert result.returncode == 2, f"exit status {result.returncode}: {result.stderr}"
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for part in ("convert_torch_weights.py: error: ", *parts):
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_file_that_cannot_be_converted_is_one_clear_line(case: str, tmp_path: Path):
+    content, message = BROKEN[case]
+    path = tmp_path / "broken.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    assert_refused(convert(path, tmp_path / "models" / "out"), "broken.pth", message)
+    assert [file.name for file in tmp_path.iterdir()] == ["broken.pth"], "nothing is left behind"
+
+
+def test_a_pickle_that_would_run_a_command_is_refused_and_not_run(tmp_path: Path):
+    path, proof = tmp_path / "hostile.pth", tmp_path / "it_ran"
+    torch.save({"model": state_dict(), "args": RunsCommand(proof)}, path)
+    assert_refused(
+        convert(path, tmp_path / "out"),
+        "needs posix.system to be read, and only tensors and argparse.Namespace are allowed",
+    )
+    assert not proof.exists(), "the command was run"
+    assert [file.name for file in tmp_path.iterdir()] == ["hostile.pth"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([MICRO_CHECKPOINT, "OUT", "--num-classes", "7"], "the model expects (7,)"),
+        ([MICRO_CHECKPOINT, "OUT", "--num-classes", "0"], "num_classes is 0"),
+        ([MICRO_CHECKPOINT, "OUT", "--model", "active_tiny"], "depths (2, 3, 10, 3)"),
+        ([MICRO_CHECKPOINT, "OUT", "--image-size", "8"], "image_size is 8, expected at least 32"),
+        ([MICRO_CHECKPOINT, "OUT", "--weights", "average"], "invalid choice: 'average'"),
+        ([MICRO_CHECKPOINT, "."], ". is already there; give another place"),
+        (["nothing.pth", "OUT"], "there is no file nothing.pth"),
+        ([".", "OUT"], "there is no file ."),
+        ([MICRO_CHECKPOINT, "OUT", "--to-torch"], "is no model directory"),
+        ([".", "OUT", "--to-torch", "--verify"], "--verify does not go with --to-torch"),
+    ],
+)
+def test_a_wrong_command_line_is_said_clearly(arguments: list[Any], message: str, tmp_path: Path):
+    out = tmp_path / "out"
+    result = convert(*[out if argument == "OUT" else argument for argument in arguments])
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_shows_examples():
+    output = converted("--help")
+    assert "python convert_torch_weights.py activemlp_tiny.pth models/active_tiny" in output
+    assert "--to-torch" in output
