@@ -1,0 +1,216 @@
+"""`python -m activemlp_jax.evaluate` as real processes: each image counts once, anywhere."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import goldens
+import numpy as np
+import pytest
+from PIL import Image
+
+from activemlp_jax import ActiveMLP
+from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.data.sources import open_source
+from activemlp_jax.data.transforms import eval_transform
+from activemlp_jax.weights.model_directory import (
+    ModelCard,
+    whole_or_nothing,
+    write_model,
+)
+from activemlp_jax.weights.torch_files import read_checkpoint
+from activemlp_jax.weights.torch_names import from_torch
+
+ROOT = Path(__file__).parents[1]
+MODULE = ("-m", "activemlp_jax.evaluate")
+PREPROCESSING = Preprocessing(image_size=32, resize_factor=1.0)
+
+# Evaluation as one of two processes that share the work.
+TWO_PROCESSES = """
+import sys, jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
+from activemlp_jax import evaluate
+sys.argv = ["evaluate.py", *sys.argv[3:]]
+evaluate.main()
+"""
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+def start(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(devices), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
+
+
+def last_line(output: str) -> dict[str, Any]:
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of the micro checkpoint, for digits of 32 pixels."""
+    directory = tmp_path_factory.mktemp("models") / "micro"
+    network = ActiveMLP(**goldens.MICRO)
+    weights = read_checkpoint(goldens.DATA / "micro_checkpoint.pth").weights
+    params = {kind: from_torch(state_dict)["params"] for kind, state_dict in weights.items()}
+    card = ModelCard(network, PREPROCESSING, ("ema", "model"), "ema", tuple("0123456789"))
+    with whole_or_nothing(directory) as place:
+        write_model(place, card, params)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def on_one_device(model: Path) -> str:
+    return finish(start(*MODULE, str(model), "--data", "digits", "--batch-size", "100"))
+
+
+def counts() -> dict[str, tuple[int, int]]:
+    """Images of the digits' test set right at the first and within five guesses, by PyTorch."""
+    import torch
+
+    from activemlp_jax.weights.torch_model import TorchActiveMLP
+
+    source = open_source("digits", "test")
+    examples = [source[index] for index in range(len(source))]
+    pixels = np.stack([eval_transform(example.image, PREPROCESSING) for example in examples])
+    images = (pixels / 255 - PREPROCESSING.mean) / PREPROCESSING.std
+    labels = np.array([example.label for example in examples])
+    network = TorchActiveMLP(**goldens.MICRO)
+    found = {}
+    weights = read_checkpoint(goldens.DATA / "micro_checkpoint.pth").weights
+    for kind, state_dict in weights.items():
+        network.load_state_dict({key: torch.tensor(value) for key, value in state_dict.items()})
+        with torch.inference_mode():
+            logits = network(torch.tensor(images, dtype=torch.float32)).numpy()
+        ranks = (logits > logits[np.arange(len(labels)), labels, None]).sum(-1)
+        found[kind] = (int((ranks < 1).sum()), int((ranks < 5).sum()))
+    return found
+
+
+def test_accuracy_of_both_weights_is_that_of_pytorch(on_one_device: str):
+    record = last_line(on_one_device)
+    assert record["images"] == 360
+    for (kind, (right, among_five)), line in zip(
+        counts().items(), on_one_device.splitlines(), strict=False
+    ):
+        acc1, acc5 = 100 * right / 360, 100 * among_five / 360
+        assert record[kind]["acc1"] == pytest.approx(acc1, abs=1e-9)
+        assert record[kind]["acc5"] == pytest.approx(acc5, abs=1e-9)
+        expected = f"[{kind}] accuracy on 360 test images: {acc1:.3f}% acc@1 | {acc5:.3f}% acc@5"
+        assert line == expected
+    assert record["ema"] != record["model"]
+
+
+def assert_same(output: str, expected: str) -> None:
+    """The same counts; the loss as equal as sums in another order are."""
+    ours, theirs = last_line(output), last_line(expected)
+    for kind in ("ema", "model"):
+        assert ours[kind]["loss"] == pytest.approx(theirs[kind]["loss"], rel=1e-5)
+        del ours[kind]["loss"], theirs[kind]["loss"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("devices", [3, 8])
+def test_each_image_counts_once_on_any_number_of_devices(
+    devices: int, model: Path, on_one_device: str
+):
+    arguments = (str(model), "--data", "digits", "--batch-size", "100")
+    assert_same(finish(start(*MODULE, *arguments, devices=devices)), on_one_device)
+
+
+def test_each_image_counts_once_on_two_hosts(model: Path, on_one_device: str):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    arguments = (str(model), "--data", "digits", "--batch-size", "100")
+    hosts = [
+        start("-c", TWO_PROCESSES, address, str(host), *arguments, devices=2) for host in (0, 1)
+    ]
+    outputs = [finish(host) for host in hosts]
+    assert_same(outputs[0], on_one_device)
+    assert "accuracy" not in outputs[1], "the first host speaks for all"
+
+
+def save_digits(folder: Path, count: int) -> None:
+    """The first digits of the test set as pictures in class folders."""
+    source = open_source("digits", "test")
+    for index in range(count):
+        image, label = source[index]
+        (folder / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / str(label) / f"{index}.png")
+
+
+def test_a_folder_counts_as_the_same_images_elsewhere(model: Path, tmp_path: Path):
+    save_digits(tmp_path / "val", 360)
+    arguments = (str(model), "--data", f"folder:{tmp_path}")
+    ours = last_line(finish(start(*MODULE, *arguments)))
+    for kind, (right, among_five) in counts().items():
+        assert ours[kind]["acc1"] == pytest.approx(100 * right / 360, abs=1e-9)
+        assert ours[kind]["acc5"] == pytest.approx(100 * among_five / 360, abs=1e-9)
+
+
+def test_another_image_size_just_works(model: Path):
+    output = finish(start(*MODULE, str(model), "--data", "digits", "--image-size", "48"))
+    assert "[ema] accuracy on 360 test images" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["MODEL", "--data", "digit"], "no data set 'digit', expected digits, folder:PATH or tfds"),
+        (["MODEL", "--data", "digits", "--split", "val"], "has the splits train, test, not 'val'"),
+        (["MODEL", "--data", "folder:nowhere"], "there is no folder nowhere"),
+        (["MODEL", "--data", "folder:FOLDER"], "folder:FOLDER has 2 classes, expected 10"),
+        (["MODEL", "--data", "digits", "--image-size", "8"], "image_size is 8, expected"),
+        (
+            ["MODEL", "--data", "digits", "--batch-size", "0"],
+            "--batch-size is 0, expected",
+        ),
+        (["nothing", "--data", "digits"], "nothing is no model directory: it has no model.json"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_clear_line(
+    arguments: list[str], message: str, model: Path, tmp_path: Path
+):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (50, 40)).save(tmp_path / name / "a.png")
+    places = {"MODEL": str(model), "folder:FOLDER": f"folder:{tmp_path}"}
+    process = start(*MODULE, *[places.get(argument, argument) for argument in arguments])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert message.replace("FOLDER", str(tmp_path)) in errors
+
+
+def test_a_broken_image_ends_the_evaluation_and_is_named(model: Path, tmp_path: Path):
+    save_digits(tmp_path, 30)
+    broken = next((tmp_path / "7").iterdir())
+    broken.write_bytes(b"\x89PNG")
+    process = start(*MODULE, str(model), "--data", f"folder:{tmp_path}")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert f"{broken} is no readable image" in errors
+    assert len(errors.strip().splitlines()) == 1, errors
+
+
+def test_help_shows_examples():
+    output = finish(start(*MODULE, "--help"))
+    assert (
+        "python -m activemlp_jax.evaluate models/active_tiny --data folder:/data/imagenet" in output
+    )
