@@ -12,6 +12,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
+
+import activemlp_jax as am
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +74,7 @@ def test_a_run_leaves_its_record_its_pictures_and_its_checkpoints(finished: tupl
         "confusion_matrix.png",
         "curves.png",
         "metrics.jsonl",
+        "model",
         "tensorboard",
     }
     lines = records(workdir)
@@ -82,6 +86,52 @@ def test_a_run_leaves_its_record_its_pictures_and_its_checkpoints(finished: tupl
     for name in ("curves.png", "confusion_matrix.png"):
         assert (workdir / name).read_bytes()[:4] == b"\x89PNG"
     assert any((workdir / "tensorboard").iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_model_directory_of_its_last_state(finished: tuple[Path, str]):
+    workdir, _ = finished
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    for kind, key in (("ema", "ema_params"), ("model", "params")):
+        _, variables = am.load_pretrained(workdir / "model", kind)
+        jax.tree.map(np.testing.assert_array_equal, variables["params"], state[key])
+    result = subprocess.run(
+        [sys.executable, "-m", "activemlp_jax.evaluate", workdir / "model", "--data", "digits"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    evaluated, last = json.loads(result.stdout.splitlines()[-1]), records(workdir)[-1]
+    assert evaluated["model"]["acc1"] == pytest.approx(last["test_accuracy"], abs=1e-9)
+    assert evaluated["ema"]["acc1"] == pytest.approx(last["ema_test_accuracy"], abs=1e-9)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_model_directory(finished: tuple[Path, str], tmp_path: Path):
+    other_classes = tmp_path / "images"
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (other_classes / split / name).mkdir(parents=True)
+            for number in range(4):
+                image = Image.new("RGB", (40 + number, 50), "white" if name == "cat" else "black")
+                image.save(other_classes / split / name / f"{number}.jpg")
+    flags = (
+        f"--config.init_from={finished[0] / 'model'}",
+        f"--config.data.name=folder:{other_classes}",
+        "--config.data.image_size=48",
+        "--config.batch_size=8",
+        "--config.epochs=2",
+    )
+    workdir = tmp_path / "fine_tuned"
+    result = run("--workdir", str(workdir), *flags)
+    assert result.returncode == 0, result.stderr
+    message = "head re-initialised, 10 classes there and 2 here"
+    assert message in result.stdout
+    model, _ = am.load_pretrained(workdir / "model")
+    assert (model.num_classes, model.embed_dims) == (2, (8, 8, 16, 16))
+    again = run("--workdir", str(workdir), *flags)
+    assert "all 2 steps are done" in again.stdout, again.stderr
+    assert message not in again.stdout, "a resumed run has weights of its own"
 
 
 @pytest.mark.slow
@@ -189,6 +239,9 @@ def test_help_shows_an_example_and_the_flags():
         (["--config.optimizer.b2=1.5"], ["config.optimizer.b2 is 1.5, expected 0 <= value < 1"]),
         (["--workdir=gs://bucket/run"], ["gs://bucket/run, expected a directory of this machine"]),
         (["--config.data.image_size=16"], ["config.data.image_size is 16, expected at least 32"]),
+        (["--config.data.name=cifar"], ["no data set 'cifar', expected digits, folder:PATH or"]),
+        (["--config.data.test_split=val"], ["digits has the splits train, test, not 'val'"]),
+        (["--config.init_from=nowhere"], ["nowhere is no model directory: it has no model.json"]),
         (["--config.batch_size=2000"], ["batch_size is 2000", "only 1437 images"]),
         (["--config=configs/nothing.py"], ["there is no config file configs/nothing.py"]),
         (["--config", "configs/nothing.py"], ["there is no config file configs/nothing.py"]),

@@ -3,43 +3,35 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
 from activemlp_jax.data.pipeline import eval_batches, steps_per_epoch, train_batches
-from activemlp_jax.data.sources import Source, open_source
+from activemlp_jax.data.sources import Source, check_same_classes, open_source
 from activemlp_jax.errors import UserError
 from activemlp_jax.training import sharding
 from activemlp_jax.training.checkpoints import Checkpoints
-from activemlp_jax.training.config import build_model, check_config
+from activemlp_jax.training.config import build_model, build_preprocessing, check_config
+from activemlp_jax.training.evaluation import Sums, evaluate
 from activemlp_jax.training.optimizer import adamw, cosine_schedule
 from activemlp_jax.training.pictures import draw_confusion, draw_curves
+from activemlp_jax.training.pretrained import (
+    adopt_architecture,
+    draw_params,
+    initial_params,
+    write_result,
+)
 from activemlp_jax.training.reporting import Reporter
 from activemlp_jax.training.step import Batch, Params, TrainState, make_train_step
 from activemlp_jax.training.tasks import Classification
 from activemlp_jax.training.workdir import Record, claim_workdir, rewind_records
-
-Count = Callable[[Params, Batch], dict[str, jax.Array]]
-Sums = dict[str, np.ndarray]
-
-
-def evaluate(count: Count, params: Params, source: Source, config: ConfigDict, mesh: Mesh) -> Sums:
-    """The task's `count` summed over `source`, every example once."""
-    sums: Sums = {}
-    with contextlib.closing(eval_batches(source, config, **sharding.this_host())) as batches:
-        for batch in batches:
-            counted = jax.device_get(count(params, sharding.put_batch(batch, mesh)))
-            sums = {key: sums.get(key, 0) + value for key, value in counted.items()}
-    return sums
 
 
 def example_batch(source: Source, config: ConfigDict, mesh: Mesh) -> Batch:
@@ -61,19 +53,23 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
       UserError: settings that cannot work, a workdir that cannot be used, or a loss that is not
         finite.
     """
+    config = adopt_architecture(config)
     check_config(config)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for key in ("batch_size", "eval_batch_size"):
         sharding.check_batch_size(key, config[key])
-    train_source = open_source(config.data.name, "train")
-    test_source = open_source(config.data.name, "test")
+    train_source = open_source(config.data.name, config.data.train_split)
+    test_source = open_source(config.data.name, config.data.test_split)
+    class_names = train_source.class_names
+    check_same_classes(class_names, test_source.class_names, f"the test set of {config.data.name}")
     epoch_steps = steps_per_epoch(train_source, config.batch_size)
     last_step = config.epochs * epoch_steps
     claim_workdir(workdir, config)
 
     mesh = sharding.make_mesh()
     everywhere = sharding.replicated(mesh)
-    model = build_model(config, num_classes=len(train_source.class_names))
+    model = build_model(config, num_classes=len(class_names))
+    preprocessing = build_preprocessing(config)
     task = Classification(model, config.label_smoothing, config.data.mean, config.data.std)
     schedule = cosine_schedule(config.optimizer, epoch_steps, config.epochs)
     optimizer = adamw(config.optimizer, schedule)
@@ -84,24 +80,36 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
     )
     count = jax.jit(task.count, out_shardings=everywhere)
 
-    def initial_state() -> TrainState:
-        images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
-        variables = model.init(jax.random.key(config.seed), images)
-        return TrainState.create(variables["params"], optimizer, config.ema_decay)
+    def first_state(params: Params) -> TrainState:
+        return TrainState.create(params, optimizer, config.ema_decay)
 
     def test(state: TrainState) -> tuple[Record, Sums]:
         """Metrics of the weights and of their average, and the sums of the last of these."""
-        sums = evaluate(count, state.params, test_source, config, mesh)
-        record = {f"test_{key}": value for key, value in task.metrics(sums).items()}
+        weights = {"test": state.params}
         if state.ema_params is not None:
-            sums = evaluate(count, state.ema_params, test_source, config, mesh)
-            record |= {f"ema_test_{key}": value for key, value in task.metrics(sums).items()}
-        return record, sums
+            weights["ema_test"] = state.ema_params
+        batches = eval_batches(
+            test_source,
+            preprocessing,
+            config.eval_batch_size,
+            num_threads=config.data.num_threads,
+            **sharding.this_host(),
+        )
+        with contextlib.closing(batches):
+            sums = evaluate(count, weights, batches, mesh)
+        record = {
+            f"{name}_{key}": value
+            for name in weights
+            for key, value in task.metrics(sums[name]).items()
+        }
+        return record, sums[list(weights)[-1]]
 
     with Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints:
-        state = checkpoints.restore_latest(jax.eval_shape(initial_state), everywhere)
+        shapes = jax.eval_shape(lambda: first_state(draw_params(config, model)))
+        state = checkpoints.restore_latest(shapes, everywhere)
         if state is None:
-            state = jax.jit(initial_state, out_shardings=everywhere)()
+            params = initial_params(config, model, say)
+            state = jax.jit(first_state, out_shardings=everywhere)(params)
         first_step = int(state.step)
         records = rewind_records(workdir, first_step)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -159,12 +167,12 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
     accuracy = task.metrics(sums)["accuracy"]
     if records:  # a finished run whose metrics.jsonl was taken away has none
         draw_curves(records, workdir / "curves.png")
-    draw_confusion(
-        sums["confusion"], train_source.class_names, accuracy, workdir / "confusion_matrix.png"
-    )
+    draw_confusion(sums["confusion"], class_names, accuracy, workdir / "confusion_matrix.png")
+    source = {"trained_on": config.data.name, "epoch": config.epochs, "test_accuracy": accuracy}
+    write_result(workdir / "model", config, model, state, class_names, source)
     say(
         f"accuracy {accuracy:.2f}% on {len(test_source):,} test images, "
-        f"{seconds:.0f} s of training; see curves.png and confusion_matrix.png in {workdir}"
+        f"{seconds:.0f} s of training; see model, curves.png and confusion_matrix.png in {workdir}"
     )
 
 
