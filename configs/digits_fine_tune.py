@@ -1,0 +1,19 @@
+"""The digits again, from weights that already know letters: half the epochs.
+
+    python examples/draw_letters.py data/letters
+    python train.py --workdir runs/letters --config.epochs=20 \\
+        --config.data.name=folder:data/letters --config.data.test_split=val
+    python train.py --config configs/digits_fine_tune.py --config.init_from=runs/letters/model
+"""
+
+from ml_collections import ConfigDict
+
+from configs.digits import get_config as digits_config
+
+
+def get_config() -> ConfigDict:
+    """The digits' config, and what starting from weights changes."""
+    config = digits_config()
+    config.epochs = 20
+    config.optimizer.learning_rate = 1e-3
+    return config
