@@ -33,7 +33,7 @@ def test_fine_tuning_from_converted_letters_needs_fewer_epochs(tmp_path: Path):
     )  # fmt: skip
     run("convert_torch_weights.py", str(letters / "model"), str(tmp_path / "l.pth"), "--to-torch")
     converted = tmp_path / "converted"
-    run("convert_torch_weights.py", str(tmp_path / "l.pth"), str(converted), "--image-size", "32")
+    run("convert_torch_weights.py", str(tmp_path / "l.pth"), str(converted))
 
     tuned, scratch = tmp_path / "tuned", tmp_path / "scratch"
     output = run(

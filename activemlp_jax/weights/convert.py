@@ -6,6 +6,7 @@ Examples:
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.errors import UserError, exit_with
 from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
 from activemlp_jax.weights.model_directory import (
+    BROKEN_CARD,
     ModelCard,
     read_card,
     read_weights,
@@ -90,13 +92,26 @@ def _expected_model(arguments: argparse.Namespace, found: dict[str, Any]) -> Act
     return ActiveMLP(**found)
 
 
+def _described(source: Path, checkpoint: TorchCheckpoint) -> ModelCard | None:
+    """What a file that `--to-torch` wrote says of its model."""
+    if checkpoint.description is None:
+        return None
+    try:
+        return ModelCard.from_json(checkpoint.description)
+    except BROKEN_CARD as error:
+        raise UserError(f"{source} has a broken description of its model: {error}") from error
+
+
 def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(source)
+    described = _described(source, checkpoint)
     default = choose_kind(checkpoint.weights, arguments.weights or "auto", source)
     try:
         model = _expected_model(arguments, infer_architecture(checkpoint.weights[default]))
-        sizes = (arguments.image_size, checkpoint.image_size, Preprocessing.image_size)
-        preprocessing = Preprocessing(next(size for size in sizes if size is not None))
+        preprocessing = described.preprocessing if described else Preprocessing()
+        for size in (checkpoint.image_size, arguments.image_size):
+            if size is not None:
+                preprocessing = dataclasses.replace(preprocessing, image_size=size)
         params = {
             kind: from_torch(state_dict, model)["params"]
             for kind, state_dict in checkpoint.weights.items()
@@ -104,7 +119,9 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     origin = {"file": source.name, "sha256": sha256(source), "epoch": checkpoint.epoch}
-    card = ModelCard(model, preprocessing, tuple(params), default, None, origin)
+    same_classes = described and described.model.num_classes == model.num_classes
+    class_names = described.class_names if described and same_classes else None
+    card = ModelCard(model, preprocessing, tuple(params), default, class_names, origin)
     _print_found(source, card, checkpoint)
     with whole_or_nothing(target) as place:
         write_model(place, card, params)
@@ -150,7 +167,7 @@ def _to_torch(source: Path, target: Path, only: str | None) -> None:
         key: to_torch({"params": read_weights(source, card, kind)}) for kind, key in kinds.items()
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(target, weights)
+    write_checkpoint(target, weights, card.to_json())
     kinds_written = " and ".join(NAMES[kind] for kind in kinds)
     print(f"wrote the {kinds_written} weights to {target}")
 

@@ -32,6 +32,9 @@ from activemlp_jax.weights.torch_names import parameter_shapes
 FORMAT = 1
 ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_interval")
 
+# What `ModelCard.from_json` raises where there is none.
+BROKEN_CARD = (AttributeError, KeyError, TypeError, ValueError)
+
 Params = dict[str, Any]
 
 
@@ -74,7 +77,7 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelCard":
-        """Raises KeyError, TypeError or ValueError where `content` is no `model.json`."""
+        """The inverse of `to_json`; raises one of `BROKEN_CARD` if `content` is no such thing."""
         if content["format"] != FORMAT:
             raise ValueError(f"format is {content['format']!r}, expected {FORMAT}")
         classes, weights = content["classes"], content["weights"]
@@ -88,12 +91,15 @@ class ModelCard:
         kinds, default = tuple(weights["kinds"]), weights["default"]
         if default not in kinds:
             raise ValueError(f"weights {default!r} are the default, but there are only {kinds}")
+        names = tuple(classes["names"]) if classes["names"] else None
+        if names and len(names) != classes["number"]:
+            raise ValueError(f"{len(names)} names for {classes['number']} classes")
         return cls(
             ActiveMLP(**architecture, num_classes=classes["number"]),
             Preprocessing(**preprocessing),
             kinds,
             default,
-            tuple(classes["names"]) if classes["names"] else None,
+            names,
             content["source"],
         )
 
@@ -146,7 +152,7 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
         )
     try:
         return ModelCard.from_json(json.loads(path.read_text()))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except BROKEN_CARD as error:
         raise UserError(
             f"{path} is no description of a model: {type(error).__name__}: {error}"
         ) from error

@@ -6,6 +6,7 @@ A `.safetensors` file is read without PyTorch; any other goes through `torch.loa
 
 import argparse
 import hashlib
+import json
 import os
 import pickletools
 import re
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from activemlp_jax.errors import UserError
@@ -30,17 +31,22 @@ StateDict = dict[str, np.ndarray]
 # The kinds of weights and the original's keys for them, the preferred kind first.
 KINDS = {"ema": "model_ema", "model": "model"}
 
+# Where a file of ours says what a state dict cannot: the key of a model.json's text.
+DESCRIPTION = "activemlp_jax"
+
 
 class TorchCheckpoint(NamedTuple):
     """What a file holds.
 
     `weights` has the state dicts by kind: 'model' as training left them, 'ema' their average; at
-    least one. `epoch` and `image_size` are None where the file does not say.
+    least one. `epoch` and `image_size` are None where the file does not say, and `description`, the
+    content of a `model.json`, where this package did not write it.
     """
 
     weights: dict[str, StateDict]
     epoch: int | None = None
     image_size: int | None = None
+    description: Any = None
 
 
 def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
@@ -77,7 +83,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
         raise UserError(f"there is no file {path}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+    content = dict(read(path))
+    description = content.pop(DESCRIPTION, None)
     weights = {
         kind: _checked(state_dict, f"{path}: {kind}: ")
         for kind, state_dict in _find_weights(content, path).items()
@@ -88,7 +96,17 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
         weights,
         epoch if isinstance(epoch, int) else None,
         image_size if isinstance(image_size, int) and image_size >= MIN_IMAGE_SIDE else None,
+        _parsed(description, path),
     )
+
+
+def _parsed(description: object, path: Path) -> Any:
+    if description is None:
+        return None
+    try:
+        return json.loads(str(description))
+    except ValueError as error:
+        raise UserError(f"{path} has a broken description of its model: {error}") from error
 
 
 def load_torch_checkpoint(
@@ -115,25 +133,29 @@ def load_torch_checkpoint(
     return jax.tree.map(np.array, variables)  # copies: the file may change or go
 
 
-def write_checkpoint(path: Path, weights: Mapping[str, StateDict]) -> None:
+def write_checkpoint(
+    path: Path, weights: Mapping[str, StateDict], description: Mapping[str, Any]
+) -> None:
     """Write state dicts by kind as the original does, for `torch.load`; whole or not at all.
 
     Args:
       path: a `.safetensors` file takes one kind; any other is PyTorch's, with the original's keys.
       weights: see `TorchCheckpoint`.
+      description: of the model, as JSON takes it; kept beside the weights.
     """
+    text = json.dumps(description)
     aside = path.with_name(path.name + ".partial")
     try:
         if path.suffix == ".safetensors":
             (state_dict,) = weights.values()
-            save_file(dict(state_dict), aside, metadata={"format": "pt"})
+            save_file(dict(state_dict), aside, metadata={"format": "pt", DESCRIPTION: text})
         else:
             torch = _import_torch(path)
-            content = {
+            content: dict[str, Any] = {
                 KINDS[kind]: {name: as_tensor(value) for name, value in state_dict.items()}
                 for kind, state_dict in weights.items()
             }
-            torch.save(content, aside)
+            torch.save({**content, DESCRIPTION: text}, aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -161,7 +183,10 @@ def as_tensor(value: np.ndarray) -> Any:
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        return load_file(path)
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        described = {key: value for key, value in metadata.items() if key == DESCRIPTION}
+        return load_file(path) | described
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"{path} is no readable safetensors file: {error}") from error
 

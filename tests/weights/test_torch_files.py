@@ -96,8 +96,10 @@ def test_what_is_written_is_read_back_bit_for_bit(suffix: str, dtype: str, tmp_p
         key: value.numpy().astype(jnp.dtype(dtype)) for key, value in micro_state_dict().items()
     }
     path = tmp_path / f"weights{suffix}"
-    write_checkpoint(path, {"model": weights})
-    found = read_checkpoint(path).weights["model"]
+    write_checkpoint(path, {"model": weights}, {"format": 1})
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.description == {"format": 1}
+    found = checkpoint.weights["model"]
     assert set(found) == set(weights)
     for key, value in weights.items():
         assert found[key].dtype == value.dtype
@@ -112,9 +114,9 @@ def test_pytorch_reads_what_is_written_for_it(tmp_path: Path):
         kind: {key: value.numpy() for key, value in weights.items()}
         for kind, weights in (("ema", average), ("model", raw))
     }
-    write_checkpoint(path, arrays)
+    write_checkpoint(path, arrays, {})
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"model", "model_ema"}
+    assert set(content) == {"model", "model_ema", "activemlp_jax"}
     for key in raw:
         assert torch.equal(content["model"][key], raw[key])
         assert torch.equal(content["model_ema"][key], average[key])
