@@ -10,6 +10,11 @@ class UserError(ValueError):
 
 
 def exit_with(message: object) -> NoReturn:
-    """Print one line to standard error, naming the command, and exit with status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    """Print one line to standard error, naming the command, and exit with status 2.
+
+    Names out of files may hold anything; what is not printable becomes a question mark.
+    """
+    line = " ".join(str(message).split())
+    line = "".join(character if character.isprintable() else "?" for character in line)
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)

@@ -100,7 +100,11 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         file, label = self._files[index]
-        return Example(decode(Path(file).read_bytes(), file), label)
+        try:
+            data = Path(file).read_bytes()
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+        return Example(decode(data, file), label)
 
 
 class TfdsSource:

@@ -87,7 +87,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
     content = dict(read(path))
     description = content.pop(DESCRIPTION, None)
     weights = {
-        kind: _checked(state_dict, f"{path}: {kind}: ")
+        kind: _checked(state_dict, f"{path}: {kind}: ", path.stat().st_size)
         for kind, state_dict in _find_weights(content, path).items()
     }
     epoch = content.get("epoch")
@@ -225,7 +225,8 @@ def _first_foreign_class(path: Path, is_zip: bool) -> str | None:
             names = list(_names_in_pickle(path.read_bytes()))
     except (ValueError, StopIteration, zipfile.BadZipFile, EOFError):
         return None
-    return next((n for n in names if not n.startswith(("torch.", "collections."))), None)
+    allowed = ("argparse.Namespace", "collections.", "torch.")
+    return next((name for name in names if not name.startswith(allowed)), None)
 
 
 def _names_in_pickle(data: bytes) -> Iterator[str]:
@@ -271,8 +272,8 @@ def _without_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return state_dict
 
 
-def _checked(state_dict: Mapping[str, Any], where: str) -> StateDict:
-    """As numpy arrays, each of them floating and finite."""
+def _checked(state_dict: Mapping[str, Any], where: str, file_size: int) -> StateDict:
+    """As numpy arrays, each of them floating, finite, and no larger than the file."""
     arrays = {}
     for key, value in state_dict.items():
         if not isinstance(key, str) or not hasattr(value, "shape"):
@@ -281,6 +282,8 @@ def _checked(state_dict: Mapping[str, Any], where: str) -> StateDict:
             array = as_numpy(value)
         except (TypeError, RuntimeError) as error:  # sparse or quantised tensors
             raise UserError(f"{where}{key} is no dense tensor: {error}") from error
+        if array.nbytes > file_size:  # a few bytes, repeated: too large to look at
+            raise UserError(f"{where}{key} has {array.nbytes} bytes, more than the whole file")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise UserError(f"{where}{key} has values of type {array.dtype}, expected floating")
         not_finite = array.size - int(np.isfinite(array).sum())

@@ -124,6 +124,10 @@ def test_a_broken_image_is_named(tmp_path: Path):
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(UserError, match=rf"{re.escape(str(file))} is no readable image"):
         open_source(f"folder:{tmp_path}")[1]
+    source = open_source(f"folder:{tmp_path}")
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))} cannot be read: No such file"):
+        source[1]
 
 
 def test_tfds_splits_are_read_from_array_record_files(tfds_folder: Path):

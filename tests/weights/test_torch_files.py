@@ -206,6 +206,10 @@ def broken(key: str, value: Any) -> dict[str, Any]:
         (broken("norm.weight", torch.full((32,), torch.nan)), r"norm\.weight has 32 of 32 values"),
         (broken("head.bias", torch.full((10,), torch.inf)), r"head\.bias has 10 of 10 values not"),
         (broken("norm.bias", torch.zeros(32, dtype=torch.int64)), r"of type int64, expected float"),
+        (
+            broken("head.bias", torch.zeros(1).expand(10**13)),
+            r"head\.bias has 40000000000000 bytes",
+        ),
         ({"model": broken("norm.bias", "big")}, r"'norm\.bias' is a str, expected a named tensor"),
         ({"model": broken("norm.bias", torch.eye(32).to_sparse())}, r"norm\.bias is no dense"),
     ],
