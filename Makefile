@@ -3,7 +3,7 @@
 #   PYTHON=python3.12   another Python than python3 (3.11 to 3.13)
 #   PIP_FLAGS=...       more flags for pip, such as an index with a CPU build of torch
 #   DEMO_FLAGS=...      more flags for the demo's train.py
-#   TEST_FLAGS=...      more flags for pytest
+#   TEST_FLAGS=...      more flags for pytest, such as -n 0 for one process instead of two
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -18,7 +18,7 @@ demo: .venv/demo-installed
 	.venv/bin/python train.py --config configs/digits.py $(DEMO_FLAGS)
 
 test: .venv/test-installed
-	.venv/bin/python -m pytest $(TEST_FLAGS)
+	.venv/bin/python -m pytest -n 2 --dist loadgroup $(TEST_FLAGS)
 
 lint: .venv/dev-installed
 	.venv/bin/ruff check .

@@ -8,9 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# One cache of compiled programs for all tests and the processes they start.
+# One cache of compiled programs for all tests and the processes they start. JAX locks it, so that
+# nobody reads what another is writing, only where its size has a limit.
 CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+CACHE_SIZE = os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(8 * 2**30))
 jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_compilation_cache_max_size", int(CACHE_SIZE))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -26,6 +26,9 @@ from activemlp_jax.weights.torch_files import read_checkpoint
 from activemlp_jax.weights.torch_names import from_torch
 
 ROOT = Path(__file__).parents[1]
+
+# One process for all that share what a fixture takes long to make.
+pytestmark = pytest.mark.xdist_group("evaluate")
 MODULE = ("-m", "activemlp_jax.evaluate")
 PREPROCESSING = Preprocessing(image_size=32, resize_factor=1.0)
 

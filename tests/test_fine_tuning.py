@@ -29,7 +29,7 @@ def test_fine_tuning_from_converted_letters_needs_fewer_epochs(tmp_path: Path):
     run("examples/draw_letters.py", str(folder))
     run(
         "train.py", f"--workdir={letters}", f"--config.data.name=folder:{folder}",
-        "--config.data.test_split=val", "--config.epochs=10", short,
+        "--config.data.test_split=val", "--config.epochs=6", short,
     )  # fmt: skip
     run("convert_torch_weights.py", str(letters / "model"), str(tmp_path / "l.pth"), "--to-torch")
     converted = tmp_path / "converted"

@@ -18,6 +18,9 @@ import activemlp_jax as am
 
 ROOT = Path(__file__).parents[1]
 
+# One process for all that share what a fixture takes long to make.
+pytestmark = pytest.mark.xdist_group("train")
+
 # A model that trains in seconds; the path through the program is that of any run.
 SMALL = (
     "--config.model.embed_dims=(8,8,16,16)",
