@@ -268,9 +268,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit) as stopped:
             main()
         assert stopped.value.code == 2
-        output = capsys.readouterr()
-        assert output.out == ""
-        return output.err
+        return capsys.readouterr().err
 
     return run
 
@@ -338,6 +336,15 @@ def test_a_wrong_command_line_is_said_clearly(
     errors = refuse(*[out if argument == "OUT" else argument for argument in arguments])
     assert message in errors.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth", ".safetensors"])
+def test_a_place_that_cannot_be_written_is_one_clear_line(
+    suffix: str, micro: tuple[Path, str], refuse: Any
+):
+    out = f"/proc/cannot{suffix}"
+    errors = refuse(micro[0], out, "--to-torch") if suffix else refuse(MICRO_CHECKPOINT, out)
+    assert_one_line(errors, "/proc/", "No such file or directory")
 
 
 def test_help_shows_examples():

@@ -7,6 +7,7 @@ Examples:
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     source, target = Path(arguments.source), Path(arguments.target)
     try:
-        if target.exists():
+        if os.path.lexists(target):
             raise UserError(f"{target} is already there; give another place")
         if arguments.to_torch:
             for option in ("model", "num_classes", "image_size", "verify"):
@@ -79,8 +80,10 @@ def main() -> None:
             _to_torch(source, target, arguments.weights)
         else:
             _from_torch(source, target, arguments)
-    except (UserError, OSError) as error:
+    except UserError as error:
         exit_with(error)
+    except OSError as error:
+        exit_with(f"{error.filename or target}: {error.strerror or error}")
 
 
 def _expected_model(arguments: argparse.Namespace, found: dict[str, Any]) -> ActiveMLP:

@@ -142,6 +142,9 @@ def write_checkpoint(
       path: a `.safetensors` file takes one kind; any other is PyTorch's, with the original's keys.
       weights: see `TorchCheckpoint`.
       description: of the model, as JSON takes it; kept beside the weights.
+
+    Raises:
+      UserError, OSError: it cannot be written.
     """
     text = json.dumps(description)
     aside = path.with_name(path.name + ".partial")
@@ -155,8 +158,11 @@ def write_checkpoint(
                 KINDS[kind]: {name: as_tensor(value) for name, value in state_dict.items()}
                 for kind, state_dict in weights.items()
             }
-            torch.save({**content, DESCRIPTION: text}, aside)
+            with aside.open("wb") as file:
+                torch.save({**content, DESCRIPTION: text}, file)
         os.replace(aside, path)
+    except (RuntimeError, SafetensorError) as error:  # how the two libraries report a full disk
+        raise UserError(f"{path} cannot be written: {error}") from error
     finally:
         aside.unlink(missing_ok=True)
 
