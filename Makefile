@@ -10,7 +10,9 @@ PIP_FLAGS ?=
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
+# A limit of size makes JAX lock the cache; all who share one must set it.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_COMPILATION_CACHE_MAX_SIZE ?= 8589934592
 
 .PHONY: demo test lint clean
 
