@@ -16,8 +16,9 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
+from activemlp_jax.data.examples import check_same_classes
 from activemlp_jax.data.pipeline import eval_batches
-from activemlp_jax.data.sources import check_same_classes, open_source
+from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError, exit_with
 from activemlp_jax.training import sharding
 from activemlp_jax.training.evaluation import evaluate
@@ -71,7 +72,7 @@ def evaluate_directory(
 
     mesh = sharding.make_mesh()
     everywhere = sharding.replicated(mesh)
-    task = Classification(card.model, 0.0, preprocessing.mean, preprocessing.std)
+    task = Classification(card.model, preprocessing.mean, preprocessing.std)
     count = jax.jit(task.count, out_shardings=everywhere)
     weights = {
         kind: jax.device_put(read_weights(directory, card, kind), everywhere) for kind in card.kinds

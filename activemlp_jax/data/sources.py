@@ -1,54 +1,20 @@
-"""Data sets as random access: an index gives one image and its label."""
+"""Data sets by name."""
 
+import functools
 import io
 import os
+import re
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
+from activemlp_jax.data.decoding import BrokenImageError, decode
+from activemlp_jax.data.examples import EVALUATION_SPLITS, Example, Source
+from activemlp_jax.data.tfds_source import TfdsSource
 from activemlp_jax.errors import UserError
 
-# A split by role, for those who name none: the first of these that a data set has.
-EVALUATION_SPLITS = ("val", "validation", "test")
-
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-class Example(NamedTuple):
-    """`image` `[H, W, 3]` uint8 RGB, `label` the index of its class."""
-
-    image: np.ndarray
-    label: int
-
-
-class Source(Protocol):
-    """A data set split; `class_names[label]` is the name of a label."""
-
-    class_names: tuple[str, ...]
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
-
-
-def check_same_classes(expected: tuple[str, ...], found: tuple[str, ...], what: str) -> None:
-    """Raises UserError, naming the first difference, if `what` has other classes than expected."""
-    if len(expected) != len(found):
-        raise UserError(f"{what} has {len(found)} classes, expected {len(expected)}")
-    for label, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
-        if ours != theirs:
-            raise UserError(f"class {label} of {what} is {theirs!r}, expected {ours!r}")
-
-
-def decode(data: bytes, name: str) -> np.ndarray:
-    """The pixels `[H, W, 3]`, uint8 RGB, of an encoded image; UserError with `name` if broken."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} is no readable image: {error}") from error
 
 
 class ArraySource:
@@ -103,66 +69,8 @@ class FolderSource:
         try:
             data = Path(file).read_bytes()
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror}") from error
+            raise BrokenImageError(f"{file} cannot be read: {error.strerror}") from error
         return Example(decode(data, file), label)
-
-
-class TfdsSource:
-    """A split of an image classification data set of tensorflow-datasets, in ArrayRecord files.
-
-    Args:
-      name: of the builder, with a config and version where wanted, as `tfds.builder` takes it.
-      split: such as 'train' or 'validation[:10%]'; None for the first of `EVALUATION_SPLITS`.
-
-    Raises:
-      UserError: it is unknown, not prepared, not in ArrayRecord files, or of another kind.
-    """
-
-    def __init__(self, name: str, split: str | None):
-        import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
-
-        where = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
-        try:
-            builder = tfds.builder(name)
-        except Exception as error:  # its kinds of error share no base
-            reason = str(error).split("\n")[0]
-            raise UserError(f"tfds:{name} cannot be opened: {reason}; {where}") from error
-        features = dict(getattr(builder.info.features, "items", dict)())
-        label = features.get("label")
-        if not isinstance(label, tfds.features.ClassLabel) or "image" not in features:
-            raise UserError(
-                f"tfds:{name} is not for image classification: expected the features 'image' and "
-                f"'label', a class, found {', '.join(features) or 'neither'}"
-            )
-        splits = list(builder.info.splits)
-        if not splits:
-            raise UserError(
-                f"tfds:{name} is not prepared: no ArrayRecord files in {builder.data_dir}; {where}"
-            )
-        split = split or _first_split(splits, f"tfds:{name}")
-        try:
-            self._records = builder.as_data_source(
-                split=split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-        except (NotImplementedError, KeyError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"tfds:{name}, split {split!r}, cannot be read: {reason}") from error
-        self.class_names = tuple(label.names)
-        self._name = f"tfds:{name}, split {split!r}"
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Example:
-        record: dict[str, Any] = self._records[index]
-        return Example(decode(record["image"], f"{self._name}: {index}"), int(record["label"]))
-
-
-def _first_split(splits: list[str], name: str) -> str:
-    for split in EVALUATION_SPLITS:
-        if split in splits:
-            return split
-    raise UserError(f"{name} has the splits {', '.join(splits)}; choose one")
 
 
 def open_digits(split: str | None) -> Source:
@@ -187,6 +95,46 @@ def open_digits(split: str | None) -> Source:
     return ArraySource(images, digits.target[parts[split]], tuple("0123456789"))
 
 
+DISTINCT_PHOTOS = 64
+
+
+@functools.cache
+def _photo_files() -> tuple[bytes, ...]:
+    from sklearn.datasets import load_sample_images  # slow to import
+
+    rng = np.random.default_rng(0)
+    photos = load_sample_images().images
+    files = []
+    for number in range(DISTINCT_PHOTOS):
+        photo = photos[number % len(photos)]
+        top, left = rng.integers(photo.shape[0] - 374), rng.integers(photo.shape[1] - 499)
+        file = io.BytesIO()
+        cut = Image.fromarray(photo[top : top + 375, left : left + 500])
+        cut.save(file, "JPEG", quality=95)
+        files.append(file.getvalue())
+    return tuple(files)
+
+
+class PhotosSource:
+    """`count` JPEG files of 500 x 375 pixels, held encoded; to measure reading and training by.
+
+    They are `DISTINCT_PHOTOS` cuts of scikit-learn's two sample photographs, over and over,
+    labelled 0 to 999 in turn: of the size and cost of ImageNet's, with nothing to learn.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self._files = _photo_files()
+        self.class_names = tuple(map(str, range(1000)))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        data = self._files[index % DISTINCT_PHOTOS]
+        return Example(decode(data, f"photo {index}"), index % 1000)
+
+
 def open_folder(root: Path, split: str | None) -> Source:
     """A folder of class folders, or one that has such a folder for every split.
 
@@ -204,7 +152,7 @@ def open_source(name: str, split: str | None = None) -> Source:
     """The split of a data set.
 
     Args:
-      name: 'digits', 'folder:PATH', or 'tfds:BUILDER'.
+      name: 'digits', 'folder:PATH', 'tfds:BUILDER', or 'photos:COUNT'.
       split: of those that the data set has; None for the one to evaluate on.
 
     Raises:
@@ -217,4 +165,8 @@ def open_source(name: str, split: str | None = None) -> Source:
         return open_folder(Path(rest).expanduser(), split)
     if kind == "tfds" and rest:
         return TfdsSource(rest, split)
-    raise UserError(f"no data set {name!r}, expected digits, folder:PATH or tfds:NAME")
+    if kind == "photos" and re.fullmatch(r"[1-9]\d{0,9}", rest):
+        return PhotosSource(int(rest))
+    raise UserError(
+        f"no data set {name!r}, expected digits, folder:PATH, tfds:NAME or photos:COUNT"
+    )

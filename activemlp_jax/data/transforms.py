@@ -1,16 +1,18 @@
 """Transforms of single images on the host, by Pillow: `[H, W, 3]` uint8 to the same."""
 
-import functools
-import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.data.randaugment import parse_randaugment
+from activemlp_jax.data.warp import random_warp
 
-MESH = 2  # cells along each side of a warped image
+CROP_TRIES = 10
+JITTERED = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -21,67 +23,88 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(resized)
 
 
-@functools.lru_cache(maxsize=256)
-def _mesh(width: int, height: int) -> tuple[list[tuple[int, int, int, int]], np.ndarray]:
-    """The cells of a mesh as (left, upper, right, lower), and its corners' places [rows, columns,
-    (x, y)] as seen from the centre.
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def draw_crop(rng: np.random.Generator, width: int, height: int, config: ConfigDict) -> Box:
+    """A random part of an image of `width` by `height` pixels.
+
+    Its area is uniform, its ratio of width to height log-uniform, its place uniform among those
+    inside. What does not fit is drawn again; after `CROP_TRIES` it is the largest centred part
+    whose ratio is within the limits.
+
+    Args:
+      rng: for the draws.
+      width: of the image.
+      height: of the image.
+      config: `min_area` and `max_area` as shares of the image's, `min_ratio` and `max_ratio`.
+
+    Source: the training transform of the authors' release (torchvision's RandomResizedCrop).
     """
-    xs = [width * i // MESH for i in range(MESH + 1)]
-    ys = [height * i // MESH for i in range(MESH + 1)]
-    cells = [
-        (left, upper, right, lower)
-        for upper, lower in itertools.pairwise(ys)
-        for left, right in itertools.pairwise(xs)
-    ]
-    return cells, np.stack(np.meshgrid(xs, ys), axis=-1) - [width / 2, height / 2]
+    log_ratios = math.log(config.min_ratio), math.log(config.max_ratio)
+    for _ in range(CROP_TRIES):
+        area = width * height * rng.uniform(config.min_area, config.max_area)
+        ratio = math.exp(rng.uniform(*log_ratios))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(rng.integers(width - box_width + 1))
+            top = int(rng.integers(height - box_height + 1))
+            return Box(left, top, box_width, box_height)
+    ratio = min(max(width / height, config.min_ratio), config.max_ratio)
+    box_width = min(width, max(1, round(height * ratio)))
+    box_height = min(height, max(1, round(width / ratio)))
+    return Box((width - box_width) // 2, (height - box_height) // 2, box_width, box_height)
 
 
-def random_warp(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """Rotate, scale, shear, shift and bend at random; black comes in from outside.
+def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+    """Brightness, contrast and saturation, in random order, times 1 - `strength` to 1 + it.
 
-    The image is cut into `MESH` by `MESH` cells. An affine map around the centre says where in the
-    image each corner of a cell is read, and noise on the corners bends what lies between them.
+    Source: the training transform of the authors' release (torchvision's ColorJitter, no hue).
+    """
+    for which in rng.permutation(len(JITTERED)):
+        factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
+        picture = JITTERED[which](picture).enhance(factor)
+    return picture
+
+
+def augmented_crop(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
+    """The original's training transform, up to normalising.
 
     Args:
       image: `[H, W, 3]` uint8.
-      rng: for 24 numbers.
-      config: limits, each symmetric around no change: `degrees` of rotation, `scale` as a factor's
-        distance from 1, `shear` as a slope, `translate` as a share of the side; and `bend`, the
-        noise's standard deviation as a share of the side.
+      rng: for all draws.
+      config: `config.data`: `image_size`, `crop`, `flip`, `randaugment`, `color_jitter`.
 
-    Source: the distortions of Simard, Steinkraus and Platt, "Best practices for convolutional
-    neural networks applied to visual document analysis" (2003), on a coarse mesh.
+    Source: the training transform of the authors' release (timm's `transforms_imagenet_train`).
     """
-    angle = math.radians(rng.uniform(-config.degrees, config.degrees))
-    scale_x, scale_y = rng.uniform(1 - config.scale, 1 + config.scale, 2).tolist()
-    shear = rng.uniform(-config.shear, config.shear)
     height, width = image.shape[:2]
-    size = np.array([width, height])
-    boxes, corners = _mesh(width, height)
-
-    # From places in the result to places in the image, as Pillow wants it.
-    cos, sin = math.cos(angle), math.sin(angle)
-    matrix = np.array(
-        [
-            [cos / scale_x, (cos * shear - sin) / scale_y],
-            [sin / scale_x, (sin * shear + cos) / scale_y],
-        ]
-    )
-    shift = rng.uniform(-config.translate, config.translate, 2) * size
-    read = (corners - shift) @ matrix.T + size / 2
-    read += rng.normal(0, config.bend, read.shape) * size
-    # Pillow's order of a cell's corners: upper left, lower left, lower right, upper right.
-    quads = np.concatenate([read[:-1, :-1], read[1:, :-1], read[1:, 1:], read[:-1, 1:]], axis=-1)
-    cells = list(zip(boxes, quads.reshape(-1, 8).tolist(), strict=True))
-    warped = Image.fromarray(image).transform(
-        (width, height), Image.Transform.MESH, cells, Image.Resampling.BILINEAR
-    )
-    return np.asarray(warped)
+    box = draw_crop(rng, width, height, config.crop)
+    # Cropped first: resizing with a box would read the pixels around it.
+    part = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    picture = Image.fromarray(part).resize((config.image_size,) * 2, Image.Resampling.BICUBIC)
+    if rng.random() < config.flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if config.randaugment:
+        picture = parse_randaugment(config.randaugment)(picture, rng)
+    elif config.color_jitter:
+        picture = color_jitter(picture, rng, config.color_jitter)
+    return np.asarray(picture)
 
 
 def train_transform(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """What training sees of `image`: `[image_size, image_size, 3]` uint8."""
-    return resize(random_warp(image, rng, config.warp), config.image_size)
+    """What training sees of `image`: `[image_size, image_size, 3]` uint8.
+
+    `config` is `config.data`; its `augmentation` is 'warp' or 'random_resized_crop'.
+    """
+    if config.augmentation == "warp":
+        return resize(random_warp(image, rng, config.warp), config.image_size)
+    return augmented_crop(image, rng, config)
 
 
 def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

@@ -10,7 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from activemlp_jax.data.sources import check_same_classes, open_source
+from activemlp_jax.data.examples import check_same_classes
+from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError
 
 
@@ -159,7 +160,7 @@ def test_imagenet_that_is_not_prepared_is_said_to_be_missing(tfds_folder: Path):
         ("tfds:tiny_shapes:9.9.9", None, r"tiny_shapes:9\.9\.9 cannot be opened.*TFDS_DATA_DIR"),
         ("tfds:tiny_shape", None, "tiny_shape cannot be opened.*TFDS_DATA_DIR"),
         ("tfds:tiny_text", None, "not for image classification.*found text"),
-        ("imagnet", "train", "no data set 'imagnet', expected digits, folder:PATH or tfds:NAME"),
+        ("imagnet", "train", "no data set 'imagnet', expected digits, folder:PATH, tfds:NAME or"),
         ("folder:", None, "no data set 'folder:', expected"),
         ("digits", "val", "digits has the splits train, test, not 'val'"),
     ],

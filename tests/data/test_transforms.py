@@ -1,15 +1,25 @@
-"""Transforms of single images: evaluation as the original's, and the random warp."""
+"""Transforms of single images: training's and evaluation's, as the original's."""
 
 from typing import Any
 
 import goldens
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
+from scipy import stats
 from sklearn.datasets import load_sample_image
 
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.data.transforms import eval_transform, random_warp
+from activemlp_jax.data.transforms import (
+    augmented_crop,
+    color_jitter,
+    draw_crop,
+    eval_transform,
+)
 from activemlp_jax.training.config import default_config
+
+DRAWS = 4000
+LOG_RATIO = np.log(4 / 3)
 
 
 @pytest.mark.parametrize(("photo", "size"), [("china", 224), ("flower", 384)])
@@ -51,71 +61,122 @@ def test_preprocessing_that_cannot_work_is_named(values: dict[str, Any], message
         Preprocessing(**values)
 
 
-def warp(**limits: float) -> Any:
-    settings = default_config().data.warp
-    for key, value in limits.items():
-        settings[key] = value
-    return settings
+def data_config(**changes: Any) -> Any:
+    config = default_config().data
+    config.augmentation = "random_resized_crop"
+    config.image_size = 48
+    config.update_from_flattened_dict(changes)
+    return config
 
 
-def blob(x: int, y: int) -> np.ndarray:
-    image = np.zeros((33, 33, 3), np.uint8)
-    image[y - 1 : y + 2, x - 1 : x + 2] = 255
-    return image
+def draw_crops(width: int, height: int) -> np.ndarray:
+    """`DRAWS` boxes: left, top, width, height."""
+    rng = np.random.default_rng(1)
+    crop = data_config().crop
+    return np.array([draw_crop(rng, width, height, crop) for _ in range(DRAWS)])
 
 
-def centre_of_mass(image: np.ndarray) -> tuple[float, float]:
-    grey = image[..., 0] / image[..., 0].sum()
-    y, x = np.mgrid[:33, :33]
-    return float((grey * x).sum() - 16), float((grey * y).sum() - 16)
+def accepted_area_cdf(area: np.ndarray) -> np.ndarray:
+    """Of the areas of crops of a square, as shares, given that the crop fits in.
+
+    A ratio r fits with the area a if a * max(r, 1 / r) <= 1, so the density at a is that share of
+    the log-uniform ratios: min(1, -log(a) / log(4 / 3)).
+    """
+    grid = np.linspace(0.08, 1, 100_001)
+    density = np.minimum(1, -np.log(grid) / LOG_RATIO)
+    steps = (density[1:] + density[:-1]) / 2 * np.diff(grid)
+    below = np.concatenate([[0], np.cumsum(steps)])
+    return np.interp(area, grid, below / below[-1])
 
 
-def test_warp_without_limits_changes_nothing():
-    image = np.random.default_rng(0).integers(0, 256, (33, 31, 3), np.uint8)
-    np.testing.assert_array_equal(random_warp(image, np.random.default_rng(0), warp()), image)
+def test_areas_of_crops_are_uniform_among_those_that_fit():
+    boxes = draw_crops(5000, 5000)
+    result = stats.kstest(boxes[:, 2] * boxes[:, 3] / 5000**2, accepted_area_cdf)
+    assert result.pvalue > 0.01, result
 
 
-def test_warp_turns_around_the_centre_by_at_most_the_given_angle():
-    angles = []
-    for seed in range(200):
-        turned = random_warp(blob(26, 16), np.random.default_rng(seed), warp(degrees=30.0))
-        x, y = centre_of_mass(turned)
-        assert abs(np.hypot(x, y) - 10) < 0.3
-        angles.append(np.degrees(np.arctan2(y, x)))
-    assert -30.5 < min(angles) < -27
-    assert 27 < max(angles) < 30.5
+def test_ratios_of_crops_are_log_uniform_among_those_that_fit():
+    boxes = draw_crops(5000, 5000)
+    area, ratio = boxes[:, 2] * boxes[:, 3] / 5000**2, boxes[:, 2] / boxes[:, 3]
+    widest = np.minimum(LOG_RATIO, -np.log(area))
+    result = stats.kstest(np.log(ratio) / widest, stats.uniform(-1, 2).cdf)
+    assert result.pvalue > 0.01, result
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_crops_lie_anywhere_inside(axis: int):
+    boxes = draw_crops(500, 375)
+    free = (500, 375)[axis] - boxes[:, 2 + axis]
+    assert (boxes[:, axis] >= 0).all()
+    assert (boxes[:, axis] <= free).all()
+    spread = np.random.default_rng(0).random(DRAWS)  # turns whole pixels into a continuum
+    result = stats.kstest((boxes[:, axis] + spread) / (free + 1), "uniform")
+    assert result.pvalue > 0.01, result
 
 
 @pytest.mark.parametrize(
-    ("limits", "start", "axis", "extremes"),
+    ("size", "expected"),
     [
-        ({"translate": 0.2}, (16, 16), "x", (-0.2 * 33, 0.2 * 33)),
-        ({"translate": 0.2}, (16, 16), "y", (-0.2 * 33, 0.2 * 33)),
-        ({"scale": 0.25}, (26, 16), "x", (7.5, 12.5)),
-        ({"scale": 0.25}, (16, 26), "y", (7.5, 12.5)),
-        ({"shear": 0.3}, (16, 26), "x", (-3, 3)),
+        ((1000, 10), (493, 0, 13, 10)),  # ten times nothing fits: the ratio is 4/3 at most
+        ((10, 1000), (0, 493, 10, 13)),  # and 3/4 at least
+        ((1, 1), (0, 0, 1, 1)),
+        ((1, 3000), (0, 1499, 1, 1)),
     ],
 )
-def test_warp_shifts_scales_and_shears_up_to_the_limits(
-    limits: dict[str, float], start: tuple[int, int], axis: str, extremes: tuple[float, float]
+def test_where_no_crop_fits_it_is_the_largest_in_the_centre(
+    size: tuple[int, int], expected: tuple[int, int, int, int]
 ):
+    crop = data_config(**{"crop.min_area": 0.9}).crop
+    assert draw_crop(np.random.default_rng(0), *size, crop) == expected
+
+
+def test_training_crops_then_resizes_then_flips():
+    image = load_sample_image("china.jpg")
+    expected_rng = np.random.default_rng(7)
+    box = draw_crop(expected_rng, 640, 427, data_config().crop)
+    part = Image.fromarray(image).crop(
+        (box.left, box.top, box.left + box.width, box.top + box.height)
+    )
+    expected = np.asarray(part.resize((48, 48), Image.Resampling.BICUBIC))
+    kept = augmented_crop(image, np.random.default_rng(7), data_config(flip=0.0))
+    flipped = augmented_crop(image, np.random.default_rng(7), data_config(flip=1.0))
+    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(flipped, expected[:, ::-1])
+
+
+def test_half_of_the_training_images_are_flipped():
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, 4:] = 255
+    whole = data_config(**{"crop.min_area": 1.0, "crop.min_ratio": 1.0, "crop.max_ratio": 1.0})
     rng = np.random.default_rng(0)
-    moved = [
-        centre_of_mass(random_warp(blob(*start), rng, warp(**limits)))["xy".index(axis)]
-        for _ in range(200)
-    ]
-    least, most = extremes
-    tenth = (most - least) / 10
-    assert least - 0.3 < min(moved) < least + tenth
-    assert most - tenth < max(moved) < most + 0.3
+    flips = sum(augmented_crop(image, rng, whole)[0, 0, 0] > 128 for _ in range(1000))
+    assert stats.binomtest(int(flips), 1000, 0.5).pvalue > 0.01, flips
 
 
-def test_warp_bends_by_a_little_and_never_the_same_way():
-    shifts = []
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        x, y = centre_of_mass(random_warp(blob(16, 16), rng, warp(bend=0.04)))
-        shifts += [x, y]
-    # The centre of the image is a corner of four cells, so it moves by the noise itself.
-    assert np.std(shifts) == pytest.approx(0.04 * 33, rel=0.2)
-    assert abs(np.mean(shifts)) < 0.3
+def test_colour_jitter_changes_brightness_contrast_and_saturation_in_any_order():
+    image = Image.fromarray(load_sample_image("flower.jpg")[::8, ::8])
+    rng, same = np.random.default_rng(3), np.random.default_rng(3)
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    orders = set()
+    for _ in range(100):
+        jittered = color_jitter(image, rng, 0.4)
+        order = tuple(int(which) for which in same.permutation(3))
+        orders.add(order)
+        expected = image
+        for which in order:
+            factor = same.uniform(0.6, 1.4)
+            expected = kinds[which](expected).enhance(factor)
+        assert jittered.tobytes() == expected.tobytes()
+    assert len(orders) == 6
+
+
+def test_colour_jitter_is_used_only_without_randaugment():
+    image = load_sample_image("flower.jpg")[:60, :60]
+
+    def augmented(**changes: Any) -> np.ndarray:
+        return augmented_crop(image, np.random.default_rng(0), data_config(**changes))
+
+    plain = augmented()
+    assert (augmented(color_jitter=0.4) != plain).any()
+    policy = {"randaugment": "rand-m9-n0"}  # nothing is drawn
+    np.testing.assert_array_equal(augmented(color_jitter=0.4, **policy), plain)

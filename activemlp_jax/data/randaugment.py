@@ -1,0 +1,227 @@
+"""RandAugment on Pillow images, as the original's recipe defines it.
+
+A policy is named by a string such as 'rand-m9-mstd0.5-inc1'; see `parse_randaugment`.
+
+Source: E. D. Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced
+search space" (2020), in the form that timm's `rand_augment_transform` gave it and the authors'
+release uses.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+FILL = (124, 116, 104)  # what comes in from outside: ImageNet's mean colour
+MAX_MAGNITUDE = 10.0  # of the scale that magnitudes are given on
+
+Picture = Image.Image
+Enhancer = Callable[[Picture], ImageEnhance._Enhance]
+
+
+def _affine(picture: Picture, *matrix: float) -> Picture:
+    return picture.transform(
+        picture.size,
+        Image.Transform.AFFINE,
+        matrix,
+        Image.Resampling.BICUBIC,
+        fillcolor=FILL,
+    )
+
+
+def _rotate(picture: Picture, degrees: float) -> Picture:
+    return picture.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+def _posterize(picture: Picture, bits: float) -> Picture:
+    if bits == 0:  # nothing is kept; Pillow refuses that
+        return Image.new("RGB", picture.size)
+    return ImageOps.posterize(picture, int(bits))
+
+
+def _solarize(picture: Picture, threshold: float) -> Picture:
+    return ImageOps.solarize(picture, int(threshold))
+
+
+def _solarize_add(picture: Picture, added: float) -> Picture:
+    table = [min(255, value + int(added)) if value < 128 else value for value in range(256)]
+    return picture.point(table * 3)
+
+
+def _enhance(kind: Enhancer) -> Callable[[Picture, float], Picture]:
+    return lambda picture, factor: kind(picture).enhance(factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One kind of change: `apply(picture, level)`, where `level` is of a magnitude.
+
+    Args:
+      apply: the change.
+      level: the argument that a magnitude as a share of 10 stands for, None where there is none.
+      signed: whether the magnitude's sign is a fair coin.
+    """
+
+    apply: Callable[[Picture, float], Picture]
+    level: Callable[[float], float] | None = None
+    signed: bool = False
+
+    def __call__(self, picture: Picture, magnitude: float) -> Picture:
+        """`picture`, RGB, changed by `magnitude`, -10 to 10; negative only where `signed`."""
+        return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE) if self.level else 0.0)
+
+
+def _scaled(factor: float) -> Callable[[float], float]:
+    return lambda share: share * factor
+
+
+def _around_one(share: float) -> float:
+    return 1.0 + share * 0.9
+
+
+SHARED: dict[str, Operation] = {
+    "AutoContrast": Operation(lambda picture, _: ImageOps.autocontrast(picture)),
+    "Equalize": Operation(lambda picture, _: ImageOps.equalize(picture)),
+    "Invert": Operation(lambda picture, _: ImageOps.invert(picture)),
+    "Rotate": Operation(_rotate, _scaled(30.0), signed=True),
+    "SolarizeAdd": Operation(_solarize_add, lambda share: min(128, int(share * 110))),
+    "ShearX": Operation(
+        lambda picture, slope: _affine(picture, 1, slope, 0, 0, 1, 0), _scaled(0.3), signed=True
+    ),
+    "ShearY": Operation(
+        lambda picture, slope: _affine(picture, 1, 0, 0, slope, 1, 0), _scaled(0.3), signed=True
+    ),
+    "TranslateX": Operation(
+        lambda picture, share: _affine(picture, 1, 0, share * picture.width, 0, 1, 0),
+        _scaled(0.45),
+        signed=True,
+    ),
+    "TranslateY": Operation(
+        lambda picture, share: _affine(picture, 1, 0, 0, 0, 1, share * picture.height),
+        _scaled(0.45),
+        signed=True,
+    ),
+}
+
+ENHANCERS: dict[str, Enhancer] = {
+    "Color": ImageEnhance.Color,
+    "Contrast": ImageEnhance.Contrast,
+    "Brightness": ImageEnhance.Brightness,
+    "Sharpness": ImageEnhance.Sharpness,
+}
+
+# 'inc1': a larger magnitude is a larger change.
+INCREASING: dict[str, Operation] = {
+    **SHARED,
+    "Posterize": Operation(_posterize, lambda share: 4 - int(share * 4)),
+    "Solarize": Operation(_solarize, lambda share: 256 - int(share * 256)),
+    **{
+        name: Operation(_enhance(kind), _around_one, signed=True)
+        for name, kind in ENHANCERS.items()
+    },
+}
+
+# 'inc0': some changes shrink with the magnitude, as in the first AutoAugment.
+NOT_INCREASING: dict[str, Operation] = {
+    **SHARED,
+    "Posterize": Operation(_posterize, lambda share: int(share * 4)),
+    "Solarize": Operation(_solarize, lambda share: int(share * 256)),
+    **{
+        name: Operation(_enhance(kind), lambda share: share * 1.8 + 0.1)
+        for name, kind in ENHANCERS.items()
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandAugment:
+    """A policy: some changes drawn for each picture.
+
+    Args:
+      magnitude: the mean, 0 to 10.
+      num_ops: drawn for each picture, with replacement.
+      magnitude_std: of a magnitude's normal distribution; infinite: uniform from 0 to `magnitude`.
+      max_magnitude: where magnitudes are clipped.
+      probability: that a drawn change is applied.
+      increasing: whether all changes grow with the magnitude.
+    """
+
+    magnitude: float = 10.0
+    num_ops: int = 2
+    magnitude_std: float = 0.0
+    max_magnitude: float = MAX_MAGNITUDE
+    probability: float = 0.5
+    increasing: bool = False
+
+    @property
+    def operations(self) -> dict[str, Operation]:
+        """The changes to draw from, by name."""
+        return INCREASING if self.increasing else NOT_INCREASING
+
+    def draw_magnitude(self, rng: np.random.Generator) -> float:
+        """A magnitude before its sign, 0 to `max_magnitude`."""
+        if math.isinf(self.magnitude_std):
+            magnitude = rng.uniform(0, self.magnitude)
+        else:
+            magnitude = rng.normal(self.magnitude, self.magnitude_std)
+        return min(max(magnitude, 0.0), self.max_magnitude)
+
+    def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
+        """`picture`, RGB, after `num_ops` random changes."""
+        operations = list(self.operations.values())
+        for choice in rng.integers(len(operations), size=self.num_ops):
+            if rng.random() >= self.probability:
+                continue
+            operation = operations[choice]
+            magnitude = self.draw_magnitude(rng)
+            if operation.signed and rng.random() < 0.5:
+                magnitude = -magnitude
+            picture = operation(picture, magnitude)
+        return picture
+
+
+SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(inf|\d+(?:\.\d+)?)")
+
+
+@functools.cache
+def parse_randaugment(policy: str) -> RandAugment:
+    """The policy that a string names, such as 'rand-m9-mstd0.5-inc1'.
+
+    Sections after 'rand' are parted by '-', in any order: `m` the magnitude (10), `n` the number
+    of changes a picture (2), `mstd` the magnitude's standard deviation (0; `inf` draws uniformly
+    from 0 to `m`), `mmax` the bound magnitudes are clipped to (10), `p` the probability of a
+    change (0.5), `inc` 1 for changes that all grow with the magnitude (0).
+
+    Raises:
+      ValueError: another string, or a value out of range; the section is named.
+    """
+    head, *sections = policy.split("-")
+    if head != "rand":
+        raise ValueError(f"{policy!r} names no policy, expected rand-m9-mstd0.5-inc1 or the like")
+    values: dict[str, float] = {}
+    for section in sections:
+        match = SECTION.fullmatch(section)
+        if match is None or match[1] in values:
+            raise ValueError(
+                f"{policy!r} has the section {section!r}, expected m, n, mstd, mmax, p or inc "
+                "with a number, each once"
+            )
+        values[match[1]] = float(match[2])
+    for name, low, high in (("m", 0, 10), ("mmax", 0, 10), ("p", 0, 1), ("n", 0, 15)):
+        value = values.get(name, low)
+        if not low <= value <= high:
+            raise ValueError(f"{policy!r} has {name} {value:g}, expected {low} to {high}")
+    if not values.get("n", 0.0).is_integer() or values.get("inc", 0.0) not in (0, 1):
+        raise ValueError(f"{policy!r}: expected a whole n, and inc 0 or 1")
+    return RandAugment(
+        magnitude=values.get("m", MAX_MAGNITUDE),
+        num_ops=int(values.get("n", 2)),
+        magnitude_std=values.get("mstd", 0.0),
+        max_magnitude=values.get("mmax", MAX_MAGNITUDE),
+        probability=values.get("p", 0.5),
+        increasing=values.get("inc", 0.0) == 1,
+    )

@@ -1,0 +1,93 @@
+"""Data sets of tensorflow-datasets, read from ArrayRecord files without TensorFlow."""
+
+from typing import Any
+
+import numpy as np
+
+from activemlp_jax.data.decoding import decode
+from activemlp_jax.data.examples import Example, evaluation_split
+from activemlp_jax.errors import UserError
+
+CHECKED_LABELS = 256  # records, evenly spread, whose labels are checked before the first step
+PREPARE = "python -m activemlp_jax.prepare_data"
+
+
+class TfdsSource:
+    """A split of an image classification data set of tensorflow-datasets, in ArrayRecord files.
+
+    Args:
+      name: of the builder, with a config and version where wanted, as `tfds.builder` takes it.
+      split: such as 'train' or 'validation[:10%]'; None for the one to evaluate on.
+
+    Raises:
+      UserError: it is unknown, not prepared, not in ArrayRecord files, of another kind, or has
+        labels that are no class.
+    """
+
+    def __init__(self, name: str, split: str | None):
+        import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
+
+        self._name = f"tfds:{name}"
+        where = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
+        try:
+            builder = tfds.builder(name)
+        except Exception as error:  # its kinds of error share no base
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{self._name} cannot be opened: {reason}; {where}") from error
+        features = dict(getattr(builder.info.features, "items", dict)())
+        label = features.get("label")
+        if not isinstance(label, tfds.features.ClassLabel) or "image" not in features:
+            raise UserError(
+                f"{self._name} is not for image classification: expected the features 'image' and "
+                f"'label', a class, found {', '.join(features) or 'neither'}"
+            )
+        splits = list(builder.info.splits)
+        if not splits:
+            raise UserError(
+                f"{self._name} is not prepared: no files in {builder.data_dir}; prepare it with "
+                f"`{_prepare_command(name)}`, or {where}"
+            )
+        split = split or evaluation_split(splits, self._name)
+        self._name += f", split {split!r}"
+        try:
+            self._records = builder.as_data_source(
+                split=split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise UserError(
+                f"{self._name}, has {builder.info.file_format.value} files, which have no random "
+                f"access; make ArrayRecord files of them with `{PREPARE} tfrecord "
+                f"{builder.data_dir} --data-dir FOLDER`, and set TFDS_DATA_DIR to FOLDER"
+            ) from error
+        except (KeyError, ValueError) as error:
+            reason = str(error).split("\n")[0]
+            raise UserError(f"{self._name}, cannot be read: {reason}") from error
+        self.class_names = tuple(label.names)
+        count = min(len(self), CHECKED_LABELS)
+        for index in np.linspace(0, len(self) - 1, count, dtype=int):
+            self._label(int(index), self._records[int(index)])
+
+    def _label(self, index: int, record: dict[str, Any]) -> int:
+        label = int(record["label"])
+        if not 0 <= label < len(self.class_names):
+            raise UserError(
+                f"{self._name}: record {index} has the label {label}, expected 0 to "
+                f"{len(self.class_names) - 1}"
+            )
+        return label
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        label = self._label(index, record)
+        name = f"{self._name}: {record.get('file_name', f'record {index}')}"
+        return Example(decode(record["image"], name), label)
+
+
+def _prepare_command(name: str) -> str:
+    builder = name.split(":")[0]
+    if builder == "imagenet2012":
+        return f"{PREPARE} imagenet2012 FOLDER_OF_THE_TAR_FILES"
+    return f"{PREPARE} tfds {builder}"
