@@ -1,55 +1,171 @@
 """From an index to a batch: what a step sees is a pure function of the seed and the step.
 
-Positions count the samples of a run, over all epochs and hosts. A position alone decides which
-example is read and which random numbers change it, so that neither the number of workers, nor
-that of hosts, nor a restart in between alters a batch; a run resumes from its step number.
+A sample's position in the run alone decides which example is read and which random numbers change
+it, so that neither the number of workers, nor that of hosts, nor a restart in between alters a
+batch; a run resumes from its step number.
 """
 
-import functools
-from collections.abc import Generator
-from typing import Any
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
+from grain.experimental import ThreadPrefetchIterDataset
 from ml_collections import ConfigDict
 
+from activemlp_jax.data.decoding import BrokenImageError
+from activemlp_jax.data.device import group_size
+from activemlp_jax.data.examples import Example, Source
+from activemlp_jax.data.order import SampleOrder
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.data.sources import Source
 from activemlp_jax.data.transforms import eval_transform, train_transform
 from activemlp_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
+BATCHES_AHEAD = 2
 
-def steps_per_epoch(source: Source, batch_size: int) -> int:
-    """Full batches in one pass; the rest of a shuffled pass is left out.
+
+class Sample(NamedTuple):
+    """One row of a host's part of a batch."""
+
+    row: int
+    image: np.ndarray
+    label: int
+
+
+class Unit(NamedTuple):
+    """What one reading of an example gives: all its samples of one step on one host.
+
+    `skipped` has the indices of examples that were broken, and why.
+    """
+
+    samples: list[Sample]
+    skipped: list[tuple[int, str]]
+
+
+class Skipped:
+    """Counts the images that training could not read.
+
+    Args:
+      limit: the most of them to put up with.
+      say: told of each of them once.
+    """
+
+    def __init__(self, limit: int, say: Callable[[str], None]):
+        self._limit = limit
+        self._say = say
+        self._indices: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def add(self, index: int, reason: str) -> None:
+        """Count the example `index`; raises UserError where that is one too many."""
+        if index in self._indices:
+            return
+        self._indices.add(index)
+        if len(self) > self._limit:
+            raise UserError(
+                f"{len(self)} images cannot be read, more than config.data.max_skipped = "
+                f"{self._limit}; the last: {reason}"
+            )
+        self._say(f"skipped: {reason}")
+
+
+def sample_order(config: ConfigDict, examples: int) -> SampleOrder:
+    """The order of a run's samples; `config` is the whole config."""
+    groups = config.batch_size // group_size(config)
+    return SampleOrder(examples, config.batch_size, config.data.repeats, groups, config.seed)
+
+
+def read_unbroken(source: Source, index: int, most: int) -> tuple[Example, list[tuple[int, str]]]:
+    """The example at `index`, or the first after it that can be read, and those that cannot.
 
     Raises:
-      UserError: the data set is smaller than a batch.
+      BrokenImageError: more than `most` in a row.
     """
-    if len(source) < batch_size:
-        raise UserError(
-            f"batch_size is {batch_size}, but the training set has only {len(source)} images"
-        )
-    return len(source) // batch_size
+    skipped: list[tuple[int, str]] = []
+    while True:
+        place = (index + len(skipped)) % len(source)
+        try:
+            return source[place], skipped
+        except BrokenImageError as error:
+            if len(skipped) >= min(most, len(source) - 1):
+                raise
+            skipped.append((place, str(error)))
 
 
-@functools.lru_cache(maxsize=16)
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+def train_units(
+    source: Source, config: ConfigDict, process: int, processes: int
+) -> tuple[Callable[[int], Unit], int]:
+    """The function from an index to a unit, and the number of units a step.
+
+    Repeats of an example within a step make one unit, so that it is read and decoded once.
+    """
+    order = sample_order(config, len(source))
+    data, batch_size, repeats = config.data, config.batch_size, config.data.repeats
+    local_batch = batch_size // processes
+    units_per_step = (batch_size + repeats - 2) // repeats + 1  # a row of copies may straddle two
+    most_skipped = data.max_skipped if data.on_error == "skip" else 0
+
+    def unit(index: int) -> Unit:
+        step, number = divmod(index, units_per_step)
+        epoch, first = order.place(step * batch_size)
+        image = first // repeats + number
+        places = range(max(first, image * repeats), min(first + batch_size, (image + 1) * repeats))
+        rows = {place: order.row(place - first) - process * local_batch for place in places}
+        rows = {place: row for place, row in rows.items() if 0 <= row < local_batch}
+        if not rows:
+            return Unit([], [])
+        example, skipped = read_unbroken(source, order.example(epoch, image), most_skipped)
+        samples = []
+        for place, row in rows.items():
+            rng = np.random.default_rng([config.seed, step * batch_size + place - first])
+            transformed = train_transform(example.image, rng, data)
+            samples.append(Sample(row, transformed, example.label))
+        return Unit(samples, skipped)
+
+    return unit, units_per_step
 
 
-def _shuffled_index(position: int, length: int, epoch_length: int, seed: int) -> int:
-    """The example at `position` of a run whose epochs are cut to `epoch_length` samples."""
-    epoch, place = divmod(position, epoch_length)
-    return index_shuffle(place, length - 1, _epoch_seed(seed, epoch), rounds=4)
+def _assemble(units: Sequence[Unit]) -> dict[str, Any]:
+    """A host's part of a batch from its units, and what they skipped."""
+    samples = [sample for unit in units for sample in unit.samples]
+    images = np.empty((len(samples), *samples[0].image.shape), np.uint8)
+    labels = np.empty(len(samples), np.int32)
+    for row, image, label in samples:
+        images[row] = image
+        labels[row] = label
+    skipped = [skip for unit in units for skip in unit.skipped]
+    return {"image": images, "label": labels, "skipped": skipped}
 
 
-def _global_position(index: int, local_batch: int, process: int, processes: int) -> int:
-    """Hosts hold consecutive blocks of every global batch."""
-    step, row = divmod(index, local_batch)
-    return (step * processes + process) * local_batch + row
+def _iterate(
+    elements: grain.MapDataset,
+    group: int,
+    assemble: Callable[[Sequence[Any]], Any],
+    num_threads: int,
+    num_workers: int = 0,
+) -> Iterator[Any]:
+    """`elements`, joined by `assemble` in groups of `group`, in order.
+
+    Threads share the elements of a group; a worker process makes whole groups, as handing over
+    many small things between processes would cost more.
+    """
+    if num_workers:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        batches = elements.batch(group, batch_fn=assemble).to_iter_dataset(options)
+        workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=BATCHES_AHEAD)
+        return iter(batches.mp_prefetch(workers))
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=max(16, 4 * num_threads)
+    )
+    batches = elements.to_iter_dataset(options).batch(group, batch_fn=assemble)
+    if num_threads:
+        batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
+    return iter(batches)
 
 
 def train_batches(
@@ -60,40 +176,38 @@ def train_batches(
     last_step: int,
     process: int = 0,
     processes: int = 1,
+    skipped: Skipped | None = None,
 ) -> Generator[Batch]:
     """This host's part of the batches of the steps `first_step` to `last_step - 1`.
 
     Args:
       source: the training set.
-      config: the whole config; `seed`, `batch_size` (global) and `data` are read.
+      config: the whole config; `seed`, `batch_size` (global), `mix.group_size` and `data` are read.
       first_step: the first to give; a resumed run passes the step it is at.
       last_step: where to end.
       process: this host's number among `processes`, which divides the batch size.
       processes: the number of hosts.
+      skipped: told which images could not be read, where `config.data.on_error` is 'skip'.
 
     Yields:
       `image` `[batch_size / processes, S, S, 3]` uint8 and `label` `[batch_size / processes]`
-      int32. Close the iterator to end its threads.
+      int32. Close the iterator to end its threads and processes.
+
+    Raises:
+      BrokenImageError: an image that cannot be read, where `config.data.on_error` is 'raise'.
     """
-    local_batch = config.batch_size // processes
-    epoch_length = steps_per_epoch(source, config.batch_size) * config.batch_size
+    unit, units_per_step = train_units(source, config, process, processes)
+    elements = grain.MapDataset.range(first_step * units_per_step, last_step * units_per_step)
     data = config.data
-
-    def sample(index: int) -> dict[str, Any]:
-        position = _global_position(index, local_batch, process, processes)
-        place = _shuffled_index(position, len(source), epoch_length, config.seed)
-        example = source[place]
-        rng = np.random.default_rng([config.seed, position])
-        image = train_transform(example.image, rng, data)
-        return {"image": image, "label": np.int32(example.label)}
-
-    dataset = grain.MapDataset.range(first_step * local_batch, last_step * local_batch)
-    options = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=16)
-    iterator = iter(dataset.map(sample).batch(local_batch).to_iter_dataset(options))
-    try:
-        yield from iterator
-    finally:
-        iterator.close()
+    iterator: Any = _iterate(
+        elements.map(unit), units_per_step, _assemble, data.num_threads, data.num_workers
+    )
+    with contextlib.closing(iterator):
+        for batch in iterator:
+            for index, reason in batch.pop("skipped"):
+                if skipped is not None:
+                    skipped.add(index, reason)
+            yield batch
 
 
 def eval_batches(
@@ -107,6 +221,8 @@ def eval_batches(
 ) -> Generator[Batch]:
     """This host's part of one ordered pass; every example counts exactly once.
 
+    Hosts hold consecutive blocks of every global batch.
+
     Args:
       source: the set to evaluate on.
       preprocessing: of each image; normalising is left to the device.
@@ -118,12 +234,16 @@ def eval_batches(
     Yields:
       `image` and `label` as `train_batches`, and `mask` `[B]` float32: 1 for an example, 0 for
       the padding that fills the last batch, so that all hosts take the same number of steps.
+
+    Raises:
+      BrokenImageError: an image that cannot be read.
     """
     local_batch = batch_size // processes
     steps = -(-len(source) // batch_size)
 
     def sample(index: int) -> dict[str, Any]:
-        position = _global_position(index, local_batch, process, processes)
+        step, row = divmod(index, local_batch)
+        position = (step * processes + process) * local_batch + row
         example = source[min(position, len(source) - 1)]
         return {
             "image": eval_transform(example.image, preprocessing),
@@ -131,10 +251,10 @@ def eval_batches(
             "mask": np.float32(position < len(source)),
         }
 
-    dataset = grain.MapDataset.range(steps * local_batch).map(sample).batch(local_batch)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=16)
-    iterator = iter(dataset.to_iter_dataset(options))
-    try:
+    def stack(samples: Sequence[dict[str, Any]]) -> Batch:
+        return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+    elements = grain.MapDataset.range(steps * local_batch).map(sample)
+    iterator: Any = _iterate(elements, local_batch, stack, num_threads)
+    with contextlib.closing(iterator):
         yield from iterator
-    finally:
-        iterator.close()

@@ -8,14 +8,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from activemlp_jax.data.device import group_size
 from activemlp_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from activemlp_jax.data.randaugment import parse_randaugment
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import ActiveMLP
 
 # These do not change what a run computes, so a run may be resumed with others.
-FREE_TO_CHANGE = ("tensorboard", "data.num_threads", "checkpoint.keep", "checkpoint.every_epochs")
-
-DTYPES = ("bfloat16", "float32")
+FREE_TO_CHANGE = (
+    "tensorboard",
+    "data.num_threads",
+    "data.num_workers",
+    "data.on_error",
+    "data.max_skipped",
+    "checkpoint.keep",
+    "checkpoint.every_epochs",
+)
 
 
 def default_config() -> ConfigDict:
@@ -48,7 +56,21 @@ def default_config() -> ConfigDict:
     config.data.resize_factor = 256 / 224  # of evaluation; see preprocessing.Preprocessing
     config.data.mean = IMAGENET_MEAN
     config.data.std = IMAGENET_STD
-    config.data.num_threads = 2
+    config.data.num_threads = 2  # that read and transform images, on each host
+    config.data.num_workers = 0  # processes to do so in place of the threads
+    config.data.on_error = "skip"  # a broken image: the next one in its place; or "raise"
+    config.data.max_skipped = 100  # broken images, before a run stops all the same
+    config.data.repeats = 1  # of each image in a row: repeated augmentation; see order.SampleOrder
+
+    config.data.augmentation = "warp"  # or random_resized_crop, which the next five are for
+    config.data.crop = ConfigDict()  # see transforms.draw_crop
+    config.data.crop.min_area = 0.08
+    config.data.crop.max_area = 1.0
+    config.data.crop.min_ratio = 3 / 4
+    config.data.crop.max_ratio = 4 / 3
+    config.data.flip = 0.5  # probability
+    config.data.randaugment = ""  # such as rand-m9-mstd0.5-inc1; see randaugment
+    config.data.color_jitter = 0.0  # used where there is no RandAugment
     config.data.warp = ConfigDict()  # see transforms.random_warp
     config.data.warp.degrees = 0.0
     config.data.warp.scale = 0.0
@@ -56,8 +78,17 @@ def default_config() -> ConfigDict:
     config.data.warp.translate = 0.0
     config.data.warp.bend = 0.0
 
+    config.random_erasing = 0.0  # probability, for each image
+    config.mix = ConfigDict()  # see device.draw_mixing
+    config.mix.mixup_alpha = 0.0  # 0 for no mixup
+    config.mix.cutmix_alpha = 0.0  # 0 for no cutmix
+    config.mix.cutmix_probability = 0.5  # where there are both
+    config.mix.group_size = 128  # rows mixed alike and among themselves; a smaller batch is one
+
     config.optimizer = ConfigDict()  # AdamW
+    config.optimizer.schedule = "steps"  # or epochs; see schedules.learning_rate_schedule
     config.optimizer.learning_rate = 5e-4  # the highest, after the warm-up
+    config.optimizer.reference_batch_size = 0  # that it is for, to be scaled; 0: as it stands
     config.optimizer.warmup_learning_rate = 1e-6
     config.optimizer.final_learning_rate = 1e-5
     config.optimizer.warmup_epochs = 5
@@ -65,6 +96,8 @@ def default_config() -> ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
+    config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 does not clip
+    config.optimizer.layer_decay = 1.0  # of the learning rate, from each block to the one before
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
@@ -100,7 +133,15 @@ def build_preprocessing(config: ConfigDict) -> Preprocessing:
 # What a value must be to work: keys, condition, and the words for it. Types are ml_collections'.
 LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
-        ("epochs", "batch_size", "eval_batch_size", "checkpoint.every_epochs", "checkpoint.keep"),
+        (
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "mix.group_size",
+            "data.repeats",
+            "checkpoint.every_epochs",
+            "checkpoint.keep",
+        ),
         lambda value: value >= 1,
         "at least 1",
     ),
@@ -111,9 +152,31 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         lambda value: 0 <= value < 1,
         "0 <= value < 1",
     ),
+    (
+        ("data.flip", "random_erasing", "mix.cutmix_probability"),
+        lambda value: 0 <= value <= 1,
+        "0 <= value <= 1",
+    ),
+    (
+        ("data.crop.min_area", "data.crop.max_area", "optimizer.layer_decay"),
+        lambda value: 0 < value <= 1,
+        "0 < value <= 1",
+    ),
+    (
+        ("data.crop.min_ratio", "data.crop.max_ratio", "optimizer.learning_rate"),
+        lambda value: value > 0,
+        "more than 0",
+    ),
+    *(
+        ((key,), lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
+        for key, choices in (
+            ("model.dtype", ("bfloat16", "float32")),
+            ("data.augmentation", ("warp", "random_resized_crop")),
+            ("data.on_error", ("skip", "raise")),
+            ("optimizer.schedule", ("steps", "epochs")),
+        )
+    ),
     (("data.train_split", "data.test_split"), lambda value: value != "", "the name of a split"),
-    (("model.dtype",), lambda value: value in DTYPES, f"one of {', '.join(DTYPES)}"),
-    (("optimizer.learning_rate",), lambda value: value > 0, "more than 0"),
     (
         (
             "optimizer.warmup_learning_rate",
@@ -121,7 +184,14 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "optimizer.warmup_epochs",
             "optimizer.weight_decay",
             "optimizer.eps",
+            "optimizer.reference_batch_size",
+            "optimizer.clip_norm",
+            "mix.mixup_alpha",
+            "mix.cutmix_alpha",
             "data.num_threads",
+            "data.num_workers",
+            "data.max_skipped",
+            "data.color_jitter",
             "data.warp.degrees",
             "data.warp.shear",
             "data.warp.translate",
@@ -141,6 +211,24 @@ def check_config(config: ConfigDict) -> None:
             infinite = isinstance(value, float) and not math.isfinite(value)
             if infinite or not holds(value):
                 raise UserError(f"config.{key} is {value!r}, expected {expected}")
+    crop = config.data.crop
+    for kind in ("area", "ratio"):
+        low, high = crop[f"min_{kind}"], crop[f"max_{kind}"]
+        if low > high:
+            raise UserError(
+                f"config.data.crop.min_{kind} is {low!r}, expected at most max_{kind}, {high!r}"
+            )
+    group = group_size(config)
+    if config.batch_size % group:
+        raise UserError(
+            f"config.batch_size is {config.batch_size}, expected a multiple of "
+            f"config.mix.group_size, {group}, or less than it"
+        )
+    if config.data.randaugment:
+        try:
+            parse_randaugment(config.data.randaugment)
+        except ValueError as error:
+            raise UserError(f"config.data.randaugment: {error}") from error
     build_model(config, num_classes=1)
     build_preprocessing(config)
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from activemlp_jax.data.pipeline import eval_batches, steps_per_epoch, train_batches
-from activemlp_jax.data.sources import Source, check_same_classes, open_source
+from activemlp_jax.data.examples import check_same_classes
+from activemlp_jax.data.pipeline import Skipped, eval_batches, sample_order, train_batches
+from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError
 from activemlp_jax.training import sharding
 from activemlp_jax.training.checkpoints import Checkpoints
 from activemlp_jax.training.config import build_model, build_preprocessing, check_config
 from activemlp_jax.training.evaluation import Sums, evaluate
-from activemlp_jax.training.optimizer import adamw, cosine_schedule
+from activemlp_jax.training.optimizer import make_optimizer
 from activemlp_jax.training.pictures import draw_confusion, draw_curves
 from activemlp_jax.training.pretrained import (
     adopt_architecture,
@@ -29,16 +29,10 @@ from activemlp_jax.training.pretrained import (
     write_result,
 )
 from activemlp_jax.training.reporting import Reporter
-from activemlp_jax.training.step import Batch, Params, TrainState, make_train_step
+from activemlp_jax.training.schedules import learning_rate_schedule
+from activemlp_jax.training.step import Params, TrainState, make_train_step
 from activemlp_jax.training.tasks import Classification
 from activemlp_jax.training.workdir import Record, claim_workdir, rewind_records
-
-
-def example_batch(source: Source, config: ConfigDict, mesh: Mesh) -> Batch:
-    """A batch like all those of a run."""
-    batches = train_batches(source, config, first_step=0, last_step=1, **sharding.this_host())
-    with contextlib.closing(batches):
-        return sharding.put_batch(next(batches), mesh)
 
 
 def train(config: ConfigDict, workdir: Path, console: Console) -> None:
@@ -62,7 +56,7 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
     test_source = open_source(config.data.name, config.data.test_split)
     class_names = train_source.class_names
     check_same_classes(class_names, test_source.class_names, f"the test set of {config.data.name}")
-    epoch_steps = steps_per_epoch(train_source, config.batch_size)
+    epoch_steps = sample_order(config, len(train_source)).steps_per_epoch
     last_step = config.epochs * epoch_steps
     claim_workdir(workdir, config)
 
@@ -70,9 +64,11 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
     everywhere = sharding.replicated(mesh)
     model = build_model(config, num_classes=len(class_names))
     preprocessing = build_preprocessing(config)
-    task = Classification(model, config.label_smoothing, config.data.mean, config.data.std)
-    schedule = cosine_schedule(config.optimizer, epoch_steps, config.epochs)
-    optimizer = adamw(config.optimizer, schedule)
+    task = Classification(model, config.data.mean, config.data.std, config)
+    schedule = learning_rate_schedule(
+        config.optimizer, epoch_steps, config.epochs, config.batch_size
+    )
+    optimizer = make_optimizer(config.optimizer, schedule, model)
     train_step: Any = jax.jit(
         make_train_step(task.loss, optimizer, config.ema_decay, config.seed),
         donate_argnums=0,
@@ -125,13 +121,20 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
         started = time.perf_counter()
         _, sums = test(state)  # compiles the evaluation, and is all that a finished run needs
         if first_step < last_step:
-            batch = example_batch(train_source, config, mesh)
-            train_step = train_step.lower(state, batch).compile()
+            shapes = sharding.batch_shapes(config.batch_size, config.data.image_size, mesh)
+            train_step = train_step.lower(state, shapes).compile()
             say(f"compiled in {time.perf_counter() - started:.0f} s")
 
+        skipped = Skipped(config.data.max_skipped, say)
         batches = train_batches(
-            train_source, config, first_step=first_step, last_step=last_step, **sharding.this_host()
+            train_source,
+            config,
+            first_step=first_step,
+            last_step=last_step,
+            skipped=skipped,
+            **sharding.this_host(),
         )
+        batches = sharding.prefetch(batches, mesh)
         reporter = Reporter(
             workdir, first_step, last_step, config.batch_size, config.tensorboard, console
         )
@@ -141,7 +144,7 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
                 reporter.start_epoch(epoch, config.epochs)
                 losses: list[jax.Array] = []
                 for step in range((epoch - 1) * epoch_steps, epoch * epoch_steps):
-                    state, loss = train_step(state, sharding.put_batch(next(batches), mesh))
+                    state, loss = train_step(state, next(batches))
                     losses.append(loss)
                     # Waiting for the step before, not for this one, keeps the device busy.
                     reporter.step(check_finite(losses[-2:][0], step))
@@ -153,6 +156,7 @@ def train(config: ConfigDict, workdir: Path, console: Console) -> None:
                     "learning_rate": float(schedule(step)),
                     "train_loss": float(train_loss),
                     "images_per_second": round(reporter.images_per_second(), 1),
+                    "images_skipped": len(skipped),
                     **metrics,
                 }
                 for key in ("test_loss", "ema_test_loss"):

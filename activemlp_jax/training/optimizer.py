@@ -1,33 +1,12 @@
-"""AdamW with the original's groups of decayed weights, and learning rate schedules."""
+"""AdamW with the original's groups of decayed weights."""
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-
-def cosine_schedule(config: ConfigDict, steps_per_epoch: int, epochs: int) -> optax.Schedule:
-    """Linear warm-up and cosine decay, step by step.
-
-    The cosine counts from step 0; the warm-up covers its beginning, as in the original.
-
-    Args:
-      config: `config.optimizer`.
-      steps_per_epoch: of the run.
-      epochs: length of the run, over which the cosine falls.
-    """
-    warmup_steps = config.warmup_epochs * steps_per_epoch
-    warmup = optax.linear_schedule(
-        config.warmup_learning_rate, config.learning_rate, max(warmup_steps, 1)
-    )
-    cosine = optax.cosine_decay_schedule(
-        config.learning_rate,
-        epochs * steps_per_epoch,
-        alpha=config.final_learning_rate / config.learning_rate,
-    )
-    return lambda step: jnp.where(step < warmup_steps, warmup(step), cosine(step))
+from activemlp_jax.models.backbone import ActiveMLP
 
 
 def decay_mask(params: Any) -> Any:
@@ -42,13 +21,60 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def adamw(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay; `config` is `config.optimizer`."""
-    return optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+def layer_scales(params: Any, model: ActiveMLP, decay: float) -> Any:
+    """For each parameter, the share of the learning rate it gets: `decay` a block from the head.
+
+    The head and its norm get 1, the last block `decay`, the one before `decay ** 2` and so on down
+    to the stem. What a stage's blocks share, its position convolution, goes with its first block,
+    the downsampling after a stage with its last.
+
+    Source: the layer-wise decay of BEiT and its successors' fine-tuning.
+    """
+    starts = [sum(model.depths[:stage]) for stage in range(5)]
+    blocks = starts[-1]
+
+    def scale(path: tuple[Any, ...], _: Any) -> float:
+        top, inner, *_ = (*(key.key for key in path), "")
+        kind, _, number = top.partition("_")
+        if kind == "stages":
+            within = inner.removeprefix("block_") if inner.startswith("block_") else 0
+            block = starts[int(number)] + int(within)
+        elif kind == "downsamples":
+            block = starts[int(number) + 1] - 1
+        else:
+            block = -1 if kind == "stem" else blocks
+        return decay ** (blocks - block)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, model: ActiveMLP
+) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay, and where asked for, clipping and layer-wise decay.
+
+    Args:
+      config: `config.optimizer`.
+      schedule: of the learning rate.
+      model: whose parameters are trained.
+    """
+    parts = [
+        optax.adamw(
+            schedule,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        )
+    ]
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.layer_decay < 1:
+
+        def scaled(updates: Any, params: Any) -> Any:
+            scales = layer_scales(params, model, config.layer_decay)
+            return jax.tree.map(lambda update, scale: update * scale, updates, scales)
+
+        parts.append(optax.stateless(scaled))
+    return optax.chain(*parts) if len(parts) > 1 else parts[0]

@@ -3,7 +3,10 @@
 The batch is split over all devices, the state has a copy on each.
 """
 
-from collections.abc import Mapping
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +36,32 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     rows = NamedSharding(mesh, PartitionSpec("data"))
     return {
         key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()
+    }
+
+
+def prefetch(
+    batches: Generator[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2
+) -> Generator[dict[str, Any]]:
+    """`batches` as `put_batch` gives them, `ahead` of them on their way before they are asked for.
+
+    Closing it closes `batches`.
+    """
+    with contextlib.closing(batches):
+        placed = (put_batch(batch, mesh) for batch in batches)
+        waiting = deque(itertools.islice(placed, ahead))
+        while waiting:
+            batch = waiting.popleft()
+            waiting.extend(itertools.islice(placed, 1))
+            yield batch
+
+
+def batch_shapes(batch_size: int, image_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes, dtypes and placement of a training batch of classification."""
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    images = (batch_size, image_size, image_size, 3)
+    return {
+        "image": jax.ShapeDtypeStruct(images, np.uint8, sharding=rows),
+        "label": jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=rows),
     }
 
 

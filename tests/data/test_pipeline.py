@@ -5,12 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from absl import flags
 
-from activemlp_jax.data.pipeline import Batch, eval_batches, steps_per_epoch, train_batches
+from activemlp_jax.data import pipeline
+from activemlp_jax.data.decoding import BrokenImageError
+from activemlp_jax.data.examples import Example
+from activemlp_jax.data.pipeline import Batch, Skipped, eval_batches, train_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import ArraySource
 from activemlp_jax.errors import UserError
-from activemlp_jax.training.config import default_config
+from activemlp_jax.training.config import FREE_TO_CHANGE, default_config
 
 EXAMPLES = 53
 BATCH = 8
@@ -23,6 +27,7 @@ def config(**changes: Any) -> Any:
     config.batch_size = BATCH
     config.data.warp.degrees = 20.0
     config.data.warp.translate = 0.1
+    config.mix.group_size = 4
     config.update_from_flattened_dict(changes)
     return config
 
@@ -33,10 +38,20 @@ def source() -> ArraySource:
     return ArraySource(images, np.arange(EXAMPLES), tuple(map(str, range(EXAMPLES))))
 
 
-def batches(first: int = 0, last: int = 3 * EPOCH, hosts: Any = (0, 1), **changes: Any) -> Any:
+RECIPE = {
+    "data.repeats": 3,
+    "data.augmentation": "random_resized_crop",
+    "data.randaugment": "rand-m9-mstd0.5-inc1",
+}
+ORDERS = pytest.mark.parametrize("order", [{}, RECIPE], ids=["plain", "recipe"])
+
+
+def batches(
+    first: int = 0, last: int = 3 * EPOCH, hosts: Any = (0, 1), data: Any = None, **changes: Any
+) -> Any:
     process, processes = hosts
     iterator = train_batches(
-        source(), config(**changes), first_step=first, last_step=last,
+        data or source(), config(**changes), first_step=first, last_step=last,
         process=process, processes=processes,
     )  # fmt: skip
     with contextlib.closing(iterator):
@@ -69,25 +84,73 @@ def test_every_example_is_left_out_by_some_epoch_only():
     assert set(np.concatenate(labels)) == set(range(EXAMPLES))
 
 
+@ORDERS
 @pytest.mark.parametrize("threads", [0, 1, 2, 7])
-def test_the_number_of_threads_changes_nothing(threads: int):
-    assert_same(batches(**{"data.num_threads": threads}), batches(**{"data.num_threads": 3}))
+def test_the_number_of_threads_changes_nothing(threads: int, order: dict[str, Any]):
+    ours = batches(**order, **{"data.num_threads": threads})
+    assert_same(ours, batches(**order, **{"data.num_threads": 3}))
 
 
-def test_a_resumed_run_gets_the_batches_it_would_have_got():
-    uninterrupted = batches()
-    for step in range(3 * EPOCH):
-        assert_same(batches(first=step), uninterrupted[step:])
+@pytest.mark.slow
+@ORDERS
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(workers: int, order: dict[str, Any]):
+    flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, which train.py parses
+    ours = batches(**order, **{"data.num_workers": workers})
+    assert_same(ours, batches(**order, **{"data.num_threads": 0}))
 
 
+@ORDERS
+def test_a_resumed_run_gets_the_batches_it_would_have_got(order: dict[str, Any]):
+    last = 10 * EPOCH
+    uninterrupted = batches(last=last, **order)
+    for step in np.random.default_rng(0).choice(last, size=50, replace=False):
+        assert_same(batches(int(step), last, **order), uninterrupted[step:])
+
+
+@ORDERS
 @pytest.mark.parametrize("processes", [2, 4])
-def test_hosts_hold_disjoint_blocks_of_the_same_global_batch(processes: int):
-    parts = [batches(hosts=(process, processes)) for process in range(processes)]
+def test_hosts_hold_disjoint_blocks_of_the_same_global_batch(processes: int, order: dict[str, Any]):
+    parts = [batches(hosts=(process, processes), **order) for process in range(processes)]
     joined = [
         {key: np.concatenate([batch[key] for batch in step]) for key in step[0]}
         for step in zip(*parts, strict=True)
     ]
-    assert_same(joined, batches())
+    assert_same(joined, batches(**order))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_union_of_all_hosts_is_every_sample_of_an_epoch_once(processes: int):
+    """Labels are indices: with repeats each stands three times, but for the cut at the end."""
+    parts = [
+        batches(last=EPOCH, hosts=(process, processes), **RECIPE) for process in range(processes)
+    ]
+    labels = np.concatenate([batch["label"] for part in parts for batch in part])
+    _, counts = np.unique(labels, return_counts=True)
+    assert sorted(counts) == [3] * (EPOCH * BATCH // 3) + [EPOCH * BATCH % 3] * bool(
+        EPOCH * BATCH % 3
+    )
+
+
+def test_the_three_copies_of_repeated_augmentation_differ():
+    by_label: dict[int, list[bytes]] = {}
+    for batch in batches(last=EPOCH, **RECIPE):
+        for label, image in zip(batch["label"], batch["image"], strict=True):
+            by_label.setdefault(int(label), []).append(image.tobytes())
+    triples = [images for images in by_label.values() if len(images) == 3]
+    assert len(triples) == EPOCH * BATCH // 3
+    assert all(len(set(images)) == 3 for images in triples)
+
+
+def test_copies_on_one_host_are_read_once(monkeypatch: pytest.MonkeyPatch):
+    reads = []
+    read = pipeline.read_unbroken
+    monkeypatch.setattr(
+        pipeline, "read_unbroken", lambda *args: reads.append(args[1]) or read(*args)
+    )
+    batches(last=3, **RECIPE)  # 24 samples of 8 images; two of them straddle two steps
+    assert len(set(reads)) == 8
+    assert len(reads) == 10
 
 
 def test_another_seed_gives_another_order_and_other_transforms():
@@ -134,6 +197,90 @@ def test_evaluation_counts_every_example_once_on_any_number_of_hosts(processes: 
     assert steps == {7}, "all hosts take the same number of steps"
 
 
-def test_a_batch_larger_than_the_data_set_is_refused():
-    with pytest.raises(UserError, match="batch_size is 54, but the training set has only 53"):
-        steps_per_epoch(source(), 54)
+class BrokenSource:
+    """`source()`, but the examples `broken` cannot be read."""
+
+    def __init__(self, broken: set[int]):
+        self._source = source()
+        self._broken = broken
+        self.class_names = self._source.class_names
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        if index in self._broken:
+            raise BrokenImageError(f"{index}.jpg is no readable image: test")
+        return self._source[index]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_broken_images_are_replaced_by_the_next_index_and_counted_once(threads: int):
+    said: list[str] = []
+    skipped = Skipped(5, said.append)
+    iterator = train_batches(
+        BrokenSource({7, 8, 52}),
+        config(**{"data.num_threads": threads}),
+        first_step=0,
+        last_step=20 * EPOCH,
+        skipped=skipped,
+    )
+    with contextlib.closing(iterator):
+        labels = np.concatenate([batch["label"] for batch in iterator])
+    plain = np.concatenate([batch["label"] for batch in batches(last=20 * EPOCH)])
+    replacement = {7: 9, 8: 9, 52: 0}
+    np.testing.assert_array_equal(labels, [replacement.get(label, label) for label in plain])
+    assert len(skipped) == 3
+    assert sorted(said) == [
+        f"skipped: {index}.jpg is no readable image: test" for index in (52, 7, 8)
+    ]
+
+
+@pytest.mark.slow
+def test_broken_images_are_counted_across_worker_processes():
+    flags.FLAGS.mark_as_parsed()
+    skipped = Skipped(5, lambda _: None)
+    iterator = train_batches(
+        BrokenSource({7, 8, 52}),
+        config(**{"data.num_workers": 2}),
+        first_step=0,
+        last_step=6 * EPOCH,
+        skipped=skipped,
+    )
+    with contextlib.closing(iterator):
+        for _ in iterator:
+            pass
+    assert len(skipped) == 3
+
+
+def test_more_broken_images_than_allowed_stop_the_run():
+    skipped = Skipped(2, lambda _: None)
+    iterator = train_batches(
+        BrokenSource({7, 8, 52}), config(), first_step=0, last_step=20 * EPOCH, skipped=skipped
+    )
+    with (
+        contextlib.closing(iterator),
+        pytest.raises(UserError, match=r"3 images cannot be read, more than .*max_skipped = 2"),
+    ):
+        list(iterator)
+
+
+def test_a_set_of_broken_images_alone_ends_with_the_last_one():
+    with pytest.raises(BrokenImageError, match=r"\.jpg is no readable image"):
+        batches(data=BrokenSource(set(range(EXAMPLES))))
+
+
+def test_a_broken_image_is_raised_where_the_config_says_so():
+    with pytest.raises(BrokenImageError, match=r"7\.jpg is no readable image: test"):
+        batches(data=BrokenSource({7}), last=2 * EPOCH, **{"data.on_error": "raise"})
+
+
+def test_evaluation_always_raises_a_broken_image():
+    iterator = eval_batches(BrokenSource({7}), EVALUATION, BATCH, num_threads=2)
+    with contextlib.closing(iterator), pytest.raises(BrokenImageError, match=r"7\.jpg"):
+        list(iterator)
+
+
+def test_a_worker_count_is_no_part_of_what_a_run_computes():
+    free = {"data.num_threads", "data.num_workers", "data.on_error", "data.max_skipped"}
+    assert free < set(FREE_TO_CHANGE)

@@ -1,6 +1,5 @@
 """The optimiser, the averaged weights and the step against the original's training."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import goldens
@@ -12,7 +11,7 @@ import pytest
 
 import activemlp_jax as am
 from activemlp_jax.training.config import default_config
-from activemlp_jax.training.optimizer import adamw, cosine_schedule, decay_mask
+from activemlp_jax.training.optimizer import decay_mask, make_optimizer
 from activemlp_jax.training.step import TrainState, make_train_step
 from activemlp_jax.training.tasks import soft_cross_entropy
 
@@ -47,7 +46,7 @@ def test_six_steps_equal_the_originals():
         return soft_cross_entropy(logits, batch["target"])
 
     rates = jnp.asarray(golden["lr"])
-    optimizer = adamw(default_config().optimizer, lambda step: rates[step])
+    optimizer = make_optimizer(default_config().optimizer, lambda step: rates[step], model)
     ema_decay = float(golden["ema_decay"])
     params = goldens.rule_variables(model, seed=1)["params"]
     state = TrainState.create(params, optimizer, ema_decay)
@@ -95,15 +94,3 @@ def test_random_numbers_follow_from_seed_and_step_alone():
 
     assert losses(0, 0)[1:] == losses(0, 1)[:2]
     assert len({*losses(0, 0), *losses(1, 0)}) == 6
-
-
-def test_the_smooth_schedule_warms_up_then_follows_a_cosine_from_step_zero():
-    config = SimpleNamespace(
-        learning_rate=1e-3, warmup_learning_rate=1e-6, final_learning_rate=1e-5, warmup_epochs=5
-    )
-    schedule = cosine_schedule(config, steps_per_epoch=10, epochs=100)
-    steps = np.arange(1000)
-    warmup = 1e-6 + (1e-3 - 1e-6) * steps / 50
-    cosine = 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * steps / 1000)) / 2
-    expected = np.where(steps < 50, warmup, cosine)
-    np.testing.assert_allclose(jax.vmap(schedule)(steps), expected, rtol=1e-5)

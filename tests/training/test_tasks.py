@@ -1,5 +1,7 @@
 """Loss and metrics of classification against plain numpy."""
 
+from typing import Any
+
 import goldens
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,16 @@ import numpy as np
 import activemlp_jax as am
 from activemlp_jax.data.device import normalise
 from activemlp_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from activemlp_jax.training.config import default_config
 from activemlp_jax.training.tasks import Classification
 
 
-def task(label_smoothing: float = 0.1) -> Classification:
-    model = am.ActiveMLP(**goldens.MICRO)
-    return Classification(model, label_smoothing, IMAGENET_MEAN, IMAGENET_STD)
+def task(**changes: Any) -> Classification:
+    config = default_config()
+    config.label_smoothing = 0.1
+    config.batch_size = 6
+    config.update_from_flattened_dict(changes)
+    return Classification(am.ActiveMLP(**goldens.MICRO), IMAGENET_MEAN, IMAGENET_STD, config)
 
 
 def batch_and_log_probabilities() -> tuple[dict[str, np.ndarray], np.ndarray, dict]:
@@ -43,6 +49,67 @@ def test_loss_is_the_cross_entropy_to_smoothed_labels():
     expected = -(targets * log_probabilities).sum(-1).mean()
     ours = jax.jit(task().loss)(params, batch, jax.random.key(0))
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+MIXED = {"mix.mixup_alpha": 0.8, "mix.cutmix_alpha": 1.0, "mix.group_size": 3}
+
+
+def test_smoothed_targets_are_mixed_with_the_images():
+    """A row of targets has two smoothed labels, at the shares at which the images were mixed."""
+    batch, _, _ = batch_and_log_probabilities()
+    labels = np.full((6, 10), 0.1 / 10)
+    labels[np.arange(6), batch["label"]] += 0.9
+    partners = [2, 1, 0, 5, 4, 3]
+    plain = np.asarray(normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD))
+    inputs = jax.jit(task(**MIXED).inputs)
+    kinds = set()
+    for seed in range(12):
+        images, targets = map(np.asarray, inputs(batch, jax.random.key(seed)))
+        for row, partner in enumerate(partners):
+            if batch["label"][row] == batch["label"][partner]:
+                continue
+            own = targets[row, batch["label"][row]] - 0.01
+            share = own / 0.9
+            expected = share * labels[row] + (1 - share) * labels[partner]
+            np.testing.assert_allclose(targets[row], expected, atol=1e-6)
+            mixed = share * plain[row] + (1 - share) * plain[partner]
+            is_mixup = np.allclose(images[row], mixed, atol=1e-4)
+            if not is_mixup:
+                from_own, from_partner = (
+                    np.isclose(images[row], plain[source], atol=1e-5).all(-1)
+                    for source in (row, partner)
+                )
+                assert (from_own | from_partner).all()
+                np.testing.assert_allclose(from_own.mean(), share, atol=1e-5)
+            kinds.add(is_mixup)
+    assert kinds == {True, False}
+
+
+def test_erasing_comes_before_mixing():
+    """Noise of a box is blended with the partner's pixels, as the original's order gives."""
+    batch, _, _ = batch_and_log_probabilities()
+    batch["image"][:] = 128
+    settings = {"random_erasing": 1.0, "mix.mixup_alpha": 0.8, "mix.group_size": 6}
+    images, _ = jax.jit(task(**settings).inputs)(batch, jax.random.key(0))
+    plain = normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
+    changed = np.asarray((images != plain).any(-1))
+    # A row's own box and its partner's both show in it, so partners change in the same pixels.
+    np.testing.assert_array_equal(changed, changed[::-1])
+
+
+def test_in_bfloat16_models_pixels_and_targets_stay_float32():
+    batch, _, _ = batch_and_log_probabilities()
+    config = task(**MIXED, random_erasing=0.25).train
+    model = am.ActiveMLP(**goldens.MICRO, dtype=jnp.bfloat16)
+    half = Classification(model, IMAGENET_MEAN, IMAGENET_STD, config)
+    images, targets = half.inputs(batch, jax.random.key(0))
+    assert images.dtype == targets.dtype == jnp.float32
+    np.testing.assert_allclose(targets.sum(-1), np.ones(6), rtol=1e-6)
+    params = goldens.rule_variables(model)["params"]
+    full = task(**MIXED, random_erasing=0.25)
+    ours, exact = (jax.jit(t.loss)(params, batch, jax.random.key(0)) for t in (half, full))
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, exact, rtol=2e-2)
 
 
 def test_padding_counts_nowhere():

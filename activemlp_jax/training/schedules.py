@@ -1,0 +1,56 @@
+"""The learning rate of a step."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+
+def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
+    """`learning_rate`, scaled to `batch_size` where `reference_batch_size` says what it is for."""
+    reference = config.reference_batch_size
+    return config.learning_rate * (batch_size / reference if reference else 1.0)
+
+
+def learning_rate_schedule(
+    config: ConfigDict, steps_per_epoch: int, epochs: int, batch_size: int
+) -> optax.Schedule:
+    """Linear warm-up and cosine decay, as `config.schedule` says: by 'steps' or by 'epochs'.
+
+    The cosine counts from the beginning of the run; the warm-up covers its first epochs.
+
+    By epochs is the original's way, exactly: the rate is constant within an epoch, and as the
+    original steps its scheduler after each epoch with that epoch's number, epoch e runs at the
+    rate of e - 1, and the first two at the warm-up's lowest.
+
+    Args:
+      config: `config.optimizer`.
+      steps_per_epoch: of the run.
+      epochs: length of the run, over which the cosine falls.
+      batch_size: over all devices.
+    """
+    peak = peak_learning_rate(config, batch_size)
+    if config.schedule == "epochs":
+        return _epoch_schedule(config, peak, steps_per_epoch, epochs)
+    warmup_steps = config.warmup_epochs * steps_per_epoch
+    warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_steps, 1))
+    cosine = optax.cosine_decay_schedule(
+        peak, epochs * steps_per_epoch, alpha=config.final_learning_rate / peak
+    )
+    return lambda step: jnp.where(step < warmup_steps, warmup(step), cosine(step))
+
+
+def _epoch_schedule(
+    config: ConfigDict, peak: float, steps_per_epoch: int, epochs: int
+) -> optax.Schedule:
+    """A rate an epoch, looked up."""
+    lowest, final, warmup = (
+        config.warmup_learning_rate,
+        config.final_learning_rate,
+        config.warmup_epochs,
+    )
+    counted = np.maximum(np.arange(epochs) - 1, 0)
+    rising = lowest + counted * (peak - lowest) / max(warmup, 1)
+    falling = final + (peak - final) * (1 + np.cos(np.pi * counted / epochs)) / 2
+    rates = np.where(counted < warmup, rising, falling)
+    return lambda step: jnp.asarray(rates)[jnp.minimum(step // steps_per_epoch, epochs - 1)]
