@@ -35,6 +35,8 @@ class ArraySource:
 class FolderSource:
     """A folder of class folders of image files; classes and files in the order of their names.
 
+    `files` has the path and the label of each.
+
     Raises:
       UserError: no such folder, fewer than two class folders, or one without images.
     """
@@ -50,7 +52,7 @@ class FolderSource:
         if len(classes) < 2:
             raise UserError(f"{folder} has {len(classes)} class folders, expected two or more")
         self.class_names = tuple(classes)
-        self._files: list[tuple[str, int]] = []
+        self.files: list[tuple[str, int]] = []
         for label, name in enumerate(classes):
             files = sorted(
                 entry.path
@@ -59,13 +61,13 @@ class FolderSource:
             )
             if not files:
                 raise UserError(f"the class folder {folder / name} has no images")
-            self._files += [(file, label) for file in files]
+            self.files += [(file, label) for file in files]
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
-        file, label = self._files[index]
+        file, label = self.files[index]
         try:
             data = Path(file).read_bytes()
         except OSError as error:

@@ -1,0 +1,208 @@
+"""Data sets of tensorflow-datasets written as ArrayRecord files, shard by shard.
+
+A shard appears under its name only when it is whole, so that work that was interrupted goes on
+with the shards that are missing.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.file_adapters import ArrayRecordFileAdapter
+
+from activemlp_jax.errors import UserError
+
+SHARD_BYTES = 128 * 2**20
+PLAN_FILE = "prepared_from.json"
+
+
+class Member(NamedTuple):
+    """An image file: `size` bytes from `offset` on in the file `path`, named `name`."""
+
+    path: str
+    offset: int
+    size: int
+    name: str
+    label: int
+
+    def read(self) -> bytes:
+        """The bytes of the image file; UserError if `path` ends before them."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise UserError(f"{self.path} ends within {self.name}")
+        return data
+
+
+class Shard(NamedTuple):
+    """A file to write: serialised `examples`, as `records()` gives them, made of `size` bytes."""
+
+    split: str
+    path: Path
+    examples: int
+    size: int
+    records: Callable[[], Iterable[bytes]]
+
+
+def shard_path(directory: Path, name: str, split: str, index: int, count: int) -> Path:
+    """Where tensorflow-datasets looks for a shard."""
+    return directory / f"{name}-{split}.array_record-{index:05}-of-{count:05}"
+
+
+def plan_shards(
+    directory: Path, name: str, features: Any, splits: Mapping[str, Sequence[Member]]
+) -> list[Shard]:
+    """The shards of a data set of image files, in an order shuffled by the files' names.
+
+    So that a slice such as 'train[:1%]' has images of all classes.
+
+    Args:
+      directory: where they go.
+      name: of the data set.
+      features: of tensorflow-datasets: `image`, `label` and `file_name`.
+      splits: the images of each.
+    """
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def serialised(members: Sequence[Member]) -> Iterator[bytes]:
+        for member in members:
+            example = {
+                "image": io.BytesIO(member.read()),
+                "label": member.label,
+                "file_name": member.name,
+            }
+            yield serializer.serialize_example(features.encode_example(example))
+
+    shards = []
+    for split, members in splits.items():
+        shuffled = sorted(members, key=lambda member: hashlib.sha1(member.name.encode()).digest())
+        size = sum(member.size for member in members)
+        count = min(len(members), -(-size // SHARD_BYTES))
+        bounds = np.linspace(0, len(members), count + 1).astype(int)
+        for index in range(count):
+            part = shuffled[bounds[index] : bounds[index + 1]]
+            shards.append(
+                Shard(
+                    split,
+                    shard_path(directory, name, split, index, count),
+                    len(part),
+                    sum(member.size for member in part),
+                    functools.partial(serialised, part),
+                )
+            )
+    return shards
+
+
+def claim_directory(directory: Path, shards: Sequence[Shard]) -> None:
+    """Make `directory` that of these shards, or see that it already is.
+
+    Raises:
+      UserError: it holds another data set, or a part of one made from other files.
+    """
+    plan = {shard.path.name: [shard.examples, shard.size] for shard in shards}
+    path = directory / PLAN_FILE
+    if path.exists():
+        if json.loads(path.read_text()) != plan:
+            raise UserError(f"{directory} was begun from other files; remove it to begin anew")
+    elif directory.exists() and any(directory.iterdir()):
+        raise UserError(f"{directory} holds files of another origin; choose another --data-dir")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{PLAN_FILE}.partial")
+        partial.write_text(json.dumps(plan) + "\n")
+        os.replace(partial, path)
+
+
+def _is_whole(shard: Shard) -> bool:
+    return shard.path.exists() and ArrayRecordFileAdapter.num_examples(shard.path) == shard.examples
+
+
+def write_shards(shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> None:
+    """Write the shards that are missing.
+
+    Args:
+      shards: of `plan_shards`, or the like.
+      num_threads: that write, one shard each.
+      advance: told how many examples more are there.
+
+    Raises:
+      UserError: a shard that came out with another number of examples.
+    """
+
+    def write(shard: Shard) -> None:
+        if _is_whole(shard):
+            advance(shard.examples)
+            return
+        written = 0
+
+        def records() -> Iterator[tuple[int, bytes]]:
+            nonlocal written
+            for record in shard.records():
+                yield written, record
+                written += 1
+                advance(1)
+
+        partial = shard.path.with_name(f"{shard.path.name}.partial")
+        ArrayRecordFileAdapter.write_examples(partial, records())
+        if written != shard.examples:
+            raise UserError(f"{shard.path} got {written} examples, expected {shard.examples}")
+        os.replace(partial, shard.path)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(write, shard) for shard in shards]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def finish(
+    directory: Path, name: str, version: str, features: Any, shards: Sequence[Shard]
+) -> dict[str, int]:
+    """Count what is there, and write what tensorflow-datasets needs to read it.
+
+    Returns:
+      The number of examples of each split.
+
+    Raises:
+      UserError: a shard does not hold what it should.
+    """
+    counts: dict[str, int] = {}
+    for shard in shards:
+        if not _is_whole(shard):
+            raise UserError(f"{shard.path} does not hold its {shard.examples} examples; run again")
+        counts[shard.split] = counts.get(shard.split, 0) + shard.examples
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory,
+        dataset_name=name,
+        filetype_suffix="array_record",
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard.examples for shard in shards if shard.split == split],
+            num_bytes=sum(shard.size for shard in shards if shard.split == split),
+            filename_template=template.replace(split=split),
+        )
+        for split in counts
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=features,
+        split_infos=infos,
+        version=version,
+        filename_template=template,
+        check_data=False,  # it would read by TensorFlow
+    )
+    return counts

@@ -1,0 +1,271 @@
+"""Data sets brought into ArrayRecord files, which training reads at random."""
+
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from grain.experimental import TFRecordIterDataset
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from activemlp_jax.data.array_records import (
+    Member,
+    Shard,
+    claim_directory,
+    finish,
+    plan_shards,
+    shard_path,
+    write_shards,
+)
+from activemlp_jax.data.examples import check_same_classes
+from activemlp_jax.data.sources import FolderSource
+from activemlp_jax.errors import UserError
+
+IMAGENET_TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
+IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
+FOLDER_SPLITS = ("train", "val", "validation", "test")
+
+
+def index_tar(path: Path) -> list[tuple[str, int, int]]:
+    """Name, offset and size of each file in an uncompressed tar file, and in tar files in it.
+
+    Raises:
+      UserError: it is no tar file, or not a whole one.
+    """
+    members: list[tuple[str, int, int]] = []
+    try:
+        with tarfile.open(path, "r:") as outer:
+            for member in outer:
+                if not member.isfile():
+                    continue
+                if not member.name.endswith(".tar"):
+                    members.append((member.name, member.offset_data, member.size))
+                    continue
+                with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
+                    members += [
+                        (image.name, member.offset_data + image.offset_data, image.size)
+                        for image in inner
+                        if image.isfile()
+                    ]
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path} cannot be read as a tar file: {error}") from error
+    return members
+
+
+def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Console) -> None:
+    """Build imagenet2012 from the official tar files in the folder `tars`.
+
+    Images stay as they are, byte for byte. Labels of the validation images are those that
+    tensorflow-datasets has.
+
+    Raises:
+      UserError: a file is missing, broken, or does not hold as many images as the official one.
+    """
+    for file in IMAGENET_TARS.values():
+        if not (tars / file).is_file():
+            raise UserError(
+                f"there is no {tars / file}; get {' and '.join(IMAGENET_TARS.values())} from "
+                "https://image-net.org/download-images (they ask you to register)"
+            )
+    builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
+    label_of = {name: index for index, name in enumerate(builder.info.features["label"].names)}
+    validation_labels = (
+        tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
+    )
+
+    def wnid(name: str) -> str:
+        if match := re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name):
+            return validation_labels[int(match[1]) - 1]
+        return name.split("_")[0]
+
+    splits = {}
+    for split, file in IMAGENET_TARS.items():
+        path = tars / file
+        with console.status(f"looking through {path}"):
+            members = index_tar(path)
+        if len(members) != IMAGENET_COUNTS[split]:
+            raise UserError(
+                f"{path} holds {len(members):,} images, expected {IMAGENET_COUNTS[split]:,}: is it "
+                "the official file, and whole?"
+            )
+        try:
+            splits[split] = [
+                Member(str(path), offset, size, name, label_of[wnid(name)])
+                for name, offset, size in members
+            ]
+        except (KeyError, IndexError) as error:
+            raise UserError(f"{path} holds an image of an unknown class: {error}") from error
+    features, version = builder.info.features, str(builder.version)
+    write_images("imagenet2012", version, features, splits, data_dir, num_threads, console)
+
+
+def prepare_folder(
+    folder: Path, name: str, data_dir: Path, num_threads: int, console: Console
+) -> None:
+    """Build a data set of a folder of class folders, or of one that has such a folder a split.
+
+    Raises:
+      UserError: it is no such folder, or its splits differ in their classes.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise UserError(f"the name is {name!r}, expected small letters, digits and _, as my_photos")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    present = [split for split in FOLDER_SPLITS if (folder / split).is_dir()]
+    sources = {split: FolderSource(folder / split) for split in present}
+    sources = sources or {"train": FolderSource(folder)}
+    class_names = next(iter(sources.values())).class_names
+    for split, source in sources.items():
+        check_same_classes(class_names, source.class_names, f"the split {split} of {folder}")
+    splits = {
+        split: [
+            Member(path, 0, os.path.getsize(path), f"{class_names[label]}/{Path(path).name}", label)
+            for path, label in source.files
+        ]
+        for split, source in sources.items()
+    }
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(names=class_names),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    write_images(name, "1.0.0", features, splits, data_dir, num_threads, console)
+
+
+def write_images(
+    name: str,
+    version: str,
+    features: Any,
+    splits: dict[str, list[Member]],
+    data_dir: Path,
+    num_threads: int,
+    console: Console,
+) -> None:
+    """Write image files, `splits` of `Member`s, as the data set `name` in `data_dir`."""
+    directory = data_dir / name / version
+    shards = plan_shards(directory, name, features, splits)
+    write_and_finish(directory, name, version, features, shards, num_threads, console)
+
+
+def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Console) -> None:
+    """Convert a data set that tensorflow-datasets prepared as TFRecord files, shard by shard.
+
+    Args:
+      source: the folder of one version of it, with its `dataset_info.json`.
+      data_dir: where the new one goes; not where the old one is.
+      num_threads: that write.
+      console: where to report.
+
+    Raises:
+      UserError: it is no such folder, or in another format.
+    """
+    if not (source / "dataset_info.json").is_file():
+        raise UserError(
+            f"{source} has no dataset_info.json; expected the folder of a data set's version, such "
+            "as imagenet2012/5.1.0"
+        )
+    builder = tfds.builder_from_directory(source)
+    info = builder.info
+    if info.file_format.value != "tfrecord":
+        raise UserError(f"{source} has {info.file_format.value} files, expected tfrecord")
+    parts = [part for part in (info.name, info.config_name, str(info.version)) if part]
+    directory = data_dir.joinpath(*parts)
+    if directory.resolve() == source.resolve():
+        raise UserError(f"--data-dir is where {source} is; choose another for the new files")
+
+    shards = []
+    for split in info.splits.values():
+        for index, file in enumerate(split.filepaths):
+            try:
+                size = os.path.getsize(file)
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror}") from error
+            shards.append(
+                Shard(
+                    split.name,
+                    shard_path(directory, info.name, split.name, index, split.num_shards),
+                    split.shard_lengths[index],
+                    size,
+                    partial(TFRecordIterDataset, str(file)),
+                )
+            )
+    write_and_finish(
+        directory,
+        info.name,
+        str(info.version),
+        info.features,
+        shards,
+        num_threads,
+        console,
+    )
+
+
+def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
+    """Have tensorflow-datasets download and prepare one of its data sets.
+
+    Raises:
+      UserError: it cannot, with its reason.
+    """
+    if name.split(":")[0] == "imagenet2012":
+        raise UserError("imagenet2012 is made of tar files; see prepare_data imagenet2012 --help")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise UserError(
+            f"tensorflow-datasets needs TensorFlow to prepare {name}: "
+            "pip install -c constraints.txt -e '.[prepare]'"
+        ) from error
+    except Exception as error:  # its kinds of error share no base
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name} cannot be prepared: {type(error).__name__}: {reason}") from error
+    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
+    _say_result(counts, name, data_dir, console)
+
+
+def write_and_finish(
+    directory: Path,
+    name: str,
+    version: str,
+    features: Any,
+    shards: Sequence[Shard],
+    num_threads: int,
+    console: Console,
+) -> None:
+    """Write `shards`, with a progress bar, then what describes them; counts are checked."""
+    try:
+        claim_directory(directory, shards)
+        with Progress(
+            TextColumn(f"writing {name}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        ) as progress:
+            task = progress.add_task("", total=sum(shard.examples for shard in shards))
+            write_shards(shards, num_threads, lambda count: progress.advance(task, count))
+        counts = finish(directory, name, version, features, shards)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+    _say_result(counts, name, directory.parents[1], console)
+
+
+def _say_result(counts: dict[str, int], name: str, data_dir: Path, console: Console) -> None:
+    found = ", ".join(f"{count:,} of {split}" for split, count in counts.items())
+    console.print(
+        f"{name}: {found}, counted; read it with TFDS_DATA_DIR={data_dir} "
+        f"and --config.data.name=tfds:{name}",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
