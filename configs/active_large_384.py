@@ -5,20 +5,20 @@
 Or from the authors' weights, once converted: --config.init_from=models/active_large. Needs
 imagenet2012 as ArrayRecord files (docs/data.md), and hardware for 512 images of 384 x 384 a step.
 
-Not run by us. The original reports 84.8% top-1 at 384, but not how it was fine-tuned. These settings
-follow its peers (Swin Transformer's fine-tuning from 224 to 384): 30 epochs, a peak of 2e-5 for 512
-images with 5 epochs of warm-up from 2e-8, down to 2e-7, weight decay 1e-8. What is not named here
+Not run by us. The original reports 84.8% top-1 at 384, but not how it was fine-tuned. These
+settings follow its peers (Swin Transformer's fine-tuning from 224 to 384): 30 epochs, a peak of
+2e-5 for 512 images with 5 epochs of warm-up from 2e-8, down to 2e-7, weight decay 1e-8. The rest
 stays as at 224; the average of the weights forgets faster, as the run is a tenth as long.
 """
 
 from ml_collections import ConfigDict
 
-from configs.active_large import get_config as large_config
+from activemlp_jax.training.recipe import imagenet_config
 
 
 def get_config() -> ConfigDict:
-    """Large's config at 224, and what fine-tuning at 384 changes."""
-    config = large_config()
+    """The recipe at 224, and what fine-tuning at 384 changes."""
+    config = imagenet_config("active_large")
     config.epochs = 30
     config.batch_size = 512
     config.eval_batch_size = 256

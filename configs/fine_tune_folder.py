@@ -9,7 +9,8 @@ CPU lower batch_size and be patient.
 
 A starting point for some hundred to some ten thousand images, not tuned on any: half of the
 original's augmentation and no mixing, layers near the image learn slower than the head, gradients
-are clipped. Set epochs so that there are a few thousand steps, and learning_rate by a few short runs.
+are clipped. Set epochs so that there are a few thousand steps, and choose learning_rate by a few
+short runs.
 """
 
 from ml_collections import ConfigDict
