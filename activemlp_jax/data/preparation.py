@@ -3,7 +3,7 @@
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,15 @@ def write_images(
     write_and_finish(directory, name, version, features, shards, num_threads, console)
 
 
+def _tfrecords(file: str) -> Iterator[bytes]:
+    """The records of a TFRecord file, without a check of their checksums."""
+    try:
+        yield from TFRecordIterDataset(file)
+    except ValueError as error:  # with all of the bytes in its message
+        reason = str(error).split(":")[0]
+        raise UserError(f"{file} cannot be read: {reason}") from error
+
+
 def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Console) -> None:
     """Convert a data set that tensorflow-datasets prepared as TFRecord files, shard by shard.
 
@@ -193,7 +202,7 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
                     shard_path(directory, info.name, split.name, index, split.num_shards),
                     split.shard_lengths[index],
                     size,
-                    partial(TFRecordIterDataset, str(file)),
+                    partial(_tfrecords, str(file)),
                 )
             )
     write_and_finish(

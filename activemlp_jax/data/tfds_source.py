@@ -82,8 +82,8 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         record = self._records[index]
         label = self._label(index, record)
-        name = f"{self._name}: {record.get('file_name', f'record {index}')}"
-        return Example(decode(record["image"], name), label)
+        file = record.get("file_name", b"").decode()
+        return Example(decode(record["image"], f"{self._name}: {file or f'record {index}'}"), label)
 
 
 def _prepare_command(name: str) -> str:
