@@ -1,17 +1,26 @@
-"""What the models cost.
+"""What the models cost, and how fast training images are made.
 
-Example:
+Examples:
   python -m activemlp_jax.benchmark table --image-size 384
+  python -m activemlp_jax.benchmark data --config configs/throughput.py --num-threads 2
 """
 
 import argparse
+from functools import partial
+from statistics import median
 
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from activemlp_jax.errors import exit_with
+from activemlp_jax.data.examples import EncodedSource
+from activemlp_jax.data.sources import open_source
+from activemlp_jax.data.throughput import measure
+from activemlp_jax.errors import UserError, exit_with
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
+from activemlp_jax.training.command import load_config
+from activemlp_jax.training.config import check_config
 
 
 def cost_table(names: list[str], image_size: int) -> Table:
@@ -35,6 +44,56 @@ def cost_table(names: list[str], image_size: int) -> Table:
     return table
 
 
+def print_data_rates(
+    config: str,
+    data: str | None,
+    batch_size: int | None,
+    num_threads: int | None,
+    num_workers: int | None,
+    steps: int,
+    rounds: int,
+) -> None:
+    """The command `data`: images a second, and the ratio to plain Pillow.
+
+    Raises:
+      UserError: a config that cannot work, or whose training images are no crops of image files.
+    """
+    for option, count in (("steps", steps), ("rounds", rounds)):
+        if count < 1:
+            raise UserError(f"--{option} is {count}, expected at least 1")
+    settings = load_config(config)
+    for key, value in (
+        ("data.name", data),
+        ("data.num_threads", num_threads),
+        ("data.num_workers", num_workers),
+        ("batch_size", batch_size),
+    ):
+        if value is not None:
+            settings.update_from_flattened_dict({key: value})
+    check_config(settings)
+    source = open_source(settings.data.name, settings.data.train_split)
+    if settings.data.augmentation != "random_resized_crop" or not isinstance(source, EncodedSource):
+        raise UserError(
+            f"{config} trains on no random crops of image files, of which this measures the making"
+        )
+    flags.FLAGS.mark_as_parsed()  # for Grain's worker processes
+    size = settings.data.image_size
+    makers = (
+        f"{settings.data.num_workers} process(es)"
+        if settings.data.num_workers
+        else f"{settings.data.num_threads} thread(s)"
+    )
+    say = partial(print, flush=True)
+    say(f"{settings.data.name}: {settings.batch_size} images of {size} x {size} a batch, {makers}")
+    rates = measure(source, settings, steps, rounds)
+    for name, values in (("this pipeline", rates.ours), ("plain Pillow", rates.plain)):
+        say(
+            f"{name:14}{median(values):9,.0f} images/s, median of {rounds} "
+            f"({min(values):,.0f} to {max(values):,.0f})"
+        )
+    say(f"{'ratio':14}{median(rates.ours) / median(rates.plain):9.2f}")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -48,12 +107,38 @@ def main() -> None:
     table.add_argument(
         "--model", action="append", choices=list_models(), help="only this one; may be repeated"
     )
-    arguments = parser.parse_args()
+    data = commands.add_parser(
+        "data",
+        help="images a second of the input side alone",
+        description="Times the batches of a config, without training, on this host; beside them a "
+        "plain implementation that reads, decodes and changes every sample by Pillow alone, in "
+        "as many threads, to the same pixels.",
+    )
+    data.add_argument(
+        "--config", required=True, metavar="FILE", help="such as configs/throughput.py"
+    )
+    data.add_argument("--data", metavar="NAME", help="data set (the config's)")
+    data.add_argument("--batch-size", type=int, help="images (the config's)")
+    data.add_argument("--num-threads", type=int, help="that read (the config's)")
+    data.add_argument(
+        "--num-workers", type=int, help="processes in place of threads (the config's)"
+    )
+    data.add_argument("--steps", type=int, default=5, help="batches a round (5)")
+    data.add_argument("--rounds", type=int, default=3, help="of each, in turns (3)")
+    arguments = vars(parser.parse_args())
+    command = arguments.pop("command")
     try:
-        costs = cost_table(arguments.model or list_models(), arguments.image_size)
-    except ValueError as error:
+        if command == "table":
+            print_costs(**arguments)
+        else:
+            print_data_rates(**arguments)
+    except (UserError, ValueError) as error:
         exit_with(error)
-    Console().print(costs)
+
+
+def print_costs(model: list[str] | None, image_size: int) -> None:
+    """The command `table`."""
+    Console().print(cost_table(model or list_models(), image_size))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -26,6 +29,21 @@ from activemlp_jax.training.tasks import Classification
 from activemlp_jax.weights.model_directory import read_card, read_weights
 
 Metrics = dict[str, float]
+HARDEST = 5
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate_directory` finds.
+
+    `metrics` has by kind of weights `accuracy` and `accuracy_top5` in percent, and `loss`, the mean
+    cross entropy; `confusion` by kind the counts `[K, K]`, label by prediction; `class_names` the
+    name of each label.
+    """
+
+    images: int
+    metrics: dict[str, Metrics]
+    confusion: dict[str, np.ndarray]
+    class_names: tuple[str, ...]
 
 
 def evaluate_directory(
@@ -36,7 +54,7 @@ def evaluate_directory(
     batch_size: int = 128,
     image_size: int | None = None,
     num_threads: int | None = None,
-) -> tuple[int, dict[str, Metrics]]:
+) -> Evaluation:
     """Evaluate all weights of a model directory, in one pass over the data.
 
     Args:
@@ -46,10 +64,6 @@ def evaluate_directory(
       batch_size: images at a time over all devices, rounded up to a multiple of these.
       image_size: side in pixels; None for the size that the model was made for.
       num_threads: that read images on each host; None for one a processor.
-
-    Returns:
-      The number of images, and by kind of weights `accuracy` and `accuracy_top5` in percent, and
-      `loss`, the mean cross entropy.
 
     Raises:
       UserError: an unusable directory or data set, or classes that are not the model's.
@@ -96,7 +110,39 @@ def evaluate_directory(
     )
     with contextlib.closing(batches):
         sums = evaluate(count, weights, shown, mesh)
-    return len(source), {kind: task.metrics(sums[kind]) for kind in card.kinds}
+    return Evaluation(
+        len(source),
+        {kind: task.metrics(sums[kind]) for kind in card.kinds},
+        {kind: np.asarray(sums[kind]["confusion"]) for kind in card.kinds},
+        source.class_names,
+    )
+
+
+def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The `HARDEST` classes of lowest accuracy among those with mistakes, the lowest first.
+
+    Args:
+      confusion: counts `[K, K]`, label by prediction.
+      class_names: by label.
+
+    Returns:
+      For each `class`, its `accuracy` in percent, `images`, and the class it is most often
+      `taken_for`.
+    """
+    images = confusion.sum(1)
+    right = np.diag(confusion)
+    wrong = confusion - np.diag(right)
+    accuracy = 100 * right / np.maximum(images, 1)
+    labels = [label for label in np.argsort(accuracy, kind="stable") if wrong[label].any()]
+    return [
+        {
+            "class": class_names[label],
+            "accuracy": float(accuracy[label]),
+            "images": int(images[label]),
+            "taken_for": class_names[wrong[label].argmax()],
+        }
+        for label in labels[:HARDEST]
+    ]
 
 
 def main() -> None:
@@ -121,16 +167,25 @@ def main() -> None:
             if value is not None and value < least:
                 name = option.replace("_", "-")
                 raise UserError(f"--{name} is {value}, expected at least {least}")
-        images, metrics = evaluate_directory(**arguments)
+        found = evaluate_directory(**arguments)
     except UserError as error:
         exit_with(error)
     if jax.process_index():
         return
+    images = found.images
     record = {key: arguments[key] for key in ("directory", "data", "split")} | {"images": images}
-    for kind, values in metrics.items():
+    for kind, values in found.metrics.items():
         acc1, acc5 = values["accuracy"], values["accuracy_top5"]
         print(f"[{kind}] accuracy on {images} test images: {acc1:.3f}% acc@1 | {acc5:.3f}% acc@5")
-        record[kind] = {"acc1": acc1, "acc5": acc5, "loss": values["loss"]}
+        hardest = hardest_classes(found.confusion[kind], found.class_names)
+        record[kind] = {"acc1": acc1, "acc5": acc5, "loss": values["loss"], "hardest": hardest}
+    kind = next(iter(found.metrics))
+    shown = [
+        f"{row['class']} ({row['accuracy']:.1f}% of {row['images']}, else {row['taken_for']})"
+        for row in record[kind]["hardest"]
+    ]
+    if shown:
+        print(f"[{kind}] hardest classes: {', '.join(shown)}")
     print(json.dumps(record))
 
 

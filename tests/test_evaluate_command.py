@@ -17,6 +17,7 @@ from activemlp_jax import ActiveMLP
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.data.transforms import eval_transform
+from activemlp_jax.evaluate import hardest_classes
 from activemlp_jax.weights.model_directory import (
     ModelCard,
     whole_or_nothing,
@@ -167,6 +168,24 @@ def test_a_folder_counts_as_the_same_images_elsewhere(model: Path, tmp_path: Pat
         assert ours[kind]["acc5"] == pytest.approx(100 * among_five / 360, abs=1e-9)
 
 
+def test_the_hardest_classes_are_named_with_what_they_are_taken_for():
+    confusion = np.array([[8, 2, 0], [0, 0, 0], [1, 3, 0]])
+    assert hardest_classes(confusion, ("ant", "bee", "cat")) == [
+        {"class": "cat", "accuracy": 0.0, "images": 4, "taken_for": "bee"},
+        {"class": "ant", "accuracy": 80.0, "images": 10, "taken_for": "bee"},
+    ]
+    assert hardest_classes(np.diag([3, 4]), ("ant", "bee")) == []
+
+
+def test_the_hardest_classes_are_printed_and_recorded(on_one_device: str):
+    hardest = last_line(on_one_device)["ema"]["hardest"]
+    (line,) = [line for line in on_one_device.splitlines() if "hardest classes" in line]
+    assert 0 < len(hardest) <= 5
+    for row in hardest:
+        assert row["class"] in "0123456789"
+        assert f"{row['class']} ({row['accuracy']:.1f}% of {row['images']}" in line
+
+
 def test_another_image_size_just_works(model: Path):
     output = finish(start(*MODULE, str(model), "--data", "digits", "--image-size", "48"))
     assert "[ema] accuracy on 360 test images" in output
@@ -175,7 +194,7 @@ def test_another_image_size_just_works(model: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["MODEL", "--data", "digit"], "no data set 'digit', expected digits, folder:PATH or tfds"),
+        (["MODEL", "--data", "digit"], "no data set 'digit', expected digits, folder:PATH, tfds"),
         (["MODEL", "--data", "digits", "--split", "val"], "has the splits train, test, not 'val'"),
         (["MODEL", "--data", "folder:nowhere"], "there is no folder nowhere"),
         (["MODEL", "--data", "folder:FOLDER"], "folder:FOLDER has 2 classes, expected 10"),

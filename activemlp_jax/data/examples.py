@@ -1,10 +1,11 @@
 """What a data set is: random access to images and their labels."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from activemlp_jax.data.decoding import decode
 from activemlp_jax.errors import UserError
 
 # A split by role, for those who name none: the first of these that a data set has.
@@ -29,6 +30,28 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+class EncodedExample(NamedTuple):
+    """An image file's bytes, the index of its class, and what to call it in an error."""
+
+    data: bytes
+    label: int
+    name: str
+
+
+@runtime_checkable
+class EncodedSource(Source, Protocol):
+    """A data set whose images are files of their own kind; most are."""
+
+    def encoded(self, index: int) -> EncodedExample:
+        """The example at `index`, not decoded."""
+        ...
+
+
+def decode_example(example: EncodedExample) -> Example:
+    """`example` with its pixels; BrokenImageError if it has none."""
+    return Example(decode(example.data, example.name), example.label)
 
 
 def evaluation_split(splits: Sequence[str], name: str) -> str:

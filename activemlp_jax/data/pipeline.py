@@ -142,7 +142,7 @@ def _assemble(units: Sequence[Unit]) -> dict[str, Any]:
     return {"image": images, "label": labels, "skipped": skipped}
 
 
-def _iterate(
+def iterate(
     elements: grain.MapDataset,
     group: int,
     assemble: Callable[[Sequence[Any]], Any],
@@ -199,7 +199,7 @@ def train_batches(
     unit, units_per_step = train_units(source, config, process, processes)
     elements = grain.MapDataset.range(first_step * units_per_step, last_step * units_per_step)
     data = config.data
-    iterator: Any = _iterate(
+    iterator: Any = iterate(
         elements.map(unit), units_per_step, _assemble, data.num_threads, data.num_workers
     )
     with contextlib.closing(iterator):
@@ -255,6 +255,6 @@ def eval_batches(
         return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
 
     elements = grain.MapDataset.range(steps * local_batch).map(sample)
-    iterator: Any = _iterate(elements, local_batch, stack, num_threads)
+    iterator: Any = iterate(elements, local_batch, stack, num_threads)
     with contextlib.closing(iterator):
         yield from iterator

@@ -9,8 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from activemlp_jax.data.decoding import BrokenImageError, decode
-from activemlp_jax.data.examples import EVALUATION_SPLITS, Example, Source
+from activemlp_jax.data.decoding import BrokenImageError
+from activemlp_jax.data.examples import (
+    EVALUATION_SPLITS,
+    EncodedExample,
+    Example,
+    Source,
+    decode_example,
+)
 from activemlp_jax.data.tfds_source import TfdsSource
 from activemlp_jax.errors import UserError
 
@@ -66,13 +72,16 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Example:
+    def encoded(self, index: int) -> EncodedExample:
+        """The file at `index`; BrokenImageError if it cannot be read."""
         file, label = self.files[index]
         try:
-            data = Path(file).read_bytes()
+            return EncodedExample(Path(file).read_bytes(), label, file)
         except OSError as error:
             raise BrokenImageError(f"{file} cannot be read: {error.strerror}") from error
-        return Example(decode(data, file), label)
+
+    def __getitem__(self, index: int) -> Example:
+        return decode_example(self.encoded(index))
 
 
 def open_digits(split: str | None) -> Source:
@@ -112,7 +121,7 @@ def _photo_files() -> tuple[bytes, ...]:
         top, left = rng.integers(photo.shape[0] - 374), rng.integers(photo.shape[1] - 499)
         file = io.BytesIO()
         cut = Image.fromarray(photo[top : top + 375, left : left + 500])
-        cut.save(file, "JPEG", quality=95)
+        cut.save(file, "JPEG", quality=98)
         files.append(file.getvalue())
     return tuple(files)
 
@@ -132,9 +141,12 @@ class PhotosSource:
     def __len__(self) -> int:
         return self._count
 
+    def encoded(self, index: int) -> EncodedExample:
+        """The JPEG file at `index`."""
+        return EncodedExample(self._files[index % DISTINCT_PHOTOS], index % 1000, f"photo {index}")
+
     def __getitem__(self, index: int) -> Example:
-        data = self._files[index % DISTINCT_PHOTOS]
-        return Example(decode(data, f"photo {index}"), index % 1000)
+        return decode_example(self.encoded(index))
 
 
 def open_folder(root: Path, split: str | None) -> Source:

@@ -4,8 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from activemlp_jax.data.decoding import decode
-from activemlp_jax.data.examples import Example, evaluation_split
+from activemlp_jax.data.examples import (
+    EncodedExample,
+    Example,
+    decode_example,
+    evaluation_split,
+)
 from activemlp_jax.errors import UserError
 
 CHECKED_LABELS = 256  # records, evenly spread, whose labels are checked before the first step
@@ -79,11 +83,15 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Example:
+    def encoded(self, index: int) -> EncodedExample:
+        """The record at `index`; UserError if its label is no class."""
         record = self._records[index]
         label = self._label(index, record)
         file = record.get("file_name", b"").decode()
-        return Example(decode(record["image"], f"{self._name}: {file or f'record {index}'}"), label)
+        return EncodedExample(record["image"], label, f"{self._name}: {file or f'record {index}'}")
+
+    def __getitem__(self, index: int) -> Example:
+        return decode_example(self.encoded(index))
 
 
 def _prepare_command(name: str) -> str:

@@ -25,7 +25,7 @@ def _keys(config: ConfigDict, prefix: str = "config.") -> list[str]:
     return keys
 
 
-def _load(path: str) -> ConfigDict:
+def load_config(path: str) -> ConfigDict:
     """What the config file at `path` gives; UserError if it gives none."""
     if not Path(path).is_file():
         raise UserError(f"there is no config file {path}")
@@ -53,7 +53,7 @@ def _check_keys(argv: list[str], default_path: Path) -> None:
             path = value or " ".join(argv[position + 1 : position + 2])
         elif name.startswith("config."):
             overrides.append(name)
-    known = _keys(_load(path))
+    known = _keys(load_config(path))
     for name in overrides:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)

@@ -1,5 +1,6 @@
 """Data sets: the digits, folders of images, and ArrayRecord files of tensorflow-datasets."""
 
+import contextlib
 import io
 import re
 from pathlib import Path
@@ -8,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from pictures import save_odd_images
 from PIL import Image
 
 from activemlp_jax.data.examples import check_same_classes
+from activemlp_jax.data.pipeline import eval_batches, train_batches
+from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError
+from activemlp_jax.training.config import default_config
 
 
 def picture(value: int, height: int = 20, width: int = 30) -> Image.Image:
@@ -55,6 +60,14 @@ class TinyShapes(tfds.core.GeneratorBasedBuilder):
             yield index, {"image": png(50 * index), "label": index % 2}
 
 
+class TinyUnlabelled(TinyShapes):
+    """The validation split's labels are those of a test set: none."""
+
+    def _generate_examples(self, count: int) -> Any:
+        for index in range(count):
+            yield index, {"image": png(50 * index), "label": -1 if count == 3 else index % 2}
+
+
 class TinyText(TinyShapes):
     def _info(self) -> Any:
         features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
@@ -67,8 +80,8 @@ class TinyText(TinyShapes):
 
 @pytest.fixture
 def tfds_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where tensorflow-datasets looks for data sets; holds `tiny_shapes` and `tiny_text`."""
-    for builder in (TinyShapes, TinyText):
+    """Where tensorflow-datasets looks for data sets; holds `tiny_shapes` and its like."""
+    for builder in (TinyShapes, TinyText, TinyUnlabelled):
         builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     return tmp_path
@@ -109,14 +122,38 @@ def test_a_folder_with_splits_is_evaluated_on_the_one_meant_for_it(name: str, tm
     assert len(open_source(f"folder:{tmp_path}", "train")) == 3
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "1"])
-def test_images_of_any_mode_become_rgb(mode: str, tmp_path: Path):
-    save_classes(tmp_path, {"a": [1], "b": [2]})
-    picture(255).convert(mode).save(tmp_path / "a" / "001.tif")
+def test_every_odd_image_of_a_folder_is_read_trained_on_and_evaluated(tmp_path: Path):
+    kinds = save_odd_images(tmp_path)
     source = open_source(f"folder:{tmp_path}")
-    image = source[1].image
-    assert (image.shape, image.dtype) == ((20, 30, 3), np.uint8)
-    assert image.min() > 250, mode
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "batch_size": len(kinds),
+            "data.augmentation": "random_resized_crop",
+            "data.randaugment": "rand-m9-mstd0.5-inc1",
+        }
+    )
+    for index in range(len(kinds)):
+        image = source[index].image
+        size = (1, 1, 3) if "tiny" in source.encoded(index).name else (60, 90, 3)
+        assert (image.shape, image.dtype) == (size, np.uint8), source.encoded(index).name
+    train = train_batches(source, config, first_step=0, last_step=3)
+    preprocessing = Preprocessing(image_size=32)
+    test = eval_batches(source, preprocessing, len(kinds), num_threads=1)
+    with contextlib.closing(train), contextlib.closing(test):
+        for batch in (*train, *test):
+            assert batch["image"].shape == (len(kinds), 32, 32, 3)
+            assert sorted(batch["label"]) == [0] * 5 + [1] * 4
+
+
+def test_sample_photos_are_jpeg_files_of_a_thousand_classes():
+    source = open_source("photos:2500")
+    assert len(source) == 2500
+    image, label = source[1234]
+    assert (image.shape, label, source.class_names[label]) == ((375, 500, 3), 234, "234")
+    assert source.encoded(0).data != source.encoded(1).data
+    sizes = [len(source.encoded(index).data) for index in range(64)]
+    assert 80_000 < np.mean(sizes) < 150_000, "about as large as ImageNet's"
 
 
 def test_a_broken_image_is_named(tmp_path: Path):
@@ -148,8 +185,12 @@ def test_tfds_splits_are_read_from_array_record_files(tfds_folder: Path):
 
 
 def test_imagenet_that_is_not_prepared_is_said_to_be_missing(tfds_folder: Path):
-    with pytest.raises(UserError, match=rf"imagenet2012 is not prepared: no .* {tfds_folder}/im"):
+    command = "prepare_data imagenet2012 FOLDER_OF_THE_TAR_FILES"
+    message = rf"imagenet2012 is not prepared: no .* {tfds_folder}/im.*{command}"
+    with pytest.raises(UserError, match=message):
         open_source("tfds:imagenet2012", "validation")
+    with pytest.raises(UserError, match=r"beans is not prepared: .*prepare_data tfds beans"):
+        open_source("tfds:beans", "validation")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +200,8 @@ def test_imagenet_that_is_not_prepared_is_said_to_be_missing(tfds_folder: Path):
         ("tfds:tiny_shapes", "train[:0%]", r"split 'train\[:0%\]', cannot be read"),
         ("tfds:tiny_shapes:9.9.9", None, r"tiny_shapes:9\.9\.9 cannot be opened.*TFDS_DATA_DIR"),
         ("tfds:tiny_shape", None, "tiny_shape cannot be opened.*TFDS_DATA_DIR"),
+        ("tfds:tiny_unlabelled", None, "record 0 has the label -1, expected 0 to 1"),
+        ("photos:none", None, "no data set 'photos:none', expected"),
         ("tfds:tiny_text", None, "not for image classification.*found text"),
         ("imagnet", "train", "no data set 'imagnet', expected digits, folder:PATH, tfds:NAME or"),
         ("folder:", None, "no data set 'folder:', expected"),

@@ -1,0 +1,86 @@
+"""Every config file: it can be read, it can work, and the original's recipe is in it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import activemlp_jax as am
+from activemlp_jax.models.backbone import VARIANTS
+from activemlp_jax.training.command import load_config
+from activemlp_jax.training.config import build_model, check_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+# Section 4 of the paper and the authors' release; 1,024 images are eight devices with 128.
+RECIPE: dict[str, Any] = {
+    "epochs": 300,
+    "batch_size": 1024,
+    "label_smoothing": 0.1,
+    "ema_decay": 0.99996,
+    "random_erasing": 0.25,
+    "mix.mixup_alpha": 0.8,
+    "mix.cutmix_alpha": 1.0,
+    "mix.cutmix_probability": 0.5,
+    "mix.group_size": 128,
+    "model.drop_path_rate": 0.1,
+    "data.name": "tfds:imagenet2012",
+    "data.train_split": "train",
+    "data.test_split": "validation",
+    "data.image_size": 224,
+    "data.resize_factor": 256 / 224,
+    "data.repeats": 3,
+    "data.augmentation": "random_resized_crop",
+    "data.crop.min_area": 0.08,
+    "data.crop.max_area": 1.0,
+    "data.crop.min_ratio": 3 / 4,
+    "data.crop.max_ratio": 4 / 3,
+    "data.flip": 0.5,
+    "data.randaugment": "rand-m9-mstd0.5-inc1",
+    "data.color_jitter": 0.4,
+    "optimizer.schedule": "epochs",
+    "optimizer.learning_rate": 5e-4,
+    "optimizer.reference_batch_size": 512,
+    "optimizer.warmup_learning_rate": 1e-6,
+    "optimizer.final_learning_rate": 1e-5,
+    "optimizer.warmup_epochs": 5,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.999,
+    "optimizer.eps": 1e-8,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.layer_decay": 1.0,
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_can_work_and_says_how_to_run_it(path: Path):
+    config = load_config(str(path))
+    check_config(config)
+    documented = re.match(r'"""(.*?)"""', path.read_text(), re.DOTALL)
+    assert documented
+    assert f"python train.py --config configs/{path.name}" in documented[1]
+    assert re.search(r"Measured|Not run by us|not tuned|half the\s+epochs", documented[1])
+
+
+@pytest.mark.parametrize("name", am.list_models())
+def test_each_model_has_a_config_with_the_originals_recipe(name: str):
+    config = load_config(str(CONFIGS[0].with_name(f"{name}.py")))
+    flat = {
+        f"{prefix}{key}": value
+        for prefix, part in (
+            ("", config),
+            ("mix.", config.mix),
+            ("model.", config.model),
+            ("data.", config.data),
+            ("data.crop.", config.data.crop),
+            ("optimizer.", config.optimizer),
+        )
+        for key, value in part.items()
+    }
+    differing = {key: flat[key] for key, value in RECIPE.items() if flat[key] != value}
+    assert not differing
+    model = build_model(config, num_classes=1000)
+    for field, value in VARIANTS[name].items():
+        assert getattr(model, field) == value
