@@ -1,0 +1,58 @@
+"""Draw what a training step sees: a picture of the recipe at work on sample photographs.
+
+    python examples/draw_recipe.py recipe.jpg
+
+The first row has four photographs, each three times as repeated augmentation gives them, dealt out
+over two groups of six, cropped, flipped and changed by RandAugment; the second has the same after
+random erasing; the third after cutmix in the one group and mixup in the other.
+"""
+
+import contextlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+from activemlp_jax.data.device import normalise, random_erasing
+from activemlp_jax.data.pipeline import train_batches
+from activemlp_jax.data.sources import open_source
+from activemlp_jax.models.backbone import create_model
+from activemlp_jax.training.recipe import imagenet_config
+from activemlp_jax.training.tasks import Classification
+
+
+def main() -> None:
+    """Draw the first batch of a run with seed 0."""
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} OUT.jpg")
+    config = imagenet_config("active_tiny")
+    config.batch_size = 12
+    config.mix.group_size = 6
+    config.data.image_size = 128
+    mean, std = config.data.mean, config.data.std
+    source = open_source("photos:64")
+    with contextlib.closing(train_batches(source, config, first_step=0, last_step=1)) as batches:
+        batch = jax.tree.map(jnp.asarray, next(batches))
+    task = Classification(create_model("active_tiny"), mean, std, config)
+    key = jax.random.key(6)
+    erasing_key, _ = jax.random.split(key)  # as the task does
+    images = normalise(batch["image"], mean, std)
+    rows = {
+        "crop, flip, RandAugment": images,
+        "random erasing": random_erasing(erasing_key, images, config.random_erasing),
+        "mixup or cutmix": task.inputs(batch, key)[0],
+    }
+    figure, axes = plt.subplots(len(rows), figsize=(12, 3.6), layout="constrained")
+    for axis, (title, pixels) in zip(axes, rows.items(), strict=True):
+        shown = np.clip(np.asarray(pixels) * std + mean, 0, 1)
+        spaced = np.pad(shown, [(0, 0), (0, 0), (0, 4), (0, 0)], constant_values=1)
+        axis.imshow(np.concatenate(spaced, axis=1))
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.axis("off")
+    figure.savefig(sys.argv[1], dpi=100)
+
+
+if __name__ == "__main__":
+    main()
