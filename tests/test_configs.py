@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 import activemlp_jax as am
+from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import VARIANTS
 from activemlp_jax.training.command import load_config
 from activemlp_jax.training.config import build_model, check_config
+from activemlp_jax.training.recipe import imagenet_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -62,6 +64,19 @@ def test_every_config_can_work_and_says_how_to_run_it(path: Path):
     assert documented
     assert f"python train.py --config configs/{path.name}" in documented[1]
     assert re.search(r"Measured|Not run by us|not tuned|half the\s+epochs", documented[1])
+
+
+@pytest.mark.parametrize("batch_size", [100, 128, 256, 257])
+def test_a_batch_is_whole_groups_only_where_it_is_mixed(batch_size: int):
+    config = imagenet_config("active_tiny")
+    config.batch_size = batch_size
+    if batch_size == 257:
+        with pytest.raises(UserError, match=r"257, expected a multiple of .*group_size, 128"):
+            check_config(config)
+    else:
+        check_config(config)
+    config.mix.mixup_alpha = config.mix.cutmix_alpha = 0.0
+    check_config(config)
 
 
 @pytest.mark.parametrize("name", am.list_models())

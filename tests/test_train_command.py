@@ -242,7 +242,7 @@ def test_help_shows_an_example_and_the_flags():
         (["--config.optimizer.b2=1.5"], ["config.optimizer.b2 is 1.5, expected 0 <= value < 1"]),
         (["--workdir=gs://bucket/run"], ["gs://bucket/run, expected a directory of this machine"]),
         (["--config.data.image_size=16"], ["config.data.image_size is 16, expected at least 32"]),
-        (["--config.data.name=cifar"], ["no data set 'cifar', expected digits, folder:PATH or"]),
+        (["--config.data.name=cifar"], ["no data set 'cifar', expected digits, folder:PATH, tfds"]),
         (["--config.data.test_split=val"], ["digits has the splits train, test, not 'val'"]),
         (["--config.init_from=nowhere"], ["nowhere is no model directory: it has no model.json"]),
         (["--config.batch_size=2000"], ["batch_size is 2000", "only 1437 images"]),

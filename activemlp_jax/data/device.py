@@ -46,9 +46,17 @@ class Mixing(NamedTuple):
     box: Boxes
 
 
+def mixes(config: ConfigDict) -> bool:
+    """Whether batches are mixed at all; `config` is the whole config."""
+    return bool(config.mix.mixup_alpha or config.mix.cutmix_alpha)
+
+
 def group_size(config: ConfigDict) -> int:
-    """Rows of a batch that are mixed alike and among themselves; `config` is the whole config."""
-    return min(config.mix.group_size, config.batch_size)
+    """Rows of a batch that are mixed alike and among themselves; all of them where nothing is.
+
+    `config` is the whole config.
+    """
+    return min(config.mix.group_size, config.batch_size) if mixes(config) else config.batch_size
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -14,6 +14,7 @@ from activemlp_jax.data.device import (
     draw_mixing,
     group_size,
     mix,
+    mixes,
     normalise,
     random_erasing,
 )
@@ -58,7 +59,7 @@ class Classification:
             images = random_erasing(erasing_key, images, config.random_erasing)
         labels = jax.nn.one_hot(batch["label"], self.model.num_classes)
         targets = optax.smooth_labels(labels, config.label_smoothing)
-        if config.mix.mixup_alpha or config.mix.cutmix_alpha:
+        if mixes(config):
             mixing = draw_mixing(
                 mixing_key,
                 batch_size // group_size(config),

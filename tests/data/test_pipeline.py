@@ -39,6 +39,7 @@ def source() -> ArraySource:
 
 
 RECIPE = {
+    "mix.mixup_alpha": 0.8,  # so that there are groups
     "data.repeats": 3,
     "data.augmentation": "random_resized_crop",
     "data.randaugment": "rand-m9-mstd0.5-inc1",
