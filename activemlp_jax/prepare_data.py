@@ -14,11 +14,16 @@ the folder of --data-dir.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from activemlp_jax.errors import UserError, exit_with
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def main() -> None:
@@ -50,7 +55,7 @@ def main() -> None:
         )
     arguments = parser.parse_args()
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    data_dir = Path(arguments.data_dir or default).expanduser().absolute()
+    data_dir = _absolute(arguments.data_dir or default)
     console = Console()
 
     # Here, as --help need not wait for it.
@@ -63,7 +68,7 @@ def main() -> None:
         threads = arguments.num_threads
         if threads < 1:
             raise UserError(f"--num-threads is {threads}, expected at least 1")
-        source = Path(arguments.source).expanduser().absolute()
+        source = _absolute(arguments.source)
         if arguments.command == "imagenet2012":
             preparation.prepare_imagenet(source, data_dir, threads, console)
         elif arguments.command == "tfrecord":
@@ -72,6 +77,9 @@ def main() -> None:
             preparation.prepare_folder(source, arguments.name, data_dir, threads, console)
     except UserError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with what is missing")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def test_work_that_was_interrupted_goes_on_with_the_shards_that_are_missing(
     save_photos(tmp_path / "photos" / "more", ["x"], 1, (60, 60))
     (tmp_path / "photos" / "a" / "new.jpg").write_bytes(encoded(photo(3, 60, 60)))
     (tmp_path / "photos" / "more" / "new.jpg").write_bytes(encoded(photo(3, 60, 60)))
-    with pytest.raises(UserError, match="was begun from other files; remove it"):
+    with pytest.raises(UserError, match="is made from other files than are there now; remove it"):
         preparation.prepare_folder(tmp_path / "photos", "halved", data_dir, 1, CONSOLE)
 
 

@@ -112,7 +112,9 @@ def claim_directory(directory: Path, shards: Sequence[Shard]) -> None:
     path = directory / PLAN_FILE
     if path.exists():
         if json.loads(path.read_text()) != plan:
-            raise UserError(f"{directory} was begun from other files; remove it to begin anew")
+            raise UserError(
+                f"{directory} is made from other files than are there now; remove it to begin anew"
+            )
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory} holds files of another origin; choose another --data-dir")
     else:
