@@ -129,6 +129,7 @@ def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[d
       For each `class`, its `accuracy` in percent, `images`, and the class it is most often
       `taken_for`.
     """
+    confusion = np.asarray(confusion, np.float64)
     images = confusion.sum(1)
     right = np.diag(confusion)
     wrong = confusion - np.diag(right)
