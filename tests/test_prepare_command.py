@@ -221,6 +221,59 @@ def test_a_tfrecord_shard_that_is_cut_short_is_named(tfrecord_copy: Path, data_d
         preparation.prepare_tfrecord(tfrecord_copy, data_dir, 1, CONSOLE)
 
 
+def test_a_data_set_with_a_config_of_its_own_keeps_it(tfrecord_copy: Path, data_dir: Path):
+    there = tfrecord_copy.parent / "small" / "1.0.0"
+    there.mkdir(parents=True)
+    for file in tfrecord_copy.iterdir():
+        file.rename(there / file.name)
+    info = json.loads((there / "dataset_info.json").read_text())
+    (there / "dataset_info.json").write_text(json.dumps(info | {"configName": "small"}))
+    preparation.prepare_tfrecord(there, data_dir, 1, CONSOLE)
+    assert len(open_source("tfds:copied/small", "train")) == 20
+    assert len(open_source("tfds:copied/small:1.0.0", "train[:50%]")) == 10
+
+
+def test_a_shard_that_a_power_failure_cut_short_is_written_again(tmp_path: Path, data_dir: Path):
+    save_photos(tmp_path / "photos", ["a", "b"], 10, (40, 40))
+    preparation.prepare_folder(tmp_path / "photos", "mended", data_dir, 1, CONSOLE)
+    (shard,) = (data_dir / "mended" / "1.0.0").glob("*-of-00001")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    preparation.prepare_folder(tmp_path / "photos", "mended", data_dir, 1, CONSOLE)
+    source = open_source("tfds:mended", "train")
+    assert all(source[index].image.shape == (40, 40, 3) for index in range(20))
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_photos(tmp_path / "photos", ["a", "b"], 2, (40, 40))
+    lost = tmp_path / "photos" / "b" / "001.JPEG"
+    plan = preparation.plan_shards
+
+    def plan_then_lose(*arguments):
+        shards = plan(*arguments)
+        lost.unlink()
+        return shards
+
+    monkeypatch.setattr(preparation, "plan_shards", plan_then_lose)
+    with pytest.raises(UserError, match=rf"{lost} cannot be read: No such file"):
+        preparation.prepare_folder(tmp_path / "photos", "lost", data_dir, 1, CONSOLE)
+
+
+def test_a_full_disk_is_said_to_be_full(
+    tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_photos(tmp_path / "photos", ["a", "b"], 2, (40, 40))
+    write = array_records.ArrayRecordFileAdapter.write_examples
+    monkeypatch.setattr(
+        array_records.ArrayRecordFileAdapter,
+        "write_examples",
+        lambda _, records: write("/dev/full", records),
+    )
+    with pytest.raises(UserError, match=r"partial cannot be written: .*No space left on device"):
+        preparation.prepare_folder(tmp_path / "photos", "full", data_dir, 1, CONSOLE)
+
+
 def test_work_that_was_interrupted_goes_on_with_the_shards_that_are_missing(
     tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):

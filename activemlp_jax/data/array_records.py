@@ -34,10 +34,13 @@ class Member(NamedTuple):
     label: int
 
     def read(self) -> bytes:
-        """The bytes of the image file; UserError if `path` ends before them."""
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            data = file.read(self.size)
+        """The bytes of the image file; UserError if `path` does not have them."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
         if len(data) != self.size:
             raise UserError(f"{self.path} ends within {self.name}")
         return data
@@ -86,7 +89,7 @@ def plan_shards(
     for split, members in splits.items():
         shuffled = sorted(members, key=lambda member: hashlib.sha1(member.name.encode()).digest())
         size = sum(member.size for member in members)
-        count = min(len(members), -(-size // SHARD_BYTES))
+        count = min(len(members), max(1, -(-size // SHARD_BYTES)))
         bounds = np.linspace(0, len(members), count + 1).astype(int)
         for index in range(count):
             part = shuffled[bounds[index] : bounds[index + 1]]
@@ -110,22 +113,27 @@ def claim_directory(directory: Path, shards: Sequence[Shard]) -> None:
     """
     plan = {shard.path.name: [shard.examples, shard.size] for shard in shards}
     path = directory / PLAN_FILE
+    partial = directory / f"{PLAN_FILE}.partial"
     if path.exists():
         if json.loads(path.read_text()) != plan:
             raise UserError(
                 f"{directory} is made from other files than are there now; remove it to begin anew"
             )
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and any(file != partial for file in directory.iterdir()):
         raise UserError(f"{directory} holds files of another origin; choose another --data-dir")
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{PLAN_FILE}.partial")
         partial.write_text(json.dumps(plan) + "\n")
         os.replace(partial, path)
 
 
 def _is_whole(shard: Shard) -> bool:
-    return shard.path.exists() and ArrayRecordFileAdapter.num_examples(shard.path) == shard.examples
+    if not shard.path.exists():
+        return False
+    try:
+        return ArrayRecordFileAdapter.num_examples(shard.path) == shard.examples
+    except RuntimeError:  # cut short by a power failure
+        return False
 
 
 def write_shards(shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> None:
@@ -137,7 +145,8 @@ def write_shards(shards: Sequence[Shard], num_threads: int, advance: Callable[[i
       advance: told how many examples more are there.
 
     Raises:
-      UserError: a shard that came out with another number of examples.
+      UserError: a file that cannot be read or written, or a shard that came out with another
+        number of examples.
     """
 
     def write(shard: Shard) -> None:
@@ -154,7 +163,10 @@ def write_shards(shards: Sequence[Shard], num_threads: int, advance: Callable[[i
                 advance(1)
 
         partial = shard.path.with_name(f"{shard.path.name}.partial")
-        ArrayRecordFileAdapter.write_examples(partial, records())
+        try:
+            ArrayRecordFileAdapter.write_examples(partial, records())
+        except RuntimeError as error:  # such as a full disk
+            raise UserError(f"{partial} cannot be written: {error}") from error
         if written != shard.examples:
             raise UserError(f"{shard.path} got {written} examples, expected {shard.examples}")
         os.replace(partial, shard.path)

@@ -151,7 +151,8 @@ def write_images(
     """Write image files, `splits` of `Member`s, as the data set `name` in `data_dir`."""
     directory = data_dir / name / version
     shards = plan_shards(directory, name, features, splits)
-    write_and_finish(directory, name, version, features, shards, num_threads, console)
+    counts = write_and_finish(directory, name, version, features, shards, num_threads, console)
+    _say_result(counts, name, data_dir, console)
 
 
 def _tfrecords(file: str) -> Iterator[bytes]:
@@ -184,8 +185,8 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
     info = builder.info
     if info.file_format.value != "tfrecord":
         raise UserError(f"{source} has {info.file_format.value} files, expected tfrecord")
-    parts = [part for part in (info.name, info.config_name, str(info.version)) if part]
-    directory = data_dir.joinpath(*parts)
+    full_name = f"{info.name}/{info.config_name}" if info.config_name else info.name
+    directory = data_dir / full_name / str(info.version)
     if directory.resolve() == source.resolve():
         raise UserError(f"--data-dir is where {source} is; choose another for the new files")
 
@@ -205,15 +206,11 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
                     partial(_tfrecords, str(file)),
                 )
             )
-    write_and_finish(
-        directory,
-        info.name,
-        str(info.version),
-        info.features,
-        shards,
-        num_threads,
-        console,
+    version = str(info.version)
+    counts = write_and_finish(
+        directory, info.name, version, info.features, shards, num_threads, console
     )
+    _say_result(counts, full_name, data_dir, console)
 
 
 def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
@@ -249,8 +246,12 @@ def write_and_finish(
     shards: Sequence[Shard],
     num_threads: int,
     console: Console,
-) -> None:
-    """Write `shards`, with a progress bar, then what describes them; counts are checked."""
+) -> dict[str, int]:
+    """Write `shards`, with a progress bar, then what describes them.
+
+    Returns:
+      The number of examples of each split, counted in the files.
+    """
     try:
         claim_directory(directory, shards)
         with Progress(
@@ -263,10 +264,9 @@ def write_and_finish(
         ) as progress:
             task = progress.add_task("", total=sum(shard.examples for shard in shards))
             write_shards(shards, num_threads, lambda count: progress.advance(task, count))
-        counts = finish(directory, name, version, features, shards)
+        return finish(directory, name, version, features, shards)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
-    _say_result(counts, name, directory.parents[1], console)
 
 
 def _say_result(counts: dict[str, int], name: str, data_dir: Path, console: Console) -> None:
