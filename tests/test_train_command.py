@@ -1,6 +1,7 @@
 """The real `train.py` as a process: a run, a kill, a resume, and every wrong command line."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from processes import lines, saved_state
 
 import activemlp_jax as am
 
@@ -28,6 +29,7 @@ SMALL = (
     "--config.batch_size=479",
     "--config.epochs=4",
     "--config.checkpoint.every_epochs=1",
+    "--config.log_every_steps=1",
 )
 EPOCH_STEPS = 3
 
@@ -47,15 +49,13 @@ def small_run(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return lines(workdir / "metrics.jsonl")
 
 
 def final_state(workdir: Path) -> list[np.ndarray]:
     """All arrays of the newest checkpoint: weights, their average, optimiser, step."""
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        assert manager.latest_step() == 4 * EPOCH_STEPS
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    assert not (workdir / "checkpoints" / str(4 * EPOCH_STEPS + 1)).exists()
+    return jax.tree.leaves(saved_state(workdir, 4 * EPOCH_STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +71,14 @@ def test_a_run_leaves_its_record_its_pictures_and_its_checkpoints(finished: tupl
     assert "1,437 images to train, 360 to test" in output
     assert "test images" in output
     names = {path.name for path in workdir.iterdir()}
-    assert names == {
+    assert names - {".lock", "best_model"} == {
         "checkpoints",
         "config.json",
         "confusion_matrix.png",
         "curves.png",
         "metrics.jsonl",
         "model",
+        "steps.jsonl",
         "tensorboard",
     }
     lines = records(workdir)
@@ -94,8 +95,7 @@ def test_a_run_leaves_its_record_its_pictures_and_its_checkpoints(finished: tupl
 @pytest.mark.slow
 def test_a_run_leaves_a_model_directory_of_its_last_state(finished: tuple[Path, str]):
     workdir, _ = finished
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
+    state = saved_state(workdir, 4 * EPOCH_STEPS)
     for kind, key in (("ema", "ema_params"), ("model", "params")):
         _, variables = am.load_pretrained(workdir / "model", kind)
         jax.tree.map(np.testing.assert_array_equal, variables["params"], state[key])
@@ -159,10 +159,75 @@ def test_a_killed_run_goes_on_and_ends_at_the_same_weights_bit_for_bit(
     assert len(ours) == len(expected) > 500
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    resumed, uninterrupted = records(workdir), records(finished[0])
-    for line in (*resumed, *uninterrupted):
-        del line["images_per_second"]
-    assert resumed == uninterrupted
+    assert_same_records(workdir, finished[0])
+
+
+def assert_same_records(workdir: Path, expected: Path) -> None:
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        ours, theirs = lines(workdir / name), lines(expected / name)
+        for line in (*ours, *theirs):
+            del line["images_per_second"]
+            line.pop("memory_gib", None)
+        assert ours == theirs, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_a_run_that_is_asked_to_stop_saves_and_loses_nothing(
+    number: signal.Signals, status: int, finished: tuple[Path, str], tmp_path: Path
+):
+    workdir = tmp_path / "stopped"
+    process = subprocess.Popen(
+        command("--workdir", str(workdir), *SMALL, "--config.checkpoint.every_epochs=4"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (workdir / "steps.jsonl").exists() or not lines(workdir / "steps.jsonl"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == status, errors
+    assert "stopping after this step" in output
+    assert "the same command goes on from there" in output
+    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+    assert f"stopped after step {step};" in output
+    assert 0 < step < 4 * EPOCH_STEPS
+
+    assert f"going on from step {step} of 12" in small_run(workdir).stdout
+    for a, b in zip(final_state(workdir), final_state(finished[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert_same_records(workdir, finished[0])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_clear_line(tmp_path: Path):
+    """A limit on the size of files stands for the full disk: writing fails in the same places."""
+    workdir = tmp_path / "run"
+    limited = ("sh", "-c", 'ulimit -f 200; exec "$@"', "sh")
+    saving = command("--workdir", str(workdir), *SMALL, "--config.checkpoint.every_steps=1")
+    result = subprocess.run(
+        [*limited, *saving],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"},
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    # orbax logs beside it
+    errors = [line for line in result.stderr.splitlines() if "train.py: error:" in line]
+    assert len(errors) == 1, result.stderr
+    assert "a checkpoint cannot be written in" in errors[0]
+    assert "File too large" in errors[0]
+    assert not [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    small_run(workdir)
+
+
+@pytest.mark.slow
+def test_a_trace_of_some_steps_is_written(finished: tuple[Path, str], tmp_path: Path):
+    small_run(tmp_path / "run", "--config.profile=2")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    for a, b in zip(final_state(tmp_path / "run"), final_state(finished[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.slow
@@ -187,28 +252,29 @@ def test_a_directory_of_another_run_is_refused_and_left_alone(finished: tuple[Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "message", "examples"),
     [
-        (["--config.optimizer.learning_rate=1e30"], "the loss is nan at or just before step"),
-        # The only update of the epoch breaks the weights, and no loss of training shows it.
+        (["--config.optimizer.learning_rate=1e30"], "parameter norm is inf at step 1;", 479),
         (
-            [
-                "--config.optimizer.learning_rate=1e30",
-                "--config.optimizer.warmup_epochs=0",
-                "--config.batch_size=1437",
-            ],
-            "the test_loss is nan at or just before step 0",
+            ["--config.optimizer.learning_rate=1e10", "--config.batch_size=1437"],
+            "the test loss is nan and ema test loss is nan at step 1;",
+            1437,
         ),
     ],
-    ids=["within an epoch", "at the end of an epoch"],
+    ids=["weights", "evaluation"],
 )
-def test_weights_that_are_not_finite_stop_the_run_before_they_are_saved(
-    flags: list[str], message: str, tmp_path: Path
+def test_figures_that_are_not_finite_stop_the_run_and_are_written_down(
+    flags: list[str], message: str, examples: int, tmp_path: Path
 ):
-    result = run("--workdir", str(tmp_path), *SMALL, *flags)
+    result = run("--workdir", str(tmp_path), *SMALL, *flags, "--config.checkpoint.every_steps=1")
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
-    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+    found = json.loads((tmp_path / "non_finite.json").read_text())
+    assert f"at step {found['step']};" in result.stderr
+    assert sorted(set(found["examples"])) == sorted(found["examples"])
+    assert len(found["examples"]) == examples
+    assert f"the last good checkpoint is {found['last_good_checkpoint']}" in result.stderr
+    assert Path(found["last_good_checkpoint"]).is_dir()
 
 
 def assert_one_clear_line(result: subprocess.CompletedProcess[str], *parts: str) -> None:

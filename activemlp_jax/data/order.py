@@ -79,3 +79,12 @@ class SampleOrder:
         """The row of a batch where the `place`-th of its samples goes."""
         index, group = divmod(place, self.groups)
         return group * (self.batch_size // self.groups) + index
+
+    def batch(self, step: int) -> list[int]:
+        """The examples of a step's batch, by row."""
+        epoch, first = self.place(step * self.batch_size)
+        rows = {
+            self.row(place): self.example(epoch, (first + place) // self.repeats)
+            for place in range(self.batch_size)
+        }
+        return [rows[row] for row in range(self.batch_size)]

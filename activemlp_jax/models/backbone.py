@@ -100,6 +100,7 @@ class Stage(nn.Module):
 
     `drop_path_rates` has one rate a block. Block j makes new offsets if `offset_interval` divides
     j and it is not the last; right before, the stage's one depthwise convolution adds position.
+    With `remat`, the backward pass computes each block anew from its input.
     """
 
     mlp_ratio: float
@@ -107,9 +108,11 @@ class Stage(nn.Module):
     offset_interval: int
     drop_path_rates: Sequence[float]
     dtype: Dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        block_type = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         depth = len(self.drop_path_rates)
         peg = DepthwiseConv(self.dtype, name="peg")
         offset = None
@@ -117,7 +120,7 @@ class Stage(nn.Module):
             makes_offset = j % self.offset_interval == 0 and j != depth - 1
             if makes_offset:
                 x = x + peg(x)
-            block = Block(
+            block = block_type(
                 self.mlp_ratio, self.share_dim, makes_offset, rate, self.dtype, name=f"block_{j}"
             )
             x, offset = block(x, offset, train)
@@ -132,6 +135,7 @@ def check_architecture(
     offset_interval: int,
     num_classes: int,
     drop_path_rate: float,
+    remat_stages: Sequence[int] = (),
 ) -> None:
     """Raises ValueError, naming the field, if no ActiveMLP has these fields."""
     fields = {
@@ -173,6 +177,8 @@ def check_architecture(
         raise ValueError(f"num_classes is {num_classes}, expected at least 1")
     if not 0 <= drop_path_rate < 1:
         raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 <= rate < 1")
+    if not set(remat_stages) <= {0, 1, 2, 3}:
+        raise ValueError(f"remat_stages is {tuple(remat_stages)}, expected stages out of 0 to 3")
 
 
 class ActiveMLP(nn.Module):
@@ -187,6 +193,8 @@ class ActiveMLP(nn.Module):
       num_classes: outputs of the linear head.
       drop_path_rate: of the last block; the rates grow linearly from 0 at the first.
       dtype: of the computation. Parameters, offsets and logits are float32, or float64 here.
+      remat_stages: numbers of stages whose blocks are computed again in the backward pass: less
+        memory for more time, and the same function.
 
     Calls:
       `init(rng, images)` and `apply(variables, images, train=False)` give logits
@@ -208,6 +216,7 @@ class ActiveMLP(nn.Module):
     num_classes: int = 1000
     drop_path_rate: float = 0.0
     dtype: Dtype = jnp.float32
+    remat_stages: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         check_architecture(
@@ -218,6 +227,7 @@ class ActiveMLP(nn.Module):
             self.offset_interval,
             self.num_classes,
             self.drop_path_rate,
+            self.remat_stages,
         )
         super().__post_init__()
 
@@ -233,6 +243,7 @@ class ActiveMLP(nn.Module):
                 self.offset_interval,
                 tuple(float(rate) for rate in rates[ends[i] - self.depths[i] : ends[i]]),
                 self.dtype,
+                i in self.remat_stages,
             )
             for i in range(4)
         ]

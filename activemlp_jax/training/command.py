@@ -4,14 +4,16 @@ import difflib
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.errors import Interrupted, UserError, exit_with
 from activemlp_jax.training.config import default_config
 
+HOST_FLAGS = ("coordinator", "num_processes", "process_id", "timeout")  # sharding.Hosts
 HELP = ("help", "helpfull", "helpshort", "helpxml", "?")
 
 
@@ -77,7 +79,21 @@ def run(default_path: Path) -> None:
         "config", str(default_path), "Config file; --config.KEY=VALUE changes a key of it."
     )
     flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
-    for name in ("config", "workdir"):  # --help shows the flags of the program's own module
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "HOST:PORT of the first of several processes. SLURM, Open MPI and TPU pods need none of "
+        "these four flags.",
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes that share the run.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    flags.DEFINE_integer("timeout", 300, "Seconds the processes wait for each other to start.", 1)
+    for name in (
+        "config",
+        "workdir",
+        *HOST_FLAGS,
+    ):
+        # --help shows the flags of the program's own module
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def parse(argv: list[str]) -> list[str]:
@@ -104,11 +120,16 @@ def _main(argv: list[str]) -> None:
     if "://" in workdir:
         exit_with(f"--workdir is {workdir}, expected a directory of this machine")
     try:
-        from activemlp_jax.training.loop import train  # here, as --help need not wait for it
+        # Here, as --help need not wait for them.
+        from activemlp_jax.training import sharding
+        from activemlp_jax.training.loop import train
 
-        train(config, Path(workdir).expanduser(), Console())
+        chosen: dict[str, Any] = {name: flags.FLAGS[name].value for name in HOST_FLAGS}
+        hosts = sharding.Hosts(**chosen)
+        with sharding.connected(hosts):
+            train(config, Path(workdir).expanduser(), Console(), timeout=hosts.timeout)
     except UserError as error:
         exit_with(error)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from the newest checkpoint in {workdir}")
-        sys.exit(130)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"\n{error or 'interrupted'}; the same command goes on from there in {workdir}")
+        sys.exit(getattr(error, "status", 130))

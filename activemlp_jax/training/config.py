@@ -6,6 +6,7 @@ from functools import reduce
 from operator import getitem
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from activemlp_jax.data.device import group_size
@@ -14,15 +15,24 @@ from activemlp_jax.data.randaugment import parse_randaugment
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import ActiveMLP
 
-# These do not change what a run computes, so a run may be resumed with others.
+# A run may be resumed with others of these. They do not change what it computes, but for rounding
+# and, with accumulation, which samples drop path drops.
 FREE_TO_CHANGE = (
     "tensorboard",
+    "log_every_steps",
+    "profile",
+    "accumulation",
+    "mesh.data",
+    "mesh.fsdp",
+    "model.remat_stages",
     "data.num_threads",
     "data.num_workers",
     "data.on_error",
     "data.max_skipped",
     "checkpoint.keep",
     "checkpoint.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
 )
 
 
@@ -31,11 +41,14 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.epochs = 30
-    config.batch_size = 128  # over all devices
+    config.batch_size = 128  # images a step, over all devices
+    config.accumulation = 1  # parts a batch is taken in, one after the other, to save memory
     config.eval_batch_size = 128
     config.label_smoothing = 0.1
     config.ema_decay = 0.99996  # 0 keeps no average
     config.tensorboard = False
+    config.log_every_steps = 50  # of an epoch
+    config.profile = 0  # steps to trace, from the tenth of this process on, into WORKDIR/profile
     # A model directory to start from: its weights, and its architecture in place of config.model's.
     config.init_from = ""
 
@@ -47,6 +60,11 @@ def default_config() -> ConfigDict:
     config.model.offset_interval = 2
     config.model.drop_path_rate = 0.0
     config.model.dtype = "float32"  # of the computation
+    config.model.remat_stages = ()  # whose blocks are computed again in the backward pass
+
+    config.mesh = ConfigDict()  # devices; see sharding.make_mesh
+    config.mesh.data = -1  # that split the batch and each have the whole state; -1: all the others
+    config.mesh.fsdp = 1  # that split the batch and the state
 
     config.data = ConfigDict()
     config.data.name = "digits"  # or folder:PATH, or tfds:NAME; see sources.open_source
@@ -101,7 +119,9 @@ def default_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
-    config.checkpoint.keep = 2
+    config.checkpoint.every_steps = 0  # of the run; 0: not by steps
+    config.checkpoint.every_minutes = 0.0  # since the last; 0: not by the clock
+    config.checkpoint.keep = 2  # the newest, and the best beside them
     return config.lock()
 
 
@@ -139,12 +159,16 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "eval_batch_size",
             "mix.group_size",
             "data.repeats",
+            "accumulation",
+            "log_every_steps",
+            "mesh.fsdp",
             "checkpoint.every_epochs",
             "checkpoint.keep",
         ),
         lambda value: value >= 1,
         "at least 1",
     ),
+    (("mesh.data",), lambda value: value == -1 or value >= 1, "-1 or at least 1"),
     # JAX's keys keep 32 bits of a seed.
     (("seed",), lambda value: 0 <= value < 2**32, "0 <= seed < 2**32"),
     (
@@ -170,7 +194,7 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     *(
         ((key,), lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
         for key, choices in (
-            ("model.dtype", ("bfloat16", "float32")),
+            ("model.dtype", ("bfloat16", "float32", "float64")),
             ("data.augmentation", ("warp", "random_resized_crop")),
             ("data.on_error", ("skip", "raise")),
             ("optimizer.schedule", ("steps", "epochs")),
@@ -191,6 +215,9 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "data.num_threads",
             "data.num_workers",
             "data.max_skipped",
+            "profile",
+            "checkpoint.every_steps",
+            "checkpoint.every_minutes",
             "data.color_jitter",
             "data.warp.degrees",
             "data.warp.shear",
@@ -224,6 +251,8 @@ def check_config(config: ConfigDict) -> None:
             f"config.batch_size is {config.batch_size}, expected a multiple of "
             f"config.mix.group_size, {group}, or less than it"
         )
+    if config.model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+        raise UserError("config.model.dtype is float64, which needs JAX_ENABLE_X64=1 to be set")
     if config.data.randaugment:
         try:
             parse_randaugment(config.data.randaugment)
@@ -233,17 +262,18 @@ def check_config(config: ConfigDict) -> None:
     build_preprocessing(config)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of a nested dict by their keys joined with dots, each behind `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Keys on which two runs' settings disagree in what the run computes, each with both values."""
-    a, b = _flatten(ours), _flatten(theirs)
+    a, b = flatten(ours), flatten(theirs)
     return [
         f"{key} ({b.get(key, 'absent')!r} there, {a.get(key, 'absent')!r} here)"
         for key in sorted(a.keys() | b.keys())

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.training.config import build_preprocessing
-from activemlp_jax.training.step import Params, TrainState
+from activemlp_jax.training.step import Params
 from activemlp_jax.weights.model_directory import (
     ARCHITECTURE,
     ModelCard,
@@ -46,7 +47,9 @@ def draw_params(config: ConfigDict, model: ActiveMLP) -> Params:
     return model.init(jax.random.key(config.seed), images)["params"]
 
 
-def initial_params(config: ConfigDict, model: ActiveMLP, say: Callable[[str], None]) -> Params:
+def initial_params(
+    config: ConfigDict, model: ActiveMLP, place: Sharding, say: Callable[[str], None]
+) -> Params:
     """The parameters to start from: random, or those of the model directory `config.init_from`.
 
     The head of a model with another number of classes is drawn anew.
@@ -54,43 +57,43 @@ def initial_params(config: ConfigDict, model: ActiveMLP, say: Callable[[str], No
     Args:
       config: the whole config, after `adopt_architecture`.
       model: to start.
+      place: of every parameter.
       say: told where the weights come from.
     """
     if not config.init_from:
-        return jax.jit(partial(draw_params, config, model))()
+        return jax.jit(partial(draw_params, config, model), out_shardings=place)()
     card = read_card(config.init_from)
     params = read_weights(config.init_from, card, card.default_kind)
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     there, here = card.model.num_classes, model.num_classes
     head = f"head kept, {here} classes"
     if there != here:
-        params["head"] = jax.jit(lambda: draw_params(config, model)["head"])()
+        head_only = jax.jit(lambda: draw_params(config, model)["head"])
+        params["head"] = jax.device_get(head_only())
         head = f"head re-initialised, {there} classes there and {here} here"
     say(f"starting from the {card.default_kind} weights in {config.init_from}: {head}")
-    return params
+    return jax.device_put(params, place)
 
 
 def write_result(
     directory: Path,
     config: ConfigDict,
     model: ActiveMLP,
-    state: TrainState,
+    weights: dict[str, Params],
     class_names: tuple[str, ...],
     source: dict[str, Any],
 ) -> None:
-    """The end of a run as a model directory, in place of an older one.
+    """The end of a run as a model directory, in place of an older one; called by one host alone.
 
     Args:
       directory: to write.
       config: the whole config.
       model: trained.
-      state: after the last step.
+      weights: numpy arrays by kind, 'ema' before 'model' where there is an average.
       class_names: by label.
       source: where the weights come from, as JSON takes it.
     """
-    weights = {"ema": state.ema_params, "model": state.params}
-    weights = {kind: params for kind, params in weights.items() if params is not None}
     kinds = tuple(weights)
     card = ModelCard(model, build_preprocessing(config), kinds, kinds[0], class_names, source)
     with whole_or_nothing(directory) as place:
-        write_model(place, card, jax.device_get(weights))
+        write_model(place, card, weights)

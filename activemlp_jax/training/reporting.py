@@ -1,8 +1,12 @@
-"""What a run tells: a progress bar, a line an epoch, JSON lines, TensorBoard."""
+"""What a run tells: a progress bar or lines, JSON lines, TensorBoard, other trackers."""
 
+import datetime
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -12,7 +16,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from activemlp_jax.training.workdir import Record, append_record
+from activemlp_jax.training.hardware import GIB, memory_in_use
+from activemlp_jax.training.workdir import EPOCHS, STEPS, Record, append_record
+
+Tracker = Callable[[Record], None]
 
 PRINTED = (
     ("epoch", "epoch {:>3}"),
@@ -24,51 +31,69 @@ PRINTED = (
 )
 
 
+class Work(NamedTuple):
+    """What a run has before it.
+
+    `first_step` to `last_step`, `batch_size` images and `flops` a step, and `peak_flops`, what all
+    devices can do a second, or None where that is not known.
+    """
+
+    first_step: int
+    last_step: int
+    batch_size: int
+    flops: float
+    peak_flops: float | None
+
+
 class Reporter:
     """Reports the steps and epochs of one run; used as a context.
 
     Args:
-      workdir: where `metrics.jsonl` and `tensorboard/` go.
-      step: the step the run starts at.
-      steps: the step it ends at.
-      batch_size: images a step.
-      tensorboard: whether to write scalars for TensorBoard.
+      workdir: where `metrics.jsonl`, `steps.jsonl` and `tensorboard/` go; None for a host that
+        does not speak.
+      work: of the run.
+      config: the whole config: how many epochs there are, and what to record how often.
       console: where to print.
+      trackers: called with each record of a step or an epoch: numbers by name, `step` among them.
     """
 
     def __init__(
         self,
-        workdir: Path,
-        step: int,
-        steps: int,
-        batch_size: int,
-        tensorboard: bool,
+        workdir: Path | None,
+        work: Work,
+        config: ConfigDict,
         console: Console,
+        trackers: Sequence[Tracker] = (),
     ):
         self._workdir = workdir
-        self._batch_size = batch_size
+        self._work = work
+        self._every_steps = config.log_every_steps
+        self._epochs = config.epochs
         self._console = console
+        self._trackers = trackers if workdir else ()
         self._writer = None
-        if tensorboard and step < steps:
+        if config.tensorboard and workdir and work.first_step < work.last_step:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            directory = str(workdir / "tensorboard")
+            self._writer = SummaryWriter(directory, purge_step=work.first_step + 1)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} img/s"),
+            TextColumn("{task.fields[figures]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not console.is_terminal or workdir is None,
         )
         self._task = self._progress.add_task(
-            "", total=steps, completed=step, epoch="-", loss="-", rate="-"
+            "", total=work.last_step, completed=work.first_step, epoch="-", figures="-"
         )
+        self._epoch, self._epoch_start = "", 0
         self._clock = time.perf_counter()
-        self._images = 0
+        self._steps = 0
 
     def __enter__(self) -> "Reporter":
         self._progress.start()
@@ -79,31 +104,63 @@ class Reporter:
         if self._writer is not None:
             self._writer.close()
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Begin to count images and seconds for `epoch` of `epochs`."""
+    def start_epoch(self, epoch: int, first_step: int) -> None:
+        """Begin to count images and seconds for `epoch`, whose first step this is."""
+        self._epoch_start = first_step
         self._clock = time.perf_counter()
-        self._images = 0
-        self._progress.update(self._task, epoch=f"{epoch}/{epochs}")
+        self._steps = 0
+        self._epoch = f"{epoch}/{self._epochs}"
+        self._progress.update(self._task, epoch=self._epoch)
 
     def images_per_second(self) -> float:
         """Since the epoch began."""
-        return self._images / (time.perf_counter() - self._clock)
+        return self._steps * self._work.batch_size / (time.perf_counter() - self._clock)
 
-    def step(self, loss: float) -> None:
-        """One step was handed out; `loss` is of the newest step that has ended."""
-        self._images += self._batch_size
-        self._progress.update(
-            self._task,
-            advance=1,
-            loss=f"{loss:.4f}",
-            rate=f"{self.images_per_second():.0f}",
-        )
+    def _speed(self) -> Record:
+        """Images a second, the share of what the devices can do, the memory that was needed."""
+        rate = self.images_per_second()
+        record = {"images_per_second": round(rate, 1)}
+        if self._work.peak_flops:
+            per_second = self._work.flops * rate / self._work.batch_size
+            record["mfu"] = round(100 * per_second / self._work.peak_flops, 2)
+        record["memory_gib"] = round(memory_in_use() / GIB, 2)
+        return record
+
+    def step(self, step: int, figures: Record) -> None:
+        """A step has ended: `step` are done now; `figures` are what it found."""
+        self._steps += 1
+        record = {"step": step, **figures, **self._speed()}
+        shown = [f"loss {record['loss']:.4f}", f"{record['images_per_second']:.0f} images/s"]
+        if "mfu" in record:
+            shown.append(f"MFU {record['mfu']:.1f}%")
+        shown.append(f"{record['memory_gib']:.1f} GiB")
+        self._progress.update(self._task, completed=step, figures="  ".join(shown))
+        if self._workdir is None or (step - self._epoch_start) % self._every_steps:
+            return
+        append_record(self._workdir / STEPS, record)
+        self._track(record)
+        if self._progress.disable:
+            seconds = (time.perf_counter() - self._clock) / self._steps
+            left = datetime.timedelta(seconds=round(seconds * (self._work.last_step - step)))
+            place = f"epoch {self._epoch}  step {step}/{self._work.last_step}"
+            self._print(f"{place}  {'  '.join(shown)}  {left} left")
 
     def epoch(self, record: Record) -> None:
         """An epoch was evaluated: write its record, print the main figures."""
-        append_record(self._workdir, record)
-        shown = [template.format(record[key]) for key, template in PRINTED if key in record]
-        self._console.print("  ".join(shown), highlight=False, soft_wrap=True)
+        if self._workdir is None:
+            return
+        append_record(self._workdir / EPOCHS, record)
+        self._track(record)
+        self._print(
+            "  ".join(template.format(record[key]) for key, template in PRINTED if key in record)
+        )
+
+    def _track(self, record: Record) -> None:
         if self._writer is not None:
             for key, value in record.items():
                 self._writer.add_scalar(key, value, record["step"])
+        for tracker in self._trackers:
+            tracker(record)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -71,9 +71,11 @@ class Classification:
             images, targets = mix(images, targets, mixing)
         return images, targets
 
-    def loss(self, params: Params, batch: Batch, key: jax.Array) -> jax.Array:
-        """Cross entropy to the smoothed and mixed labels, with drop path on."""
-        images, targets = self.inputs(batch, jax.random.fold_in(key, 1))
+    def loss(
+        self, params: Params, inputs: tuple[jax.Array, jax.Array], key: jax.Array
+    ) -> jax.Array:
+        """Cross entropy to the smoothed and mixed labels of `inputs`, with drop path on."""
+        images, targets = inputs
         logits = self._logits(params, images, train=True, rngs={"dropout": key})
         return soft_cross_entropy(logits, targets)
 

@@ -1,14 +1,18 @@
 """The directory of a run: whose it is, and the record it keeps.
 
-`config.json` says which run it belongs to, `metrics.jsonl` has one line an epoch, `checkpoints/`
-the states to go on from.
+`config.json` says which run it belongs to, `metrics.jsonl` has one line an epoch, `steps.jsonl` one
+for every `config.log_every_steps` steps, `checkpoints/` the states to go on from.
 """
 
+import contextlib
 import json
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from activemlp_jax.errors import UserError
@@ -16,38 +20,69 @@ from activemlp_jax.training.config import differing_keys
 
 Record = dict[str, Any]
 
+LOCK, MARK = ".lock", ".mark"
+EPOCHS, STEPS = "metrics.jsonl", "steps.jsonl"
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Make `workdir` this run's, or see that it already is; nothing of another run is touched.
+
+@contextlib.contextmanager
+def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Make `workdir` this run's alone, inside; nothing of another run is touched.
 
     Raises:
-      UserError: it cannot be written, or belongs to a run with other settings, each named.
+      UserError: it cannot be written, belongs to a run with other settings, each named, or is in
+        use by a run that is alive.
     """
     path = workdir / "config.json"
-    aside = _aside(path)
     ours = json.loads(config.to_json())
+    lock = FileLock(workdir / LOCK, timeout=0)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            try:
-                theirs = json.loads(path.read_text())
-            except ValueError as error:
-                raise UserError(f"{path} is not readable as JSON: {error}") from error
-            if not isinstance(theirs, dict):
-                raise UserError(f"{path} is no config of a run: expected a JSON object")
-            differences = differing_keys(ours, theirs)
-            if differences:
-                raise UserError(
-                    f"{workdir} belongs to a run with other settings: {'; '.join(differences)}; "
-                    "give another --workdir"
-                )
-        elif any(other != aside for other in workdir.iterdir()):
-            raise UserError(
-                f"{workdir} holds files but no config.json of a run; give an empty or new --workdir"
-            )
+        _check_owner(workdir, ours)
+        # A file system without locks, as some that mount buckets, has to do without.
+        with contextlib.suppress(NotImplementedError):
+            lock.acquire()
         _replace(path, json.dumps(ours, indent=2) + "\n")
+    except Timeout as error:
+        raise UserError(
+            f"{workdir} is in use by a run that is alive; stop that, or give another --workdir"
+        ) from error
     except OSError as error:
         raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from error
+    with lock if lock.is_locked else contextlib.nullcontext():
+        yield
+
+
+def _check_owner(workdir: Path, ours: dict[str, Any]) -> None:
+    """Raises UserError if `workdir` holds something that is not of a run with these settings."""
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is not readable as JSON: {error}") from error
+        if not isinstance(theirs, dict):
+            raise UserError(f"{path} is no config of a run: expected a JSON object")
+        differences = differing_keys(ours, theirs)
+        if differences:
+            raise UserError(
+                f"{workdir} belongs to a run with other settings: {'; '.join(differences)}; "
+                "give another --workdir"
+            )
+    elif any(other not in (_aside(path), workdir / LOCK) for other in workdir.iterdir()):
+        raise UserError(
+            f"{workdir} holds files but no config.json of a run; give an empty or new --workdir"
+        )
+
+
+def write_mark(workdir: Path) -> None:
+    """Leave something in `workdir` by which other hosts know that theirs is the same one."""
+    replace_file(workdir / MARK, uuid.uuid4().hex)
+
+
+def read_mark(workdir: Path) -> str | None:
+    """What `write_mark` left, or None."""
+    path = workdir / MARK
+    return path.read_text() if path.exists() else None
 
 
 def _aside(path: Path) -> Path:
@@ -68,9 +103,22 @@ def _replace(path: Path, text: str) -> None:
     os.replace(_aside(path), path)
 
 
-def read_records(workdir: Path) -> list[Record]:
-    """The epochs so far; a last line that a kill cut short does not count."""
-    path = workdir / "metrics.jsonl"
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file in one step; raises UserError if it cannot be written."""
+    with _written(path):
+        _replace(path, text)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file of JSON lines; a last line that a kill cut short does not count."""
     if not path.exists():
         return []
     records = []
@@ -82,14 +130,14 @@ def read_records(workdir: Path) -> list[Record]:
     return records
 
 
-def rewind_records(workdir: Path, step: int) -> list[Record]:
-    """Forget the epochs after `step`, which a resumed run repeats; returns those that remain."""
-    records = [record for record in read_records(workdir) if record["step"] <= step]
-    lines = [json.dumps(record) + "\n" for record in records]
-    _replace(workdir / "metrics.jsonl", "".join(lines))
+def rewind_records(path: Path, step: int) -> list[Record]:
+    """Forget what comes after `step`, which a resumed run repeats; returns what remains."""
+    records = [record for record in read_records(path) if record["step"] <= step]
+    replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 
-def append_record(workdir: Path, record: Record) -> None:
-    """Write one epoch's line."""
-    _write(workdir / "metrics.jsonl", "a", json.dumps(record) + "\n")
+def append_record(path: Path, record: Record) -> None:
+    """Write one line; raises UserError if it cannot be written."""
+    with _written(path):
+        _write(path, "a", json.dumps(record) + "\n")

@@ -106,7 +106,7 @@ class ModelCard:
 
 def variant_name(model: ActiveMLP) -> str | None:
     """The published variant that `model` is, at any number of classes."""
-    plain = model.clone(drop_path_rate=0.0, dtype=jnp.float32)
+    plain = model.clone(drop_path_rate=0.0, dtype=jnp.float32, remat_stages=())
     same = (name for name in list_models() if create_model(name, model.num_classes) == plain)
     return next(same, None)
 
@@ -127,14 +127,18 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
 
 
 def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Params]) -> None:
-    """Fill an empty directory.
+    """Fill an empty directory; of several hosts, one alone calls it.
 
     Args:
       directory: to write into; see `whole_or_nothing`.
       card: what to say of the weights.
       weights: parameters of `card.model`, numpy arrays, by the kinds that `card` names.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
+    host = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=host, active_processes={host}, barrier_sync_key_prefix="write_model"
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         for kind in card.kinds:
             checkpointer.save(directory.absolute() / "weights" / kind, weights[kind])
     # A line a topic: easier to read than a line a number.

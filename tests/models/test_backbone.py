@@ -243,3 +243,28 @@ def test_images_of_another_shape_are_refused_with_their_shape(shape: Any, messag
 def test_unknown_model_names_the_known_ones():
     with pytest.raises(ValueError, match=r"'active_huge'.*active_base, active_large"):
         am.create_model("active_huge")
+
+
+@pytest.mark.usefixtures("float64")
+def test_stages_computed_again_have_the_same_gradients_and_drop_the_same_samples():
+    plain = micro(dtype=jnp.float64, drop_path_rate=0.5)
+    again = plain.clone(remat_stages=(0, 2))
+    variables = goldens.rule_variables(plain)
+    images = np.random.default_rng(0).normal(size=(3, 32, 32, 3))
+    shapes = jax.eval_shape(again.init, jax.random.key(0), images)
+    assert jax.tree.structure(shapes) == jax.tree.structure(variables)
+
+    def loss(model: am.ActiveMLP, variables: Any) -> jax.Array:
+        key = jax.random.key(1)
+        return (model.apply(variables, images, train=True, rngs={"dropout": key}) ** 2).sum()
+
+    programs = [
+        str(jax.make_jaxpr(jax.grad(partial(loss, model)))(variables)) for model in (plain, again)
+    ]
+    assert [program.count("remat") > 0 for program in programs] == [False, True]
+    expected, ours = (
+        jax.jit(jax.grad(partial(loss, model)))(variables) for model in (plain, again)
+    )
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(expected))

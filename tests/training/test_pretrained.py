@@ -12,13 +12,13 @@ import pytest
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.errors import UserError
+from activemlp_jax.training import sharding
 from activemlp_jax.training.config import build_model, default_config
 from activemlp_jax.training.pretrained import (
     adopt_architecture,
     initial_params,
     write_result,
 )
-from activemlp_jax.training.step import TrainState
 from activemlp_jax.weights.model_directory import (
     ModelCard,
     read_card,
@@ -27,6 +27,7 @@ from activemlp_jax.weights.model_directory import (
 )
 
 MODEL = am.ActiveMLP(**goldens.MICRO)
+EVERYWHERE = sharding.replicated(sharding.make_mesh())
 Saying = list[str]
 
 
@@ -51,7 +52,7 @@ def config(pretrained: Path, **changes: Any) -> Any:
 
 def start(config: Any, num_classes: int) -> tuple[Any, Saying]:
     said: Saying = []
-    return initial_params(config, build_model(config, num_classes), said.append), said
+    return initial_params(config, build_model(config, num_classes), EVERYWHERE, said.append), said
 
 
 def test_the_architecture_is_that_of_the_weights_and_the_rest_that_of_the_config(pretrained: Path):
@@ -113,16 +114,16 @@ def test_the_result_of_a_run_is_loaded_as_any_model(ema_decay: float, tmp_path: 
     settings.model.embed_dims = (8, 16, 24, 32)
     model = build_model(settings, 3)
     params = goldens.rule_variables(model)["params"]
-    state = TrainState(jnp.zeros(()), params, None, None)
-    if ema_decay:
-        state = state.replace(ema_params=jax.tree.map(lambda leaf: leaf + 1, params))
+    averaged = jax.tree.map(lambda leaf: leaf + 1, params)
+    weights = {"ema": averaged, "model": params} if ema_decay else {"model": params}
+    weights = jax.tree.map(np.asarray, weights)
     names = ("cat", "dog", "owl")
-    write_result(tmp_path / "model", settings, model, state, names, {"epoch": 2})
+    write_result(tmp_path / "model", settings, model, weights, names, {"epoch": 2})
 
     card = read_card(tmp_path / "model")
     assert card.class_names == names
     assert card.kinds == (("ema", "model") if ema_decay else ("model",))
     assert card.preprocessing.image_size == settings.data.image_size
     _, variables = am.load_pretrained(tmp_path / "model")
-    expected = state.ema_params if ema_decay else params
+    expected = averaged if ema_decay else params
     jax.tree.map(np.testing.assert_array_equal, variables["params"], expected)

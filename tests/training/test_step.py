@@ -57,8 +57,8 @@ def test_six_steps_equal_the_originals():
             "image": goldens.golden_input("train_steps.npz", f"image_{i}"),
             "target": np.exp(logits) / np.exp(logits).sum(-1, keepdims=True),
         }
-        state, value = step(state, batch)
-        goldens.assert_close(value, expected, 1e-9, f"loss before step {i}")
+        state, metrics = step(state, batch)
+        goldens.assert_close(metrics["loss"], expected, 1e-9, f"loss before step {i}")
 
     for prefix, tree in (("final/", state.params), ("ema/", state.ema_params)):
         weights = am.to_torch({"params": tree})
@@ -88,9 +88,64 @@ def test_random_numbers_follow_from_seed_and_step_alone():
         state = state.replace(step=jnp.asarray(first, jnp.int32))
         values = []
         for _ in range(3):
-            state, value = step(state, {})
-            values.append(float(value))
+            state, metrics = step(state, {})
+            values.append(float(metrics["loss"]))
         return values
 
     assert losses(0, 0)[1:] == losses(0, 1)[:2]
     assert len({*losses(0, 0), *losses(1, 0)}) == 6
+
+
+def test_a_step_tells_the_norms_of_gradient_and_weights():
+    optimizer = optax.sgd(1.0)
+    state = TrainState.create({"a": jnp.full(4, 3.0), "b": jnp.zeros(2)}, optimizer, 0)
+    step = make_train_step(lambda params, *_: params["a"].sum(), optimizer, 0, seed=0)
+    _, metrics = step(state, {})
+    assert {name: float(value) for name, value in metrics.items()} == {
+        "loss": 12.0,
+        "gradient_norm": 2.0,
+        "parameter_norm": 4.0,
+    }
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_batch_taken_in_parts_gives_the_same_step():
+    model = micro(dtype=jnp.float64)
+    params = goldens.rule_variables(model, seed=1)["params"]
+    batch = {
+        "image": goldens.golden_input("train_steps.npz", "image_0"),
+        "target": jax.nn.softmax(goldens.golden_input("train_steps.npz", "target_logits_0")),
+    }
+    assert len(batch["image"]) % 2 == 0
+
+    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
+        return soft_cross_entropy(logits, batch["target"])
+
+    optimizer = optax.sgd(0.1)
+    found = []
+    for parts in (1, 2):
+        step = jax.jit(make_train_step(loss, optimizer, 0, seed=0, accumulation=parts))
+        state, metrics = step(TrainState.create(params, optimizer, 0), batch)
+        found.append((state.params, metrics["loss"]))
+    for ours, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[0]), strict=True):
+        goldens.assert_close(ours, expected, 1e-12, "two parts instead of one")
+
+
+def test_each_part_has_its_own_rows_and_random_numbers():
+    def loss(params: Any, rows: jax.Array, key: jax.Array) -> jax.Array:
+        return params["w"] * rows.sum() + jax.random.uniform(key)
+
+    def batch(values: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+        del key
+        return values["rows"]
+
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(loss, optimizer, 0, seed=0, inputs=batch, accumulation=3)
+    state = TrainState.create({"w": jnp.ones(())}, optimizer, 0)
+    _, metrics = step(state, {"rows": jnp.arange(6.0)})
+    assert float(metrics["gradient_norm"]) == 5.0  # (0 + 1 + ... + 5) / 3
+    noise = 3 * float(metrics["loss"]) - 15
+    draws = 3 * float(jax.random.uniform(jax.random.fold_in(jax.random.key(0), 0)))
+    assert 0 < noise < 3
+    assert noise != pytest.approx(draws), "one draw for all parts"

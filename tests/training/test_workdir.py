@@ -9,6 +9,7 @@ import pytest
 from activemlp_jax.errors import UserError
 from activemlp_jax.training.config import check_config, default_config
 from activemlp_jax.training.workdir import (
+    EPOCHS,
     append_record,
     claim_workdir,
     read_records,
@@ -22,42 +23,48 @@ def config(**changes: Any) -> Any:
     return config
 
 
+def claim(directory: Path, config: Any) -> None:
+    """Claimed, and let go again."""
+    with claim_workdir(directory, config):
+        pass
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 def test_a_new_directory_is_made_and_holds_the_settings(tmp_path: Path):
-    claim_workdir(tmp_path / "a" / "b", config(seed=5))
+    claim(tmp_path / "a" / "b", config(seed=5))
     assert json.loads((tmp_path / "a" / "b" / "config.json").read_text())["seed"] == 5
 
 
 def test_the_same_run_may_come_back_with_what_does_not_change_its_results(tmp_path: Path):
-    claim_workdir(tmp_path, config())
-    claim_workdir(tmp_path, config(**{"tensorboard": True, "data.num_threads": 5}))
+    claim(tmp_path, config())
+    claim(tmp_path, config(**{"tensorboard": True, "data.num_threads": 5}))
 
 
 def test_a_directory_of_another_run_is_left_alone_and_every_difference_named(tmp_path: Path):
-    claim_workdir(tmp_path, config())
-    append_record(tmp_path, {"epoch": 1, "step": 11})
+    claim(tmp_path, config())
+    append_record(tmp_path / EPOCHS, {"epoch": 1, "step": 11})
     before = contents(tmp_path)
     other = config(**{"seed": 1, "model.depths": (2, 2, 4, 2)})
     message = r"other settings: model\.depths .*there.*here.*; seed \(0 there, 1 here\)"
     with pytest.raises(UserError, match=message):
-        claim_workdir(tmp_path, other)
+        claim(tmp_path, other)
     assert contents(tmp_path) == before
 
 
 def test_a_directory_with_someone_elses_files_is_left_alone(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("do not touch")
     with pytest.raises(UserError, match=r"holds files but no config\.json"):
-        claim_workdir(tmp_path, config())
+        claim(tmp_path, config())
     assert list(contents(tmp_path)) == [str(tmp_path / "thesis.tex")]
 
 
 def test_a_config_that_is_no_json_is_left_alone(tmp_path: Path):
     (tmp_path / "config.json").write_text("{oops")
     with pytest.raises(UserError, match="not readable as JSON"):
-        claim_workdir(tmp_path, config())
+        claim(tmp_path, config())
     assert (tmp_path / "config.json").read_text() == "{oops"
 
 
@@ -67,38 +74,47 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, place: str)
     file.write_text("content")
     path = {"file": file, "below a file": file / "run", "no such file system": Path("/proc/run")}
     with pytest.raises(UserError, match=f"{path[place]} cannot be written: "):
-        claim_workdir(path[place], config())
+        claim(path[place], config())
     assert file.read_text() == "content"
 
 
 def test_records_after_the_restored_step_are_forgotten(tmp_path: Path):
-    assert rewind_records(tmp_path, 0) == []
+    assert rewind_records(tmp_path / EPOCHS, 0) == []
     for epoch in (1, 2, 3):
-        append_record(tmp_path, {"epoch": epoch, "step": 10 * epoch})
-    assert [record["epoch"] for record in rewind_records(tmp_path, 20)] == [1, 2]
-    append_record(tmp_path, {"epoch": 3, "step": 30})
-    assert [record["epoch"] for record in read_records(tmp_path)] == [1, 2, 3]
+        append_record(tmp_path / EPOCHS, {"epoch": epoch, "step": 10 * epoch})
+    assert [record["epoch"] for record in rewind_records(tmp_path / EPOCHS, 20)] == [1, 2]
+    append_record(tmp_path / EPOCHS, {"epoch": 3, "step": 30})
+    assert [record["epoch"] for record in read_records(tmp_path / EPOCHS)] == [1, 2, 3]
 
 
 def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path):
-    append_record(tmp_path, {"epoch": 1, "step": 10})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    append_record(tmp_path / EPOCHS, {"epoch": 1, "step": 10})
+    with (tmp_path / EPOCHS).open("a") as file:
         file.write('{"epoch": 2, "st')
-    assert [record["epoch"] for record in rewind_records(tmp_path, 20)] == [1]
-    append_record(tmp_path, {"epoch": 2, "step": 20})
-    assert [record["epoch"] for record in read_records(tmp_path)] == [1, 2]
+    assert [record["epoch"] for record in rewind_records(tmp_path / EPOCHS, 20)] == [1]
+    append_record(tmp_path / EPOCHS, {"epoch": 2, "step": 20})
+    assert [record["epoch"] for record in read_records(tmp_path / EPOCHS)] == [1, 2]
+
+
+def test_a_directory_in_use_by_a_live_run_is_left_alone(tmp_path: Path):
+    with claim_workdir(tmp_path, config()):
+        before = contents(tmp_path)
+        with pytest.raises(UserError, match="is in use by a run that is alive"):
+            claim(tmp_path, config())
+        assert contents(tmp_path) == before
+    claim(tmp_path, config())
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{"])
 def test_a_config_json_that_is_none_is_refused(content: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json is no"):
-        claim_workdir(tmp_path, config())
+        claim(tmp_path, config())
 
 
 def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path):
     (tmp_path / "config.json.partial").write_text("{")
-    claim_workdir(tmp_path, config())
+    claim(tmp_path, config())
     assert (tmp_path / "config.json").exists()
 
 
@@ -122,6 +138,11 @@ def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path
         ({"data.std": (0.2, 0.0, 0.2)}, r"config\.data\.std is .*expected three numbers above 0"),
         ({"data.warp.bend": -0.1}, r"config\.data\.warp\.bend is -0\.1, expected 0 or more"),
         ({"model.mlp_ratios": (0.01, 4.0, 4.0, 4.0)}, r"stage 0 .* no hidden channels"),
+        ({"mesh.fsdp": 0}, r"config\.mesh\.fsdp is 0, expected at least 1"),
+        ({"mesh.data": 0}, r"config\.mesh\.data is 0, expected -1 or at least 1"),
+        ({"accumulation": 0}, r"config\.accumulation is 0, expected at least 1"),
+        ({"model.remat_stages": (4,)}, r"remat_stages is \(4,\), expected stages out of 0 to 3"),
+        ({"model.dtype": "float64"}, r"dtype is float64, which needs JAX_ENABLE_X64=1"),
         ({"seed": 2**40}, r"config\.seed is 1099511627776, expected 0 <= seed < 2\*\*32"),
     ],
 )

@@ -1,0 +1,76 @@
+"""The real `train.py` as one process or as several that share a run over loopback."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start(
+    *arguments: str, devices: int = 1, x64: bool = False, **options: Any
+) -> subprocess.Popen[str]:
+    """`train.py` on so many CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    variables = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(x64))}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def start_two(
+    *arguments: str, second: Sequence[str] = (), **options: Any
+) -> list[subprocess.Popen[str]]:
+    """Two processes that share a run; the second has more arguments."""
+    address = free_address()
+    return [
+        start(
+            *arguments,
+            *(second if number else ()),
+            *(f"--coordinator={address}", "--num_processes=2", f"--process_id={number}"),
+            **options,
+        )
+        for number in (0, 1)
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 400) -> list[str]:
+    """What each printed, once all have ended well."""
+    results = [process.communicate(timeout=timeout) for process in processes]
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [output for output, _ in results]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def saved_state(workdir: Path, step: int) -> Any:
+    """All arrays of a checkpoint, as numpy arrays: weights, their average, optimiser, step."""
+    path = workdir / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))

@@ -1,0 +1,171 @@
+"""One run on many devices and hosts: the same numbers, the same samples, nobody left waiting."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from processes import finish, free_address, lines, saved_state, start, start_two
+
+# One process for all that share what a fixture takes long to make.
+pytestmark = pytest.mark.xdist_group("devices")
+
+STEPS = 20
+# A model that trains in seconds, with weights large enough to be split; ten steps an epoch.
+ARGUMENTS = (
+    "--config.model.embed_dims=(16,32,64,64)",
+    "--config.model.mlp_ratios=(2.0,2.0,2.0,2.0)",
+    "--config.batch_size=136",
+    "--config.eval_batch_size=120",
+    "--config.epochs=2",
+    "--config.log_every_steps=1",
+    "--config.checkpoint.every_steps=10",
+    # constant
+    "--config.optimizer.learning_rate=1e-3",
+    "--config.optimizer.final_learning_rate=1e-3",
+    "--config.optimizer.warmup_epochs=0",
+)
+BOUNDS = {"float32": 1e-4, "float64": 1e-9}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("devices")
+
+
+def train(workdir: Path, dtype: str, *arguments: str, devices: int, processes: int = 1) -> Path:
+    """A run to its end, unless it is there already."""
+    if workdir.exists():
+        return workdir
+    flags = ("--workdir", str(workdir), *ARGUMENTS, f"--config.model.dtype={dtype}", *arguments)
+    run = start_two if processes == 2 else lambda *a, **o: [start(*a, **o)]
+    finish(run(*flags, devices=devices, x64=dtype == "float64"))
+    return workdir
+
+
+def on_one_device(folder: Path, dtype: str) -> Path:
+    return train(folder / f"one-{dtype}", dtype, devices=1)
+
+
+def on_two_hosts(folder: Path, dtype: str, fsdp: int) -> Path:
+    """Two processes with two devices each."""
+    workdir = folder / f"two-{dtype}-{fsdp}"
+    return train(workdir, dtype, f"--config.mesh.fsdp={fsdp}", devices=2, processes=2)
+
+
+def losses(workdir: Path, first: int = 0) -> np.ndarray:
+    found = [line["loss"] for line in lines(workdir / "steps.jsonl") if line["step"] > first]
+    assert len(found) == STEPS - first
+    return np.array(found)
+
+
+def difference(ours: object, expected: object) -> float:
+    """The norm of the difference over the norm, all arrays together."""
+    a, b = (
+        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+        for tree in (ours, expected)
+    )
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_two_hosts_with_two_devices_each_train_and_test_as_one_device(
+    dtype: str, fsdp: int, folder: Path
+):
+    one, two = on_one_device(folder, dtype), on_two_hosts(folder, dtype, fsdp)
+    bound = BOUNDS[dtype]
+    assert difference(losses(two), losses(one)) <= bound
+    a, b = saved_state(two, STEPS), saved_state(one, STEPS)
+    for key in ("params", "ema_params", "opt_state"):
+        assert difference(a[key], b[key]) <= bound, key
+    ours, expected = (lines(path / "metrics.jsonl")[-1] for path in (two, one))
+    for key in expected:
+        if key.endswith("accuracy") and dtype == "float64":
+            assert ours[key] == expected[key]
+        elif key.endswith("loss"):
+            assert ours[key] == pytest.approx(expected[key], rel=bound), key
+    places = json.loads((two / "checkpoints" / str(STEPS) / "state" / "_sharding").read_text())
+    specs = [json.loads(place).get("partition_spec", []) for place in places.values()]
+    assert any("fsdp" in spec for spec in specs) == (fsdp == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_two_hosts_saved_goes_on_on_one_with_the_same_samples(devices: int, folder: Path):
+    saved = on_two_hosts(folder, "float32", 2)
+    workdir = folder / f"on-{devices}"
+    shutil.copytree(saved, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    arguments = ("--workdir", str(workdir), *ARGUMENTS, "--config.mesh.fsdp=1")
+    (output,) = finish([start(*arguments, devices=devices)])
+    assert "going on from step 10 of 20" in output
+    expected = losses(on_one_device(folder, "float32"), first=10)
+    assert difference(losses(workdir, first=10), expected) <= 1e-4
+    np.testing.assert_allclose(losses(workdir, first=10), losses(saved, first=10), rtol=1e-4)
+
+
+def test_a_host_with_other_settings_is_named_and_none_waits_for_it(tmp_path: Path):
+    hosts = start_two("--workdir", str(tmp_path / "run"), *ARGUMENTS, second=["--config.seed=1"])
+    for process in hosts:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2, errors
+        assert "host 1 differs from host 0: config.seed is 1 there and 0 on host 0" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_on_one_host_ends_the_other_with_its_message(tmp_path: Path):
+    hosts = start_two(
+        "--workdir", str(tmp_path / "run"), *ARGUMENTS, second=["--config.data.name=cifar"]
+    )
+    for process in hosts:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2, errors
+        assert "no data set 'cifar', expected digits" in errors
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_host_whose_others_never_come_says_so(number: int, tmp_path: Path):
+    hosts = (f"--coordinator={free_address()}", "--num_processes=2", f"--process_id={number}")
+    process = start("--workdir", str(tmp_path / "run"), *hosts, "--timeout=3")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert f"after 3 s process {number} has not met all 2 at 127.0.0.1" in errors
+    assert "Check failure" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coordinator=127.0.0.1:80"], "the number of processes and the process id go together"),
+        (["--num_processes=2"], "the number of processes and the process id go together"),
+        (["--num_processes=2", "--process_id=2"], "process id is 2, expected 0 to 1"),
+        (
+            ["--num_processes=2", "--process_id=1"],
+            "the first of 2 processes is not known",
+        ),
+        (
+            ["--coordinator=here", "--num_processes=2", "--process_id=1"],
+            "the coordinator is here, expected HOST:PORT",
+        ),
+        (["--config.mesh.fsdp=3"], "config.mesh is all x 3 (data x fsdp), which the 4 devices"),
+        (["--config.mesh.data=2"], "config.mesh is 2 x 1 (data x fsdp), which the 4 devices"),
+        (["--config.batch_size=30"], "config.batch_size is 30, expected a multiple of 4"),
+        (
+            ["--config.accumulation=3"],
+            "config.batch_size is 136, expected a multiple of 12: there are 4 devices, taken in 3",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_one_clear_line(
+    arguments: list[str], message: str, tmp_path: Path
+):
+    process = start("--workdir", str(tmp_path / "run"), *ARGUMENTS, *arguments, devices=4)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2, errors
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert message in errors
+    assert not (tmp_path / "run").exists()
