@@ -4,6 +4,9 @@ Examples:
   python -m activemlp_jax.evaluate runs/digits/model --data digits
   python -m activemlp_jax.evaluate models/active_tiny --data folder:/data/imagenet
   python -m activemlp_jax.evaluate models/active_tiny --data tfds:imagenet2012
+
+On TPU pods, and under SLURM and Open MPI, the processes find each other; elsewhere the last four
+options say how. The first of them prints.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from activemlp_jax.data.pipeline import eval_batches
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError, exit_with
 from activemlp_jax.training import sharding
+from activemlp_jax.training.command import HOST_OPTIONS
 from activemlp_jax.training.evaluation import evaluate
 from activemlp_jax.training.tasks import Classification
 from activemlp_jax.weights.model_directory import read_card, read_weights
@@ -161,14 +165,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="over all devices (128)")
     parser.add_argument("--image-size", type=int, help="side in pixels (the model's)")
     parser.add_argument("--num-threads", type=int, help="that read images (one a processor)")
+    for name, parse, default, text in HOST_OPTIONS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=parse, default=default, help=text)
     arguments = vars(parser.parse_args())
+    hosts = sharding.Hosts(**{name: arguments.pop(name) for name, *_ in HOST_OPTIONS})
     try:
         for option, least in (("batch_size", 1), ("num_threads", 0)):
             value = arguments[option]
             if value is not None and value < least:
                 name = option.replace("_", "-")
                 raise UserError(f"--{name} is {value}, expected at least {least}")
-        found = evaluate_directory(**arguments)
+        with sharding.connected(hosts):
+            found = evaluate_directory(**arguments)
     except UserError as error:
         exit_with(error)
     if jax.process_index():

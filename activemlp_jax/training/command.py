@@ -1,10 +1,11 @@
-"""The command line of training: flags in, one clear line out when they are wrong."""
+"""Command lines with a config: flags in, one clear line out when they are wrong."""
 
 import difflib
 import runpy
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -13,7 +14,20 @@ from rich.console import Console
 from activemlp_jax.errors import Interrupted, UserError, exit_with
 from activemlp_jax.training.config import default_config
 
-HOST_FLAGS = ("coordinator", "num_processes", "process_id", "timeout")  # sharding.Hosts
+# The fields of sharding.Hosts: name, type, default, help.
+HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
+    (
+        "coordinator",
+        str,
+        "",
+        "HOST:PORT of the first of several processes. SLURM, Open MPI and TPU pods need none of "
+        "these four.",
+    ),
+    ("num_processes", int, None, "Number of processes that share the work."),
+    ("process_id", int, None, "Number of this process, from 0."),
+    ("timeout", int, 300, "Seconds the processes wait for each other to start."),
+)
+_HOST_NAMES = tuple(name for name, *_ in HOST_OPTIONS)
 HELP = ("help", "helpfull", "helpshort", "helpxml", "?")
 
 
@@ -44,9 +58,9 @@ def load_config(path: str) -> ConfigDict:
     return config
 
 
-def _check_keys(argv: list[str], default_path: Path) -> None:
+def _check_keys(argv: list[str], default_path: Path | None) -> None:
     """Raises UserError for a config file that fails, or an override of a key it does not have."""
-    path, overrides = str(default_path), []
+    path, overrides = str(default_path or ""), []
     for position, argument in enumerate(argv):
         name, _, value = argument.lstrip("-").partition("=")
         if not argument.startswith("-"):
@@ -55,6 +69,8 @@ def _check_keys(argv: list[str], default_path: Path) -> None:
             path = value or " ".join(argv[position + 1 : position + 2])
         elif name.startswith("config."):
             overrides.append(name)
+    if not path:
+        raise UserError("--config is missing, expected a config file such as configs/digits.py")
     known = _keys(load_config(path))
     for name in overrides:
         if name not in known:
@@ -63,11 +79,17 @@ def _check_keys(argv: list[str], default_path: Path) -> None:
             raise UserError(f"{path} has no key {name}{hint}")
 
 
-def run(default_path: Path) -> None:
-    """Parse the flags of `train.py`, and train; ends the process.
+def start(
+    main: Callable[[], None], own_flags: Sequence[str], default_path: Path | None = None
+) -> NoReturn:
+    """Parse the flags of a command that takes a config, and run it; ends the process.
+
+    A UserError, of the flags or of `main`, becomes its one line.
 
     Args:
-      default_path: the config file where the command line names none.
+      main: the command; it finds the config by `chosen_config`.
+      own_flags: names of the flags that --help shows beside the config; they are defined.
+      default_path: the config file where the command line names none; None where it must.
     """
     asks_for_help = any(argument.lstrip("-") in HELP for argument in sys.argv[1:])
     if not asks_for_help:
@@ -76,23 +98,11 @@ def run(default_path: Path) -> None:
         except UserError as error:
             exit_with(error)
     config_flags.DEFINE_config_file(
-        "config", str(default_path), "Config file; --config.KEY=VALUE changes a key of it."
-    )
-    flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
-    flags.DEFINE_string(
-        "coordinator",
-        "",
-        "HOST:PORT of the first of several processes. SLURM, Open MPI and TPU pods need none of "
-        "these four flags.",
-    )
-    flags.DEFINE_integer("num_processes", None, "Number of processes that share the run.")
-    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-    flags.DEFINE_integer("timeout", 300, "Seconds the processes wait for each other to start.", 1)
-    for name in (
         "config",
-        "workdir",
-        *HOST_FLAGS,
-    ):
+        str(default_path) if default_path else None,
+        "Config file; --config.KEY=VALUE changes a key of it.",
+    )
+    for name in ("config", *own_flags):
         # --help shows the flags of the program's own module
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
@@ -109,27 +119,50 @@ def run(default_path: Path) -> None:
             flags.FLAGS["verbosity"].using_default_value = False
         return rest
 
-    app.run(_main, flags_parser=parse)
+    def run_main(argv: list[str]) -> None:
+        del argv
+        try:
+            main()
+        except UserError as error:
+            exit_with(error)
+
+    app.run(run_main, flags_parser=parse)
 
 
-def _main(argv: list[str]) -> None:
-    del argv
-    config = flags.FLAGS.config
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = flags.FLAGS.workdir or f"runs/{name}"
+def chosen_config() -> tuple[str, ConfigDict]:
+    """The path of the config file, and its config with the changes of the command line."""
+    return config_flags.get_config_filename(flags.FLAGS["config"]), flags.FLAGS.config
+
+
+def run(default_path: Path) -> NoReturn:
+    """Parse the flags of `train.py`, and train; ends the process.
+
+    Args:
+      default_path: the config file where the command line names none.
+    """
+    flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
+    for name, kind, default, text in HOST_OPTIONS:
+        if kind is int:
+            flags.DEFINE_integer(name, default, text, lower_bound=0)
+        else:
+            flags.DEFINE_string(name, default, text)
+    start(_train, ("workdir", *_HOST_NAMES), default_path)
+
+
+def _train() -> None:
+    path, config = chosen_config()
+    workdir = flags.FLAGS.workdir or f"runs/{Path(path).stem}"
     if "://" in workdir:
-        exit_with(f"--workdir is {workdir}, expected a directory of this machine")
-    try:
-        # Here, as --help need not wait for them.
-        from activemlp_jax.training import sharding
-        from activemlp_jax.training.loop import train
+        raise UserError(f"--workdir is {workdir}, expected a directory of this machine")
+    # Here, as --help need not wait for them.
+    from activemlp_jax.training import sharding
+    from activemlp_jax.training.loop import train
 
-        chosen: dict[str, Any] = {name: flags.FLAGS[name].value for name in HOST_FLAGS}
-        hosts = sharding.Hosts(**chosen)
+    chosen: dict[str, Any] = {name: flags.FLAGS[name].value for name in _HOST_NAMES}
+    hosts = sharding.Hosts(**chosen)
+    try:
         with sharding.connected(hosts):
             train(config, Path(workdir).expanduser(), Console(), timeout=hosts.timeout)
-    except UserError as error:
-        exit_with(error)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"\n{error or 'interrupted'}; the same command goes on from there in {workdir}")
         sys.exit(getattr(error, "status", 130))

@@ -1,0 +1,240 @@
+"""Compile the train step of a config for devices that are not here: does it compile, and fit?
+
+Examples:
+  python -m activemlp_jax.compile_check --config configs/active_tiny.py --topology v5e:4x4
+  python -m activemlp_jax.compile_check --config configs/digits.py --topology cpu:8
+
+The compiler for TPU slices, v5e:4x4 and the like, comes with the extra `tpu` and needs no TPU.
+The last line is the record as JSON. The status is 0 if the step compiles and fits, 1 if it does
+not fit, 2 for an error.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from activemlp_jax.data.sources import open_source
+from activemlp_jax.errors import UserError, one_line
+from activemlp_jax.training import sharding
+from activemlp_jax.training.command import chosen_config, start
+from activemlp_jax.training.compiled import Bounds, Needs, count_bounds, count_needs
+from activemlp_jax.training.config import check_config
+from activemlp_jax.training.hardware import CHIPS, GIB, Chip
+from activemlp_jax.training.pretrained import adopt_architecture
+from activemlp_jax.training.program import build_program, train_flops
+
+IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+LESS_MEMORY = (
+    "Ways to need less: more devices, a smaller config.batch_size, config.accumulation=2, "
+    "config.model.remat_stages=(0,1), config.mesh.fsdp"
+)
+
+
+class DataSize(NamedTuple):
+    """What the program of a run depends on in its training set; `origin` says who tells."""
+
+    images: int
+    classes: int
+    origin: str
+
+
+class Images(NamedTuple):
+    """How many a step takes, and how many the whole run."""
+
+    a_step: int
+    a_run: int
+
+
+def say(line: str) -> None:
+    """Print at once, as compiling takes long."""
+    print(line, flush=True)
+
+
+def open_topology(name: str) -> list[Any]:
+    """The devices of a slice, which need not be there.
+
+    Args:
+      name: such as v5e:4x4, chips by chips, or cpu:8.
+
+    Raises:
+      UserError: an unknown name, or the compiler is not installed.
+    """
+    # A TPU that is here is not wanted: others may use it.
+    jax.config.update("jax_platforms", "cpu")
+    kind, _, size = name.partition(":")
+    if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,4}", size):
+        jax.config.update("jax_num_cpu_devices", int(size))
+        return jax.devices()
+    if not re.fullmatch(r"v\d+[a-z]*:[1-9]\d*(x[1-9]\d*){1,2}", name):
+        raise UserError(f"--topology is {name!r}, expected a TPU slice as v5e:4x4, or cpu:8")
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise UserError(
+            "the compiler for TPUs is not installed; "
+            "`pip install -c constraints.txt -e '.[tpu]'` brings it (Linux on x86)"
+        )
+    from jax.experimental import topologies
+
+    # Otherwise libtpu looks for the hosts of a slice that this machine is part of, and keeps other
+    # processes from using it.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    sides = [int(side) for side in size.split("x")]
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if math.prod(sides) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology is {name}, which the compiler refuses: {error}") from error
+
+
+def data_size(config: ConfigDict, images: int | None, classes: int | None) -> DataSize:
+    """Of the config's training set, which need not be here.
+
+    Args:
+      config: the whole config.
+      images: to take in place of its own number, or None.
+      classes: the same.
+    """
+    if images and classes:
+        return DataSize(images, classes, "as given")
+    try:
+        source = open_source(config.data.name, config.data.train_split)
+        found = DataSize(len(source), len(source.class_names), f"of {config.data.name}")
+    except UserError:
+        found = DataSize(
+            IMAGENET_IMAGES, IMAGENET_CLASSES, f"as ImageNet has; {config.data.name} is not here"
+        )
+    if images or classes:
+        return DataSize(images or found.images, classes or found.classes, "in part as given")
+    return found
+
+
+def report_needs(needs: Needs, flops: float, chip: Chip | None) -> None:
+    """Print what a step needs of each device.
+
+    Args:
+      needs: of a device.
+      flops: of a step on a device, by the model's multiply-adds.
+      chip: the device's data sheet, where there is one.
+    """
+    parts = " + ".join(
+        f"{name} {size / GIB:.2f}"
+        for name, size in (
+            ("state and batch", needs.arguments),
+            ("results", needs.results),
+            ("temporary", needs.temporary),
+            ("program", needs.program),
+        )
+        if size / GIB >= 0.005
+    )
+    limit = "" if chip is None else f" of {chip.memory / GIB:.0f}"
+    say(f"memory       {needs.memory / GIB:.2f} GiB{limit} a device: {parts}")
+    say(
+        f"work         {flops / 1e9:,.4g} GFLOP a device by the model's multiply-adds, "
+        f"{needs.flops / 1e9:,.4g} by the compiler; {needs.accessed / 1e9:,.4g} GB accessed"
+    )
+    traffic = [
+        f"{found.number} {kind}, {found.size / 1e6:,.1f} MB"
+        for kind, found in sorted(needs.collectives.items())
+    ]
+    say(f"collectives  {'; '.join(traffic) or 'none'}")
+
+
+def report_bounds(least: Bounds, images: Images, hosts: int) -> None:
+    """Print what follows from the data sheet: seconds a step, images a second, hours."""
+    times = ", ".join(f"{name} {1e3 * value:,.3g} ms" for name, value in least._asdict().items())
+    rate = images.a_step / least.step
+    say(f"least a step {times} (data sheet)")
+    say(
+        f"at most      {rate:,.0f} images/s, {rate / hosts:,.0f} from each host; "
+        f"at least {images.a_run / rate / 3600:,.1f} h for the run"
+    )
+
+
+def check(topology: str, images: int | None, classes: int | None) -> bool:
+    """Compile, and print what was found; whether it fits, as far as is known."""
+    path, config = chosen_config()
+    config = adopt_architecture(config)
+    devices = open_topology(topology)
+    check_config(config)
+    size = data_size(config, images, classes)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+    program = build_program(config, size.classes, size.images, mesh)
+    kind, hosts = devices[0].device_kind, len({device.process_index for device in devices})
+    chip = CHIPS.get(kind)
+    axes = ", ".join(f"{name} {number}" for name, number in mesh.shape.items())
+    say(f"{path} on {topology}: {len(devices)} {kind} of {hosts} host(s), mesh {axes}")
+    say(
+        f"{config.batch_size:,} images a step, {config.batch_size / len(devices):g} a device; "
+        f"{size.images:,} images in {size.classes:,} classes, {size.origin}"
+    )
+    record: dict[str, Any] = {
+        "config": path,
+        "topology": topology,
+        "devices": len(devices),
+        "hosts": hosts,
+        "batch_size": config.batch_size,
+    }
+    began = time.perf_counter()
+    try:
+        needs = count_needs(program.train_step.lower(program.state, program.batch).compile())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say(f"does not fit: {one_line(error)[:600]}")
+        say(LESS_MEMORY)
+        say(json.dumps({**record, "fits": False}))
+        return False
+    seconds = time.perf_counter() - began
+    say(f"compiled in {seconds:.0f} s")
+    flops = train_flops(config, program.model) / len(devices)
+    report_needs(needs, flops, chip)
+    record |= {
+        "compile_seconds": round(seconds, 1),
+        **needs._asdict(),
+        "collectives": {name: found._asdict() for name, found in needs.collectives.items()},
+        "memory": needs.memory,
+        "model_flops": flops,
+    }
+    if chip is None:
+        say(json.dumps({**record, "fits": None}))
+        return True
+    least = count_bounds(needs, flops, chip, len(devices))
+    steps = config.epochs * program.steps_per_epoch
+    report_bounds(least, Images(config.batch_size, config.batch_size * steps), hosts)
+    fits = needs.memory <= chip.memory
+    say("fits" if fits else f"does not fit. {LESS_MEMORY}")
+    say(json.dumps({**record, "fits": fits, "least_seconds": least._asdict()}))
+    return fits
+
+
+def _main() -> None:
+    options = flags.FLAGS
+    if not options.topology:
+        raise UserError("--topology is missing, expected a TPU slice as v5e:4x4, or cpu:8")
+    sys.exit(0 if check(options.topology, options.images, options.classes) else 1)
+
+
+def main() -> None:
+    """The command line."""
+    flags.DEFINE_string("topology", None, "A TPU slice, chips by chips, as v5e:4x4; or cpu:8.")
+    flags.DEFINE_integer(
+        "images", None, "In the training set; the config's, or ImageNet's if it is not here.", 1
+    )
+    flags.DEFINE_integer("classes", None, "Of the training set; the same.", 2)
+    start(_main, ("topology", "images", "classes"))
+
+
+if __name__ == "__main__":
+    main()
