@@ -1,14 +1,17 @@
-"""What the models cost, and how fast training images are made.
+"""What the models cost, how fast training images are made, what more devices bring.
 
 Examples:
   python -m activemlp_jax.benchmark table --image-size 384
   python -m activemlp_jax.benchmark data --config configs/throughput.py --num-threads 2
+  python -m activemlp_jax.benchmark scaling --config configs/digits.py --devices 4
 """
 
 import argparse
+import os
 from functools import partial
 from statistics import median
 
+import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +24,7 @@ from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
 from activemlp_jax.training.command import load_config
 from activemlp_jax.training.config import check_config
+from activemlp_jax.training.scaling import device_counts, measure_scaling
 
 
 def cost_table(names: list[str], image_size: int) -> Table:
@@ -44,6 +48,13 @@ def cost_table(names: list[str], image_size: int) -> Table:
     return table
 
 
+def check_positive(**options: int) -> None:
+    """Raises UserError, naming the option, if one is less than 1."""
+    for option, count in options.items():
+        if count < 1:
+            raise UserError(f"--{option} is {count}, expected at least 1")
+
+
 def print_data_rates(
     config: str,
     data: str | None,
@@ -58,9 +69,7 @@ def print_data_rates(
     Raises:
       UserError: a config that cannot work, or whose training images are no crops of image files.
     """
-    for option, count in (("steps", steps), ("rounds", rounds)):
-        if count < 1:
-            raise UserError(f"--{option} is {count}, expected at least 1")
+    check_positive(steps=steps, rounds=rounds)
     settings = load_config(config)
     for key, value in (
         ("data.name", data),
@@ -94,6 +103,30 @@ def print_data_rates(
     say(f"{'ratio':14}{median(rates.ours) / median(rates.plain):9.2f}")
 
 
+def print_scaling(config: str, devices: int, classes: int, steps: int, rounds: int) -> None:
+    """The command `scaling`: images a second by number of devices, and the share of ideal.
+
+    Raises:
+      UserError: a config that cannot work, or more devices than there are.
+    """
+    check_positive(devices=devices, classes=classes, steps=steps, rounds=rounds)
+    jax.config.update("jax_num_cpu_devices", devices)  # of use where there is no accelerator
+    settings = load_config(config)
+    check_config(settings)
+    rates = measure_scaling(settings, classes, device_counts(devices), steps, rounds)
+    kind, alone = jax.devices()[0].device_kind, median(rates[1])
+    print(
+        f"{config}, {settings.batch_size} images a step and device, {kind}, {os.cpu_count()} cores"
+    )
+    for count, values in rates.items():
+        print(
+            f"{count:4} device(s) {median(values):9,.1f} images/s, median of {rounds} "
+            f"({min(values):,.1f} to {max(values):,.1f}); "
+            f"{median(values) / alone:.2f} times one device's, "
+            f"{100 * median(values) / alone / count:.0f}% of ideal"
+        )
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -125,11 +158,26 @@ def main() -> None:
     )
     data.add_argument("--steps", type=int, default=5, help="batches a round (5)")
     data.add_argument("--rounds", type=int, default=3, help="of each, in turns (3)")
+    scaling = commands.add_parser(
+        "scaling",
+        help="images a second on 1, 2, 4 and so on of this machine's devices",
+        description="Times the train step, without its input side, on some of this machine's "
+        "devices, each with the config's batch size. CPU devices share the machine's cores.",
+    )
+    scaling.add_argument(
+        "--config", required=True, metavar="FILE", help="such as configs/digits.py"
+    )
+    scaling.add_argument("--devices", type=int, required=True, help="the most to use")
+    scaling.add_argument("--classes", type=int, default=10, help="of the model (10)")
+    scaling.add_argument("--steps", type=int, default=10, help="a round (10)")
+    scaling.add_argument("--rounds", type=int, default=3, help="of each number, in turns (3)")
     arguments = vars(parser.parse_args())
     command = arguments.pop("command")
     try:
         if command == "table":
             print_costs(**arguments)
+        elif command == "scaling":
+            print_scaling(**arguments)
         else:
             print_data_rates(**arguments)
     except (UserError, ValueError) as error:

@@ -89,11 +89,11 @@ def evaluate_directory(
         )
 
     mesh = sharding.make_mesh()
-    everywhere = sharding.replicated(mesh)
     task = Classification(card.model, preprocessing.mean, preprocessing.std)
-    count = jax.jit(task.count, out_shardings=everywhere)
+    count = jax.jit(task.count, out_shardings=sharding.replicated(mesh))
     weights = {
-        kind: jax.device_put(read_weights(directory, card, kind), everywhere) for kind in card.kinds
+        kind: sharding.put_everywhere(read_weights(directory, card, kind), mesh)
+        for kind in card.kinds
     }
     batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     batches = eval_batches(

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +35,22 @@ ARGUMENTS = (
 )
 STARTING, STEPPING, SAVING = "starting", "stepping", "saving"
 PATIENCE = 150.0  # seconds for those who were not killed to notice
+
+
+class Kill(NamedTuple):
+    """A signal for one process or for both, at some moment."""
+
+    moment: str
+    number: signal.Signals
+    victims: tuple[int, ...]
+
+
+def draw_kill(chance: random.Random) -> Kill:
+    return Kill(
+        chance.choice((STARTING, STEPPING, STEPPING, SAVING, SAVING)),
+        chance.choice((signal.SIGKILL, signal.SIGTERM)),
+        chance.choice(((0,), (1,), (0, 1))),
+    )
 
 
 def start(workdir: Path) -> list[subprocess.Popen[str]]:
@@ -73,24 +91,19 @@ def check_readable(workdir: Path) -> int:
     return max(steps, default=0)
 
 
-def kill_once(workdir: Path, chance: random.Random) -> str:
-    """Start the run, kill it at some moment, see all of it end; what was done, in words."""
+def kill_once(workdir: Path, kill: Kill, chance: random.Random) -> str:
+    """Start the run, kill it, see all of it end; what was done, in words."""
     run = start(workdir)
     try:
-        moment = chance.choice((STARTING, STEPPING, STEPPING, SAVING, SAVING))
-        number = chance.choice((signal.SIGKILL, signal.SIGTERM))
-        victims = chance.choice(([0], [1], [0, 1]))
-        wait_for(moment, workdir, chance, run[victims[0]])
-        for victim in victims:
-            run[victim].send_signal(number)
+        wait_for(kill.moment, workdir, chance, run[kill.victims[0]])
+        for victim in kill.victims:
+            run[victim].send_signal(kill.number)
         began = time.monotonic()
         for process in run:
             process.communicate(timeout=PATIENCE)
         statuses = [process.returncode for process in run]
-        return (
-            f"{number.name} of {victims} while {moment}: ended with {statuses} after "
-            f"{time.monotonic() - began:.1f} s"
-        )
+        done = f"{kill.number.name} of {kill.victims} while {kill.moment}"
+        return f"{done}: ended with {statuses} after {time.monotonic() - began:.1f} s"
     finally:
         for process in run:
             process.kill()
@@ -106,16 +119,15 @@ def compare(ours: Path, expected: Path) -> int:
     return len(a)
 
 
-def torment(folder: Path, kills: int, seed: int) -> None:
+def torment(folder: Path, kills: Sequence[Kill], chance: random.Random) -> None:
     """The whole test: an untouched run, kills, the last resume, the comparison."""
-    chance = random.Random(seed)
     untouched, killed = folder / "untouched", folder / "killed"
     processes.finish(start(untouched))
-    for count in range(kills):
-        done = kill_once(killed, chance)
-        print(f"{count + 1}: {done}; saved up to step {check_readable(killed)}", flush=True)
+    for count, kill in enumerate(kills, 1):
+        done = kill_once(killed, kill, chance)
+        print(f"{count}: {done}; saved up to step {check_readable(killed)}", flush=True)
     processes.finish(start(killed))
-    print(f"{compare(killed, untouched)} arrays are equal bit for bit after {kills} kills")
+    print(f"{compare(killed, untouched)} arrays are equal bit for bit after {len(kills)} kills")
     for name in ("metrics.jsonl", "steps.jsonl"):
         ours, expected = (
             [
@@ -140,7 +152,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the two runs (a temporary one)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        torment(arguments.folder or Path(temporary), arguments.kills, arguments.seed)
+        chance = random.Random(arguments.seed)
+        kills = [draw_kill(chance) for _ in range(arguments.kills)]
+        torment(arguments.folder or Path(temporary), kills, chance)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,11 @@ def start(
     *arguments: str, devices: int = 1, x64: bool = False, **options: Any
 ) -> subprocess.Popen[str]:
     """`train.py` on so many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    variables = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(x64))}
+    variables = {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": str(int(x64)),
+    }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=ROOT,

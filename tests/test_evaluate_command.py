@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import goldens
 import numpy as np
 import pytest
 from PIL import Image
+from processes import free_address
 
 from activemlp_jax import ActiveMLP
 from activemlp_jax.data.preprocessing import Preprocessing
@@ -33,19 +33,10 @@ pytestmark = pytest.mark.xdist_group("evaluate")
 MODULE = ("-m", "activemlp_jax.evaluate")
 PREPROCESSING = Preprocessing(image_size=32, resize_factor=1.0)
 
-# Evaluation as one of two processes that share the work.
-TWO_PROCESSES = """
-import sys, jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), initialization_timeout=60)
-from activemlp_jax import evaluate
-sys.argv = ["evaluate.py", *sys.argv[3:]]
-evaluate.main()
-"""
-
 
 def environment(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    variables = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    return {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
 
 
 def start(*arguments: str, devices: int = 1) -> subprocess.Popen[str]:
@@ -129,34 +120,44 @@ def assert_same(output: str, expected: str) -> None:
     assert ours == theirs
 
 
-@pytest.mark.parametrize("devices", [3, 8])
-def test_each_image_counts_once_on_any_number_of_devices(
-    devices: int, model: Path, on_one_device: str
-):
-    arguments = (str(model), "--data", "digits", "--batch-size", "100")
-    assert_same(finish(start(*MODULE, *arguments, devices=devices)), on_one_device)
-
-
-def test_each_image_counts_once_on_two_hosts(model: Path, on_one_device: str):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    arguments = (str(model), "--data", "digits", "--batch-size", "100")
-    hosts = [
-        start("-c", TWO_PROCESSES, address, str(host), *arguments, devices=2) for host in (0, 1)
-    ]
-    outputs = [finish(host) for host in hosts]
-    assert_same(outputs[0], on_one_device)
-    assert "accuracy" not in outputs[1], "the first host speaks for all"
-
-
-def save_digits(folder: Path, count: int) -> None:
-    """The first digits of the test set as pictures in class folders."""
-    source = open_source("digits", "test")
+def save_digits(folder: Path, count: int, split: str = "test") -> None:
+    """The first digits of a split as pictures in class folders."""
+    source = open_source("digits", split)
     for index in range(count):
         image, label = source[index]
         (folder / str(label)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / str(label) / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def odd_number(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """What evaluates 1,003 images, which 2, 3 or 4 devices cannot share equally."""
+    folder = tmp_path_factory.mktemp("digits")
+    save_digits(folder, 1003, "train")
+    return (*MODULE, str(model), "--data", f"folder:{folder}", "--batch-size", "100")
+
+
+@pytest.fixture(scope="module")
+def odd_number_on_one_device(odd_number: tuple[str, ...]) -> str:
+    return finish(start(*odd_number))
+
+
+@pytest.mark.parametrize("devices", [3, 4])
+def test_each_image_counts_once_on_any_number_of_devices(
+    devices: int, odd_number: tuple[str, ...], odd_number_on_one_device: str
+):
+    assert "accuracy on 1003 test images" in odd_number_on_one_device
+    assert_same(finish(start(*odd_number, devices=devices)), odd_number_on_one_device)
+
+
+def test_each_image_counts_once_on_two_hosts(
+    odd_number: tuple[str, ...], odd_number_on_one_device: str
+):
+    hosts = (f"--coordinator={free_address()}", "--num-processes=2")
+    processes = [start(*odd_number, *hosts, f"--process-id={host}", devices=2) for host in (0, 1)]
+    outputs = [finish(process) for process in processes]
+    assert_same(outputs[0], odd_number_on_one_device)
+    assert "accuracy" not in outputs[1], "the first host speaks for all"
 
 
 def test_a_folder_counts_as_the_same_images_elsewhere(model: Path, tmp_path: Path):

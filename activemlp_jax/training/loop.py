@@ -70,8 +70,8 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", run.config))
         restored = checkpoints.restore(run.program.state)
         if restored is None:
-            place = sharding.replicated(run.mesh)
-            params = initial_params(run.config, run.program.model, place, say)
+            params = initial_params(run.config, run.program.model, say)
+            params = sharding.put_everywhere(params, run.mesh)
             restored = Restored(run.program.first_state(params), [])
         first_step = int(restored.state.step)
         if speaks:

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from activemlp_jax.models.backbone import ActiveMLP
@@ -47,21 +46,21 @@ def draw_params(config: ConfigDict, model: ActiveMLP) -> Params:
     return model.init(jax.random.key(config.seed), images)["params"]
 
 
-def initial_params(
-    config: ConfigDict, model: ActiveMLP, place: Sharding, say: Callable[[str], None]
-) -> Params:
+def initial_params(config: ConfigDict, model: ActiveMLP, say: Callable[[str], None]) -> Params:
     """The parameters to start from: random, or those of the model directory `config.init_from`.
+
+    They are numpy arrays: random ones are drawn on one device, so that one compiled program, once
+    in JAX's cache, serves any number of devices.
 
     The head of a model with another number of classes is drawn anew.
 
     Args:
       config: the whole config, after `adopt_architecture`.
       model: to start.
-      place: of every parameter.
       say: told where the weights come from.
     """
     if not config.init_from:
-        return jax.jit(partial(draw_params, config, model), out_shardings=place)()
+        return jax.device_get(jax.jit(partial(draw_params, config, model))())
     card = read_card(config.init_from)
     params = read_weights(config.init_from, card, card.default_kind)
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
@@ -72,7 +71,7 @@ def initial_params(
         params["head"] = jax.device_get(head_only())
         head = f"head re-initialised, {there} classes there and {here} here"
     say(f"starting from the {card.default_kind} weights in {config.init_from}: {head}")
-    return jax.device_put(params, place)
+    return params
 
 
 def write_result(

@@ -307,6 +307,14 @@ def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, tree)
 
 
+def put_everywhere(tree: Any, mesh: Mesh) -> Any:
+    """A whole copy on every device, of a tree of arrays that each host has whole and alike."""
+    place = replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(place, np.asarray(leaf)), tree
+    )
+
+
 def fetch(tree: Any, mesh: Mesh) -> Any:
     """Numpy arrays, whole on every host, of a tree that may be split over hosts."""
     return jax.device_get(jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree))

@@ -12,7 +12,6 @@ import pytest
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.errors import UserError
-from activemlp_jax.training import sharding
 from activemlp_jax.training.config import build_model, default_config
 from activemlp_jax.training.pretrained import (
     adopt_architecture,
@@ -27,7 +26,6 @@ from activemlp_jax.weights.model_directory import (
 )
 
 MODEL = am.ActiveMLP(**goldens.MICRO)
-EVERYWHERE = sharding.replicated(sharding.make_mesh())
 Saying = list[str]
 
 
@@ -52,7 +50,7 @@ def config(pretrained: Path, **changes: Any) -> Any:
 
 def start(config: Any, num_classes: int) -> tuple[Any, Saying]:
     said: Saying = []
-    return initial_params(config, build_model(config, num_classes), EVERYWHERE, said.append), said
+    return initial_params(config, build_model(config, num_classes), said.append), said
 
 
 def test_the_architecture_is_that_of_the_weights_and_the_rest_that_of_the_config(pretrained: Path):

@@ -1,0 +1,62 @@
+"""What a run tells: to files, to the terminal, and to other trackers."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import lines
+from rich.console import Console
+
+from activemlp_jax.training.config import default_config
+from activemlp_jax.training.hardware import CHIPS, peak_flops
+from activemlp_jax.training.reporting import Reporter, Work
+
+
+def report(workdir: Path | None, peak: float | None = None) -> tuple[list[dict[str, Any]], str]:
+    """Ten steps and an epoch's end, every fourth step on record; what a tracker and a log got."""
+    config = default_config()
+    config.log_every_steps = 4
+    tracked: list[dict[str, Any]] = []
+    printed = io.StringIO()
+    work = Work(0, 20, 32, flops=1e9, peak_flops=peak)
+    console = Console(file=printed, width=200)
+    with Reporter(workdir, work, config, console, [tracked.append]) as reporter:
+        reporter.start_epoch(1, 0)
+        for step in range(1, 11):
+            reporter.step(step, {"loss": 1 / step})
+        reporter.epoch({"epoch": 1, "step": 10, "train_loss": 0.5, "test_loss": 0.25})
+    return tracked, printed.getvalue()
+
+
+def test_trackers_get_what_the_files_get(tmp_path: Path):
+    tracked, _ = report(tmp_path)
+    assert [record["step"] for record in tracked] == [4, 8, 10]
+    assert tracked[0]["loss"] == 1 / 4
+    assert tracked[:2] == lines(tmp_path / "steps.jsonl")
+    assert tracked[2:] == lines(tmp_path / "metrics.jsonl")
+
+
+def test_a_log_shows_loss_speed_memory_and_the_time_that_is_left(tmp_path: Path):
+    _, printed = report(tmp_path)
+    step, _, epoch = printed.splitlines()
+    for part in ("epoch 1/30  step 4/20  loss 0.2500", "images/s", "GiB", "left"):
+        assert part in step
+    assert "MFU" not in step
+    assert "loss 0.5000  test loss 0.2500" in epoch
+
+
+def test_mfu_is_the_share_of_what_the_devices_can_do(tmp_path: Path):
+    tracked, printed = report(tmp_path, peak=1e15)
+    for record in tracked[:2]:
+        flops = record["images_per_second"] / 32 * 1e9
+        assert record["mfu"] == pytest.approx(100 * flops / 1e15, abs=0.01)
+    assert "MFU" in printed
+    assert peak_flops("TPU v5 lite", 16) == 16 * CHIPS["TPU v5 lite"].flops
+    assert peak_flops("cpu", 16) is None
+
+
+def test_a_host_that_does_not_speak_leaves_nothing(tmp_path: Path):
+    tracked, printed = report(None)
+    assert (tracked, printed) == ([], "")
+    assert not list(tmp_path.iterdir())
