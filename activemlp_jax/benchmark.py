@@ -8,6 +8,7 @@ Examples:
 
 import argparse
 import os
+from collections.abc import Iterator
 from functools import partial
 from statistics import median
 
@@ -114,16 +115,23 @@ def print_scaling(config: str, devices: int, classes: int, steps: int, rounds: i
     settings = load_config(config)
     check_config(settings)
     rates = measure_scaling(settings, classes, device_counts(devices), steps, rounds)
-    kind, alone = jax.devices()[0].device_kind, median(rates[1])
+    kind = jax.devices()[0].device_kind
     print(
         f"{config}, {settings.batch_size} images a step and device, {kind}, {os.cpu_count()} cores"
     )
+    for line in scaling_lines(rates):
+        print(line)
+
+
+def scaling_lines(rates: dict[int, list[float]]) -> Iterator[str]:
+    """For each number of devices its images a second, and the share of ideal, in words."""
+    alone = median(rates[1])
     for count, values in rates.items():
-        print(
-            f"{count:4} device(s) {median(values):9,.1f} images/s, median of {rounds} "
-            f"({min(values):,.1f} to {max(values):,.1f}); "
-            f"{median(values) / alone:.2f} times one device's, "
-            f"{100 * median(values) / alone / count:.0f}% of ideal"
+        rate = median(values)
+        yield (
+            f"{count:4} device(s) {rate:9,.1f} images/s, median of {len(values)} "
+            f"({min(values):,.1f} to {max(values):,.1f}); {rate / alone:.2f} times one device's, "
+            f"{100 * rate / alone / count:.0f}% of ideal"
         )
 
 

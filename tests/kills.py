@@ -34,7 +34,8 @@ ARGUMENTS = (
     "--config.checkpoint.keep=2",
 )
 STARTING, STEPPING, SAVING = "starting", "stepping", "saving"
-PATIENCE = 150.0  # seconds for those who were not killed to notice
+TIMEOUT = 60  # seconds for which a process waits at the start for one that was killed
+PATIENCE = 150.0  # seconds for those who were not killed to end
 
 
 class Kill(NamedTuple):
@@ -54,7 +55,7 @@ def draw_kill(chance: random.Random) -> Kill:
 
 
 def start(workdir: Path) -> list[subprocess.Popen[str]]:
-    return processes.start_two("--workdir", str(workdir), *ARGUMENTS)
+    return processes.start_two("--workdir", str(workdir), *ARGUMENTS, f"--timeout={TIMEOUT}")
 
 
 def steps_done(workdir: Path) -> int:
@@ -97,6 +98,7 @@ def kill_once(workdir: Path, kill: Kill, chance: random.Random) -> str:
     try:
         wait_for(kill.moment, workdir, chance, run[kill.victims[0]])
         for victim in kill.victims:
+            assert run[victim].poll() is None, f"process {victim} ended before {kill}"
             run[victim].send_signal(kill.number)
         began = time.monotonic()
         for process in run:

@@ -13,6 +13,5 @@ def test_a_run_of_two_processes_that_is_killed_ends_as_one_that_is_not(tmp_path:
     kills = (
         Kill(SAVING, SIGKILL, (0,)),
         Kill(STEPPING, SIGTERM, (1,)),
-        Kill(SAVING, SIGKILL, (0, 1)),
     )
     torment(tmp_path, kills, random.Random(0))

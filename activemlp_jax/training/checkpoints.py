@@ -76,8 +76,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def newest(self, below: int) -> Path | None:
-        """The newest checkpoint of a step less than `below`."""
-        steps = [step for step in self._manager.all_steps() if step < below]
+        """The newest checkpoint of a step less than `below` that is whole."""
+        with contextlib.suppress(Exception):  # a save that fails now leaves nothing
+            self._manager.wait_until_finished()
+        steps = [step for step in self._manager.all_steps(read=True) if step < below]
         return self.path(max(steps)) if steps else None
 
     def best(self) -> Best | None:

@@ -197,6 +197,7 @@ def _take_steps(
                     )
                     losses.clear()
 
+                checkpoints.check()
                 stop = interruption.asked(done) and done < run.last_step
                 by_epoch = done == end and epoch % config.checkpoint.every_epochs == 0
                 if stop or by_epoch or checkpoints.is_due(done) or done == run.last_step:

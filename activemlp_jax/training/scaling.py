@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from activemlp_jax.data.order import EPOCH_MULTIPLE
 from activemlp_jax.errors import UserError
 from activemlp_jax.training import sharding
 from activemlp_jax.training.pretrained import draw_params
@@ -26,7 +27,7 @@ def _start(config: ConfigDict, num_classes: int, devices: Sequence[Any]) -> Call
     config.batch_size *= len(devices)
     config.eval_batch_size = len(devices)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    program = build_program(config, num_classes, config.batch_size, mesh)
+    program = build_program(config, num_classes, EPOCH_MULTIPLE * config.batch_size, mesh)
     rng = np.random.default_rng(0)
     shapes = program.batch
     batch = sharding.put_batch(

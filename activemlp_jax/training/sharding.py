@@ -34,6 +34,7 @@ SMALLEST_SPLIT = 4096  # elements; gathering a bias takes longer than keeping it
 
 # Keys of the store that JAX's coordination service keeps for all hosts.
 FACTS, FAILED, STOP = "activemlp/facts/", "activemlp/failed/", "activemlp/stop/"
+END, END_TIMEOUT = "activemlp/end", 3600  # seconds
 
 
 class Hosts(NamedTuple):
@@ -121,13 +122,13 @@ def _connect(hosts: Hosts) -> None:
         timer.cancel()
 
 
-def _leave(message: str, linger: float = 0) -> None:
+def _leave(message: str, linger: float = 0, status: int = 2) -> None:
     """End in so many seconds, without the goodbye for which JAX would wait for the other hosts."""
     sys.stdout.flush()
     print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr)
     sys.stderr.flush()
     time.sleep(linger)
-    os._exit(2)
+    os._exit(status)
 
 
 def _watch(done: threading.Event, linger: float) -> None:
@@ -138,9 +139,13 @@ def _watch(done: threading.Event, linger: float) -> None:
             _leave(f"host {key.removeprefix(FAILED)} stopped: {message}", linger)
 
 
-def _stop_early(number: int, frame: FrameType | None) -> None:
+class _TerminatedError(Exception):
+    """SIGTERM, at a moment at which there is nothing to save."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
     del number, frame
-    raise UserError("stopped by SIGTERM before the first step")
+    raise _TerminatedError("stopped by SIGTERM")
 
 
 @contextlib.contextmanager
@@ -161,20 +166,25 @@ def connected(hosts: Hosts) -> Iterator[None]:
     linger = 3.0 if is_first_host() else 0.0
     done = threading.Event()
     # JAX's own handler would take note of a SIGTERM, and let the start go on.
-    signal.signal(signal.SIGTERM, _stop_early)
+    signal.signal(signal.SIGTERM, _terminate)
     threading.Thread(target=_watch, args=(done, linger), daemon=True).start()
+    client = ocp.multihost.get_jax_distributed_client()
     try:
         yield
+        # The first host may have more to write, and may fail at it.
+        client.wait_at_barrier(END, END_TIMEOUT * 1000)
     except Interrupted:
         raise
     except (Exception, KeyboardInterrupt) as error:
         done.set()
-        if not isinstance(error, UserError):
+        statuses = {_TerminatedError: 128 + signal.SIGTERM, KeyboardInterrupt: 128 + signal.SIGINT}
+        status = statuses.get(type(error), 2)
+        if status == 2 and not isinstance(error, UserError):
             traceback.print_exc()
-        client = ocp.multihost.get_jax_distributed_client()
+        message = one_line(error) or type(error).__name__
         with contextlib.suppress(Exception):  # the coordinator may be what has failed
-            client.key_value_set(f"{FAILED}{jax.process_index()}", one_line(error))
-        _leave(str(error), linger)
+            client.key_value_set(f"{FAILED}{jax.process_index()}", message)
+        _leave(message, linger, status)
     finally:
         done.set()
 
@@ -253,7 +263,10 @@ def is_first_host() -> bool:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices of all hosts.
+    """The mesh of all devices of all hosts, the devices of each host side by side.
+
+    So host p of P has the rows p * B / P to (p + 1) * B / P - 1 of a batch, on any machine. Left
+    to itself, JAX orders the devices of a TPU slice by their place in it, which interleaves hosts.
 
     Args:
       data: devices along `data`; -1 for all that `fsdp` leaves.
@@ -270,8 +283,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
         raise UserError(
             f"config.mesh is {wanted} (data x fsdp), which the {total} devices do not fill"
         )
-    shape = (total // fsdp, fsdp)
-    return jax.make_mesh(shape, ("data", "fsdp"), (AxisType.Auto,) * 2, devices=devices)
+    by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.array(by_host).reshape(total // fsdp, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def describe(mesh: Mesh) -> str:

@@ -5,6 +5,7 @@ for every `config.log_every_steps` steps, `checkpoints/` the states to go on fro
 """
 
 import contextlib
+import errno
 import json
 import os
 import uuid
@@ -38,18 +39,29 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         _check_owner(workdir, ours)
-        # A file system without locks, as some that mount buckets, has to do without.
-        with contextlib.suppress(NotImplementedError):
-            lock.acquire()
+        _acquire(lock)
         _replace(path, json.dumps(ours, indent=2) + "\n")
     except Timeout as error:
         raise UserError(
-            f"{workdir} is in use by a run that is alive; stop that, or give another --workdir"
+            f"{workdir} is in use by a run that is alive; stop that, or give another --workdir; if "
+            f"none is alive, as when a machine on a network file system vanished, remove "
+            f"{workdir / LOCK}"
         ) from error
     except OSError as error:
         raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from error
     with lock if lock.is_locked else contextlib.nullcontext():
         yield
+
+
+def _acquire(lock: FileLock) -> None:
+    """Raises Timeout if another holds it; a file system without locks has to do without."""
+    try:
+        lock.acquire()
+    except NotImplementedError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
 
 
 def _check_owner(workdir: Path, ours: dict[str, Any]) -> None:

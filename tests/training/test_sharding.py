@@ -1,8 +1,10 @@
 """Batches on their way to the devices."""
 
+import dataclasses
 from collections.abc import Generator
 
 import numpy as np
+import pytest
 
 from activemlp_jax.training.sharding import batch_shapes, make_mesh, prefetch, put_batch
 
@@ -49,3 +51,20 @@ def test_the_step_is_compiled_for_the_batches_it_gets():
     for key, shape in shapes.items():
         assert (placed[key].shape, placed[key].dtype) == (shape.shape, shape.dtype)
         assert placed[key].sharding == shape.sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Of a slice, as far as a mesh looks at it."""
+
+    id: int
+    process_index: int
+    platform: str = "tpu"
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (4, 2), (2, 4)])
+def test_each_host_has_its_rows_side_by_side_wherever_its_devices_lie(data: int, fsdp: int):
+    chips = [Chip(number, number % 4) for number in range(8)]
+    mesh = make_mesh(data, fsdp, chips)
+    assert mesh.devices.shape == (data, fsdp)
+    assert [chip.process_index for chip in mesh.devices.flat] == [0, 0, 1, 1, 2, 2, 3, 3]
