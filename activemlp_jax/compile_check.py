@@ -124,6 +124,11 @@ def data_size(config: ConfigDict, images: int | None, classes: int | None) -> Da
     return found
 
 
+def figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def report_needs(needs: Needs, flops: float, chip: Chip | None) -> None:
     """Print what a step needs of each device.
 
@@ -145,8 +150,8 @@ def report_needs(needs: Needs, flops: float, chip: Chip | None) -> None:
     limit = "" if chip is None else f" of {chip.memory / GIB:.0f}"
     say(f"memory       {needs.memory / GIB:.2f} GiB{limit} a device: {parts}")
     say(
-        f"work         {flops / 1e9:,.4g} GFLOP a device by the model's multiply-adds, "
-        f"{needs.flops / 1e9:,.4g} by the compiler; {needs.accessed / 1e9:,.4g} GB accessed"
+        f"work         {figure(flops / 1e9)} GFLOP a device by the model's multiply-adds, "
+        f"{figure(needs.flops / 1e9)} by the compiler; {figure(needs.accessed / 1e9)} GB accessed"
     )
     traffic = [
         f"{found.number} {kind}, {found.size / 1e6:,.1f} MB"
@@ -157,7 +162,7 @@ def report_needs(needs: Needs, flops: float, chip: Chip | None) -> None:
 
 def report_bounds(least: Bounds, images: Images, hosts: int) -> None:
     """Print what follows from the data sheet: seconds a step, images a second, hours."""
-    times = ", ".join(f"{name} {1e3 * value:,.3g} ms" for name, value in least._asdict().items())
+    times = ", ".join(f"{name} {figure(1e3 * value)} ms" for name, value in least._asdict().items())
     rate = images.a_step / least.step
     say(f"least a step {times} (data sheet)")
     say(

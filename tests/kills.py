@@ -13,9 +13,9 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,8 +27,8 @@ ARGUMENTS = (
     "--config.model.embed_dims=(8,8,16,16)",
     "--config.model.mlp_ratios=(2.0,2.0,2.0,2.0)",
     "--config.batch_size=140",
-    "--config.eval_batch_size=360",
     "--config.epochs=6",
+    "--config.eval_batch_size=360",
     "--config.log_every_steps=1",
     "--config.checkpoint.every_steps=2",
     "--config.checkpoint.keep=2",
@@ -54,8 +54,11 @@ def draw_kill(chance: random.Random) -> Kill:
     )
 
 
+Start = Callable[[Path], list[subprocess.Popen[str]]]  # the processes of a run in a workdir
+
+
 def start(workdir: Path) -> list[subprocess.Popen[str]]:
-    return processes.start_two("--workdir", str(workdir), *ARGUMENTS, f"--timeout={TIMEOUT}")
+    return processes.start_two("--workdir", str(workdir), f"--timeout={TIMEOUT}", *ARGUMENTS)
 
 
 def steps_done(workdir: Path) -> int:
@@ -92,7 +95,7 @@ def check_readable(workdir: Path) -> int:
     return max(steps, default=0)
 
 
-def kill_once(workdir: Path, kill: Kill, chance: random.Random) -> str:
+def kill_once(start: Start, workdir: Path, kill: Kill, chance: random.Random) -> str:
     """Start the run, kill it, see all of it end; what was done, in words."""
     run = start(workdir)
     try:
@@ -112,37 +115,32 @@ def kill_once(workdir: Path, kill: Kill, chance: random.Random) -> str:
             process.wait()
 
 
-def compare(ours: Path, expected: Path) -> int:
-    """The number of arrays of the final state, all equal bit for bit."""
-    a, b = (jax.tree.leaves(processes.saved_state(path, STEPS)) for path in (ours, expected))
+def torment(start: Start, workdir: Path, kills: Sequence[Kill], chance: random.Random) -> None:
+    """Kill a run again and again, look at what it saved each time, and let it end."""
+    for count, kill in enumerate(kills, 1):
+        done = kill_once(start, workdir, kill, chance)
+        print(f"{count}: {done}; saved up to step {check_readable(workdir)}", flush=True)
+    processes.finish(start(workdir))
+
+
+def figures(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record, without what a clock or the machine says."""
+    lines = processes.lines(path)
+    for line in lines:
+        for key in ("images_per_second", "memory_gib"):
+            line.pop(key, None)
+    return lines
+
+
+def compare(ours: Path, expected: Path, step: int) -> int:
+    """See that two runs have the same record and, bit for bit, the same state; arrays of it."""
+    a, b = (jax.tree.leaves(processes.saved_state(path, step)) for path in (ours, expected))
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
-    return len(a)
-
-
-def torment(folder: Path, kills: Sequence[Kill], chance: random.Random) -> None:
-    """The whole test: an untouched run, kills, the last resume, the comparison."""
-    untouched, killed = folder / "untouched", folder / "killed"
-    processes.finish(start(untouched))
-    for count, kill in enumerate(kills, 1):
-        done = kill_once(killed, kill, chance)
-        print(f"{count}: {done}; saved up to step {check_readable(killed)}", flush=True)
-    processes.finish(start(killed))
-    print(f"{compare(killed, untouched)} arrays are equal bit for bit after {len(kills)} kills")
     for name in ("metrics.jsonl", "steps.jsonl"):
-        ours, expected = (
-            [
-                {
-                    key: value
-                    for key, value in line.items()
-                    if key not in ("images_per_second", "memory_gib")
-                }
-                for line in processes.lines(path / name)
-            ]
-            for path in (killed, untouched)
-        )
-        assert ours == expected, f"{name} differs"
+        assert figures(ours / name) == figures(expected / name), f"{name} differs"
+    return len(a)
 
 
 def main() -> None:
@@ -154,9 +152,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the two runs (a temporary one)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        untouched, killed = folder / "untouched", folder / "killed"
+        processes.finish(start(untouched))
         chance = random.Random(arguments.seed)
         kills = [draw_kill(chance) for _ in range(arguments.kills)]
-        torment(arguments.folder or Path(temporary), kills, chance)
+        torment(start, killed, kills, chance)
+        arrays = compare(killed, untouched, STEPS)
+        print(f"{arrays} arrays are equal bit for bit after {len(kills)} kills")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """One run on many devices and hosts: the same numbers, the same samples, nobody left waiting."""
 
 import json
+import random
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import jax
+import kills
 import numpy as np
 import pytest
 from processes import finish, free_address, lines, saved_state, start, start_two
@@ -91,6 +95,22 @@ def test_two_hosts_with_two_devices_each_train_and_test_as_one_device(
     places = json.loads((two / "checkpoints" / str(STEPS) / "state" / "_sharding").read_text())
     specs = [json.loads(place).get("partition_spec", []) for place in places.values()]
     assert any("fsdp" in spec for spec in specs) == (fsdp == 2)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_two_hosts_end_at_the_same_weights_bit_for_bit(folder: Path):
+    """`python tests/kills.py` is the long form."""
+    flags = ("--config.model.dtype=float32", "--config.checkpoint.every_steps=2", "--timeout=60")
+
+    def start(workdir: Path) -> list[subprocess.Popen[str]]:
+        return start_two("--workdir", str(workdir), *ARGUMENTS, *flags, devices=2)
+
+    deaths = (
+        kills.Kill(kills.SAVING, signal.SIGKILL, (0,)),
+        kills.Kill(kills.STEPPING, signal.SIGTERM, (1,)),
+    )
+    kills.torment(start, folder / "killed", deaths, random.Random(0))
+    kills.compare(folder / "killed", on_two_hosts(folder, "float32", 1), STEPS)
 
 
 @pytest.mark.slow
