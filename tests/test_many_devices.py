@@ -147,6 +147,25 @@ def test_an_error_on_one_host_ends_the_other_with_its_message(tmp_path: Path):
         assert "no data set 'cifar', expected digits" in errors
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "reason"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_host_that_is_stopped_before_the_first_step_ends_the_other(
+    number: signal.Signals, status: int, reason: str, tmp_path: Path
+):
+    first, second = start_two("--workdir", str(tmp_path / "run"), *ARGUMENTS)
+    while not (tmp_path / "run" / "config.json").exists():
+        assert first.poll() is None, first.communicate()
+    second.send_signal(number)
+    (_, errors), (_, own_errors) = (process.communicate(timeout=120) for process in (first, second))
+    assert (first.returncode, second.returncode) == (2, status), errors + own_errors
+    assert f"host 1 stopped: {reason}" in errors
+    assert f"train.py: error: {reason}" in own_errors
+    assert "Traceback" not in own_errors
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_host_whose_others_never_come_says_so(number: int, tmp_path: Path):
     hosts = (f"--coordinator={free_address()}", "--num_processes=2", f"--process_id={number}")

@@ -139,7 +139,7 @@ def _watch(done: threading.Event, linger: float) -> None:
             _leave(f"host {key.removeprefix(FAILED)} stopped: {message}", linger)
 
 
-class _TerminatedError(Exception):
+class _TerminatedError(BaseException):  # which nobody takes for an error of theirs
     """SIGTERM, at a moment at which there is nothing to save."""
 
 
@@ -175,13 +175,15 @@ def connected(hosts: Hosts) -> Iterator[None]:
         client.wait_at_barrier(END, END_TIMEOUT * 1000)
     except Interrupted:
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, _TerminatedError) as error:
         done.set()
-        statuses = {_TerminatedError: 128 + signal.SIGTERM, KeyboardInterrupt: 128 + signal.SIGINT}
-        status = statuses.get(type(error), 2)
-        if status == 2 and not isinstance(error, UserError):
+        message, status = one_line(error) or type(error).__name__, 2
+        if isinstance(error, KeyboardInterrupt):
+            message, status = "interrupted", 128 + signal.SIGINT
+        elif isinstance(error, _TerminatedError):
+            status = 128 + signal.SIGTERM
+        elif not isinstance(error, UserError):
             traceback.print_exc()
-        message = one_line(error) or type(error).__name__
         with contextlib.suppress(Exception):  # the coordinator may be what has failed
             client.key_value_set(f"{FAILED}{jax.process_index()}", message)
         _leave(message, linger, status)
