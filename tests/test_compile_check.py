@@ -54,13 +54,6 @@ def test_a_step_on_eight_devices_sums_one_gradient_of_every_parameter():
 
 
 @pytest.mark.slow
-def test_over_fsdp_a_device_keeps_a_part_of_the_state():
-    _, record = found("--topology=cpu:4", "--config.mesh.fsdp=4")
-    assert PARAMETERS < record["arguments"] < 2 * PARAMETERS, "of four parts of four such"
-    assert "all-gather" in record["collectives"]
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(
     not LIBRARY.exists() and importlib.util.find_spec("libtpu") is None,
     reason="the TPU compiler is not installed",
