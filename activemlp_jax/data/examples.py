@@ -1,7 +1,7 @@
 """What a data set is: random access to images and their labels."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,10 +13,13 @@ EVALUATION_SPLITS = ("val", "validation", "test")
 
 
 class Example(NamedTuple):
-    """`image` `[H, W, 3]` uint8 RGB, `label` the index of its class."""
+    """`image` `[H, W, 3]` uint8 RGB, `label` the index of its class.
+
+    Of a scene, `label` is a mask `[H, W]` uint8: a class for every pixel.
+    """
 
     image: np.ndarray
-    label: int
+    label: Any
 
 
 class Source(Protocol):

@@ -1,5 +1,6 @@
 """Data sets of tensorflow-datasets, read from ArrayRecord files without TensorFlow."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,62 @@ from activemlp_jax.errors import UserError
 
 CHECKED_LABELS = 256  # records, evenly spread, whose labels are checked before the first step
 PREPARE = "python -m activemlp_jax.prepare_data"
+WHERE = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
+
+
+def open_builder(name: str) -> Any:
+    """The builder `name`, as `tfds.builder` takes it; UserError if there is none."""
+    import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
+
+    try:
+        return tfds.builder(name)
+    except Exception as error:  # its kinds of error share no base
+        reason = str(error).split("\n")[0]
+        raise UserError(f"tfds:{name} cannot be opened: {reason}; {WHERE}") from error
+
+
+def builder_features(builder: Any) -> dict[str, Any]:
+    """The features of a builder by name; none where it has a single one without a name."""
+    return dict(getattr(builder.info.features, "items", dict)())
+
+
+def open_records(
+    builder: Any, name: str, split: str | None, encoded: Sequence[str]
+) -> tuple[Sequence[dict[str, Any]], str]:
+    """Random access to the records of a split, and what to call them in an error.
+
+    Args:
+      builder: of `open_builder`.
+      name: of the builder.
+      split: such as 'train' or 'validation[:10%]'; None for the one to evaluate on.
+      encoded: the features to give as the bytes of their files.
+
+    Raises:
+      UserError: it is not prepared, not in ArrayRecord files, or has no such split.
+    """
+    import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
+
+    what = f"tfds:{name}"
+    splits = list(builder.info.splits)
+    if not splits:
+        raise UserError(
+            f"{what} is not prepared: no files in {builder.data_dir}; prepare it with "
+            f"`{_prepare_command(name)}`, or {WHERE}"
+        )
+    split = split or evaluation_split(splits, what)
+    what += f", split {split!r}"
+    try:
+        decoders = {feature: tfds.decode.SkipDecoding() for feature in encoded}
+        return builder.as_data_source(split=split, decoders=decoders), what
+    except NotImplementedError as error:
+        raise UserError(
+            f"{what}, has {builder.info.file_format.value} files, which have no random "
+            f"access; make ArrayRecord files of them with `{PREPARE} tfrecord "
+            f"{builder.data_dir} --data-dir FOLDER`, and set TFDS_DATA_DIR to FOLDER"
+        ) from error
+    except (KeyError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{what}, cannot be read: {reason}") from error
 
 
 class TfdsSource:
@@ -31,41 +88,15 @@ class TfdsSource:
     def __init__(self, name: str, split: str | None):
         import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
 
-        self._name = f"tfds:{name}"
-        where = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
-        try:
-            builder = tfds.builder(name)
-        except Exception as error:  # its kinds of error share no base
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{self._name} cannot be opened: {reason}; {where}") from error
-        features = dict(getattr(builder.info.features, "items", dict)())
+        builder = open_builder(name)
+        features = builder_features(builder)
         label = features.get("label")
         if not isinstance(label, tfds.features.ClassLabel) or "image" not in features:
             raise UserError(
-                f"{self._name} is not for image classification: expected the features 'image' and "
+                f"tfds:{name} is not for image classification: expected the features 'image' and "
                 f"'label', a class, found {', '.join(features) or 'neither'}"
             )
-        splits = list(builder.info.splits)
-        if not splits:
-            raise UserError(
-                f"{self._name} is not prepared: no files in {builder.data_dir}; prepare it with "
-                f"`{_prepare_command(name)}`, or {where}"
-            )
-        split = split or evaluation_split(splits, self._name)
-        self._name += f", split {split!r}"
-        try:
-            self._records = builder.as_data_source(
-                split=split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-        except NotImplementedError as error:
-            raise UserError(
-                f"{self._name}, has {builder.info.file_format.value} files, which have no random "
-                f"access; make ArrayRecord files of them with `{PREPARE} tfrecord "
-                f"{builder.data_dir} --data-dir FOLDER`, and set TFDS_DATA_DIR to FOLDER"
-            ) from error
-        except (KeyError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"{self._name}, cannot be read: {reason}") from error
+        self._records, self._name = open_records(builder, name, split, ["image"])
         self.class_names = tuple(label.names)
         count = min(len(self), CHECKED_LABELS)
         for index in np.linspace(0, len(self) - 1, count, dtype=int):
