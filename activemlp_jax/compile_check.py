@@ -22,7 +22,6 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError, one_line
 from activemlp_jax.training import sharding
 from activemlp_jax.training.command import chosen_config, start
@@ -31,8 +30,13 @@ from activemlp_jax.training.config import check_config
 from activemlp_jax.training.hardware import CHIPS, GIB, Chip
 from activemlp_jax.training.pretrained import adopt_architecture
 from activemlp_jax.training.program import build_program, train_flops
+from activemlp_jax.training.tasks import open_data
 
-IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000
+# Images and classes of the data sets of the recipes, by task.
+USUAL = {
+    "classification": (1_281_167, 1000, "ImageNet"),
+    "segmentation": (20_210, 150, "ADE20K"),
+}
 LESS_MEMORY = (
     "Ways to need less: more devices, a smaller config.batch_size, config.accumulation=2, "
     "config.model.remat_stages=(0,1), config.mesh.fsdp"
@@ -113,12 +117,11 @@ def data_size(config: ConfigDict, images: int | None, classes: int | None) -> Da
     if images and classes:
         return DataSize(images, classes, "as given")
     try:
-        source = open_source(config.data.name, config.data.train_split)
+        source = open_data(config, config.data.train_split)
         found = DataSize(len(source), len(source.class_names), f"of {config.data.name}")
     except UserError:
-        found = DataSize(
-            IMAGENET_IMAGES, IMAGENET_CLASSES, f"as ImageNet has; {config.data.name} is not here"
-        )
+        number, kinds, name = USUAL[config.task]
+        found = DataSize(number, kinds, f"as {name} has; {config.data.name} is not here")
     if images or classes:
         return DataSize(images or found.images, classes or found.classes, "in part as given")
     return found
@@ -222,7 +225,7 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
         return True
     if config.accumulation == 1:
         least = count_bounds(needs, flops, chip)
-        steps = config.epochs * program.steps_per_epoch
+        steps = program.steps
         report_bounds(least, Images(config.batch_size, config.batch_size * steps), hosts)
         record["least_seconds"] = least._asdict()
     else:

@@ -1,9 +1,13 @@
 """Accuracy of a model on a data set, each image counted once on any number of devices.
 
+Of a classifier the share of images that it gets right, of a segmentation model mIoU, mAcc and aAcc.
+
 Examples:
   python -m activemlp_jax.evaluate runs/digits/model --data digits
   python -m activemlp_jax.evaluate models/active_tiny --data folder:/data/imagenet
   python -m activemlp_jax.evaluate models/active_tiny --data tfds:imagenet2012
+  python -m activemlp_jax.evaluate runs/digit_scenes/model --data digit_scenes
+  python -m activemlp_jax.evaluate models/upernet_large --data ade20k:/data --multi-scale
 
 On TPU pods, and under SLURM and Open MPI, the processes find each other; elsewhere the last four
 options say how. The first of them prints.
@@ -22,15 +26,19 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from activemlp_jax.data.examples import check_same_classes
 from activemlp_jax.data.pipeline import eval_batches
+from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.inference.metrics import class_figures
+from activemlp_jax.inference.scene_evaluation import class_table, evaluate_scene_directory
+from activemlp_jax.inference.views import MULTI_SCALE, make_protocol
+from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.training import sharding
+from activemlp_jax.training.classification import Classification
 from activemlp_jax.training.command import HOST_OPTIONS
 from activemlp_jax.training.evaluation import evaluate
-from activemlp_jax.training.tasks import Classification
-from activemlp_jax.weights.model_directory import read_card, read_weights
+from activemlp_jax.weights.model_directory import check_classes, read_card, read_weights
 
 Metrics = dict[str, float]
 HARDEST = 5
@@ -59,7 +67,7 @@ def evaluate_directory(
     image_size: int | None = None,
     num_threads: int | None = None,
 ) -> Evaluation:
-    """Evaluate all weights of a model directory, in one pass over the data.
+    """Evaluate all weights of the directory of a classifier, in one pass over the data.
 
     Args:
       directory: a model directory.
@@ -74,22 +82,18 @@ def evaluate_directory(
     """
     card = read_card(directory)
     preprocessing = card.preprocessing
+    if not isinstance(card.model, ActiveMLP) or not isinstance(preprocessing, Preprocessing):
+        raise UserError(f"{directory} has a segmentation model, expected a classifier")
     try:
         if image_size is not None:
             preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
     except ValueError as error:
         raise UserError(str(error)) from error
     source = open_source(data, split)
-    if card.class_names:
-        check_same_classes(card.class_names, source.class_names, data)
-    elif len(source.class_names) != card.model.num_classes:
-        raise UserError(
-            f"{data} has {len(source.class_names)} classes, but the model in {directory} has "
-            f"{card.model.num_classes}"
-        )
+    check_classes(card, source.class_names, data)
 
     mesh = sharding.make_mesh()
-    task = Classification(card.model, preprocessing.mean, preprocessing.std)
+    task = Classification(card.model, preprocessing)
     count = jax.jit(task.count, out_shardings=sharding.replicated(mesh))
     weights = {
         kind: sharding.put_everywhere(read_weights(directory, card, kind), mesh)
@@ -159,33 +163,108 @@ def main() -> None:
     )
     parser.add_argument("directory", metavar="MODEL_DIR", help="from conversion or training")
     parser.add_argument(
-        "--data", required=True, help="digits, folder:PATH (a folder of class folders), tfds:NAME"
+        "--data",
+        required=True,
+        help="digits, folder:PATH (a folder of class folders), tfds:NAME; to segment: "
+        "digit_scenes, ade20k:PATH, folder:PATH (images, annotations, classes.txt)",
     )
     parser.add_argument("--split", help="of the data set (the first of val, validation, test)")
-    parser.add_argument("--batch-size", type=int, default=128, help="over all devices (128)")
-    parser.add_argument("--image-size", type=int, help="side in pixels (the model's)")
+    parser.add_argument(
+        "--batch-size", type=int, help="over all devices (128; of scenes, one a device)"
+    )
     parser.add_argument("--num-threads", type=int, help="that read images (one a processor)")
+    classifiers = parser.add_argument_group("classifiers")
+    classifiers.add_argument("--image-size", type=int, help="side in pixels (the model's)")
+    scenes = parser.add_argument_group("segmentation models")
+    scenes.add_argument(
+        "--multi-scale",
+        action="store_true",
+        help=f"average over the scales {', '.join(map(str, MULTI_SCALE))}, each also flipped",
+    )
+    scenes.add_argument(
+        "--slide",
+        action="store_true",
+        help="windows of the size trained on, every two thirds of it, in place of whole images",
+    )
+    scenes.add_argument(
+        "--size-multiple",
+        type=int,
+        help="round the sides of resized images to multiples of so many pixels, such as 32: fewer "
+        "sizes to compile, and not quite the published protocol",
+    )
     for name, parse, default, text in HOST_OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=parse, default=default, help=text)
     arguments = vars(parser.parse_args())
     hosts = sharding.Hosts(**{name: arguments.pop(name) for name, *_ in HOST_OPTIONS})
     try:
-        for option, least in (("batch_size", 1), ("num_threads", 0)):
+        for option, least in (("batch_size", 1), ("num_threads", 0), ("size_multiple", 1)):
             value = arguments[option]
             if value is not None and value < least:
                 name = option.replace("_", "-")
                 raise UserError(f"--{name} is {value}, expected at least {least}")
         with sharding.connected(hosts):
-            found = evaluate_directory(**arguments)
+            is_segmentor = read_card(arguments["directory"]).is_segmentor
+            report = _report_scenes if is_segmentor else _report_images
+            lines = report(arguments)
     except UserError as error:
         exit_with(error)
-    if jax.process_index():
-        return
-    images = found.images
-    record = {key: arguments[key] for key in ("directory", "data", "split")} | {"images": images}
+    if jax.process_index() == 0:
+        for line in lines:
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _common(arguments: dict[str, Any], *refused: str) -> dict[str, Any]:
+    """The arguments that both kinds of models take; UserError for those that this one does not."""
+    for name in refused:
+        if arguments[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is not for the model in {arguments['directory']}")
+    return {name: arguments[name] for name in ("directory", "data", "split", "num_threads")}
+
+
+def _record(arguments: dict[str, Any], images: int) -> dict[str, Any]:
+    return {name: arguments[name] for name in ("directory", "data", "split")} | {"images": images}
+
+
+def _report_scenes(arguments: dict[str, Any]) -> list[Any]:
+    """What to print of a segmentation model."""
+    common = _common(arguments, "image_size")
+    protocol = make_protocol(
+        arguments["multi_scale"], arguments["slide"], arguments["size_multiple"]
+    )
+    batch_size = arguments["batch_size"]
+    found = evaluate_scene_directory(**common, protocol=protocol, batch_size=batch_size)
+    record = _record(arguments, found.images) | {"protocol": found.protocol}
+    lines: list[Any] = []
+    for kind, values in found.metrics.items():
+        lines.append(
+            f"[{kind}] {found.images} test images, {found.protocol}: mIoU "
+            f"{values['mean_iou']:.2f}% | mAcc {values['mean_accuracy']:.2f}% | aAcc "
+            f"{values['pixel_accuracy']:.2f}%"
+        )
+        figures = class_figures(found.confusion[kind])
+        record[kind] = values | {
+            "iou": {
+                name: None if np.isnan(iou) else float(iou)
+                for name, iou in zip(found.class_names, figures["iou"], strict=True)
+            }
+        }
+    first = next(iter(found.metrics))
+    return [class_table(found.confusion[first], found.class_names), *lines, json.dumps(record)]
+
+
+def _report_images(arguments: dict[str, Any]) -> list[Any]:
+    """What to print of a classifier."""
+    common = _common(arguments, "multi_scale", "slide", "size_multiple")
+    batch_size = arguments["batch_size"] or 128
+    found = evaluate_directory(**common, batch_size=batch_size, image_size=arguments["image_size"])
+    images, record = found.images, _record(arguments, found.images)
+    lines = []
     for kind, values in found.metrics.items():
         acc1, acc5 = values["accuracy"], values["accuracy_top5"]
-        print(f"[{kind}] accuracy on {images} test images: {acc1:.3f}% acc@1 | {acc5:.3f}% acc@5")
+        lines.append(
+            f"[{kind}] accuracy on {images} test images: {acc1:.3f}% acc@1 | {acc5:.3f}% acc@5"
+        )
         hardest = hardest_classes(found.confusion[kind], found.class_names)
         record[kind] = {"acc1": acc1, "acc5": acc5, "loss": values["loss"], "hardest": hardest}
     kind = next(iter(found.metrics))
@@ -194,8 +273,8 @@ def main() -> None:
         for row in record[kind]["hardest"]
     ]
     if shown:
-        print(f"[{kind}] hardest classes: {', '.join(shown)}")
-    print(json.dumps(record))
+        lines.append(f"[{kind}] hardest classes: {', '.join(shown)}")
+    return [*lines, json.dumps(record)]
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import numpy as np
 
 from activemlp_jax.data.device import normalise, random_erasing
 from activemlp_jax.data.pipeline import train_batches
+from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.models.backbone import create_model
+from activemlp_jax.training.classification import Classification
 from activemlp_jax.training.recipe import imagenet_config
-from activemlp_jax.training.tasks import Classification
 
 
 def main() -> None:
@@ -35,7 +36,8 @@ def main() -> None:
     source = open_source("photos:64")
     with contextlib.closing(train_batches(source, config, first_step=0, last_step=1)) as batches:
         batch = jax.tree.map(jnp.asarray, next(batches))
-    task = Classification(create_model("active_tiny"), mean, std, config)
+    preprocessing = Preprocessing(mean=mean, std=std)
+    task = Classification(create_model("active_tiny"), preprocessing, config)
     key = jax.random.key(6)
     erasing_key, _ = jax.random.split(key)  # as the task does
     images = normalise(batch["image"], mean, std)

@@ -9,11 +9,12 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax import ActiveMLP, from_torch, to_torch
+from activemlp_jax import from_torch, to_torch
 
 DATA = Path(__file__).parent / "data"
 
@@ -24,6 +25,19 @@ MICRO: dict[str, Any] = {
     "share_dims": (2, 4, 4, 8),
     "offset_interval": 2,
     "num_classes": 10,
+}
+
+SEG_MICRO: dict[str, dict[str, Any]] = {
+    head: {
+        "backbone": {name: value for name, value in MICRO.items() if name != "num_classes"},
+        "head": head,
+        "num_classes": 7,
+        **widths,
+    }
+    for head, widths in {
+        "upernet": {"channels": 16, "aux_channels": 8},
+        "fpn": {"channels": 8, "neck_channels": 16},
+    }.items()
 }
 
 ORIGINAL_NAMES = {
@@ -58,8 +72,14 @@ def golden_input(file: str, key: str) -> np.ndarray:
 
 
 def rule_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """The golden runs' value of the PyTorch parameter `name`."""
+    """The golden runs' value of the PyTorch parameter or statistic `name`."""
+    if name.endswith("num_batches_tracked"):
+        return np.asarray(1)
     n = normal(seed, name, shape)
+    if name.endswith("running_var"):
+        return 1 + 0.2 * np.abs(n)
+    if name.endswith("running_mean"):
+        return 0.1 * n
     if name.endswith("offset_layer.1.bias"):
         return 1.5 * n
     if name.endswith(".bias"):
@@ -80,7 +100,7 @@ def official_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(shape) for key, shape in shapes.items()}
 
 
-def torch_shapes(model: ActiveMLP) -> dict[str, tuple[int, ...]]:
+def torch_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """PyTorch keys and shapes of any model."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -88,11 +108,13 @@ def torch_shapes(model: ActiveMLP) -> dict[str, tuple[int, ...]]:
     return {key: value.shape for key, value in to_torch(zeros).items()}
 
 
-def rule_variables(model: ActiveMLP, seed: int = 0) -> dict[str, Any]:
+def rule_variables(model: nn.Module, seed: int = 0) -> dict[str, Any]:
     """Flax variables of the golden runs for `model`, in the dtype of its parameters."""
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     variables = from_torch(rule_state_dict(torch_shapes(model), seed), model)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype if leaf.dtype.kind == "f" else leaf.dtype), variables
+    )
 
 
 def relative_error(ours: Any, golden: np.ndarray) -> float:

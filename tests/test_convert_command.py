@@ -143,11 +143,11 @@ def test_safetensors_go_both_ways(micro: tuple[Path, str], tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_what_a_state_dict_cannot_say_survives_the_way_there_and_back(suffix: str, tmp_path: Path):
-    model, params = am.ActiveMLP(**goldens.MICRO), am.load_torch_checkpoint(MICRO_CHECKPOINT)
+    model, variables = am.ActiveMLP(**goldens.MICRO), am.load_torch_checkpoint(MICRO_CHECKPOINT)
     preprocessing = Preprocessing(48, 1.25, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     card = ModelCard(model, preprocessing, ("model",), "model", tuple("abcdefghij"))
     with whole_or_nothing(tmp_path / "there") as place:
-        write_model(place, card, {"model": params["params"]})
+        write_model(place, card, {"model": variables})
     converted(tmp_path / "there", tmp_path / f"file{suffix}", "--to-torch")
     converted(tmp_path / f"file{suffix}", tmp_path / "back")
     back = read_card(tmp_path / "back")
@@ -220,7 +220,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a text file": (b"hello\n", "is no PyTorch checkpoint"),
     "another architecture": (
         {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1000)},
-        "misses blocks.0.0.norm1.weight, which every ActiveMLP classifier has; found conv1.weight",
+        "misses blocks.0.0.norm1.weight, which every such model has; found conv1.weight",
     ),
     "one extra key": (state_dict(surprise=torch.zeros(3)), "keys 1 unknown (surprise)"),
     "one missing key": (state_dict(norm__weight=None), "keys 1 missing (norm.weight)"),
@@ -251,10 +251,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a description that is no JSON": (
         {"model": state_dict(), "activemlp_jax": "{"},
         "has a broken description of its model",
-    ),
-    "a segmentation checkpoint": (
-        (goldens.DATA / "seg_micro_upernet_checkpoint.pth").read_bytes(),
-        "is a segmentation checkpoint",
     ),
 }
 

@@ -62,10 +62,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "micro"
     network = ActiveMLP(**goldens.MICRO)
     weights = read_checkpoint(goldens.DATA / "micro_checkpoint.pth").weights
-    params = {kind: from_torch(state_dict)["params"] for kind, state_dict in weights.items()}
+    variables = {kind: from_torch(state_dict) for kind, state_dict in weights.items()}
     card = ModelCard(network, PREPROCESSING, ("ema", "model"), "ema", tuple("0123456789"))
     with whole_or_nothing(directory) as place:
-        write_model(place, card, params)
+        write_model(place, card, variables)
     return directory
 
 

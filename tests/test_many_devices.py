@@ -84,7 +84,7 @@ def test_two_hosts_with_two_devices_each_train_and_test_as_one_device(
     bound = BOUNDS[dtype]
     assert difference(losses(two), losses(one)) <= bound
     a, b = saved_state(two, STEPS), saved_state(one, STEPS)
-    for key in ("params", "ema_params", "opt_state"):
+    for key in ("variables", "ema", "opt_state"):
         assert difference(a[key], b[key]) <= bound, key
     ours, expected = (lines(path / "metrics.jsonl")[-1] for path in (two, one))
     for key in expected:

@@ -95,9 +95,9 @@ def test_a_run_leaves_its_record_its_pictures_and_its_checkpoints(finished: tupl
 def test_a_run_leaves_a_model_directory_of_its_last_state(finished: tuple[Path, str]):
     workdir, _ = finished
     state = saved_state(workdir, 4 * EPOCH_STEPS)
-    for kind, key in (("ema", "ema_params"), ("model", "params")):
+    for kind, key in (("ema", "ema"), ("model", "variables")):
         _, variables = am.load_pretrained(workdir / "model", kind)
-        jax.tree.map(np.testing.assert_array_equal, variables["params"], state[key])
+        jax.tree.map(np.testing.assert_array_equal, variables, state[key])
     result = subprocess.run(
         [sys.executable, "-m", "activemlp_jax.evaluate", workdir / "model", "--data", "digits"],
         cwd=ROOT, capture_output=True, text=True, timeout=300,

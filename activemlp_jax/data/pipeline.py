@@ -19,6 +19,7 @@ from activemlp_jax.data.device import group_size
 from activemlp_jax.data.examples import Example, Source
 from activemlp_jax.data.order import SampleOrder
 from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.data.scene_transforms import scene_train_transform
 from activemlp_jax.data.transforms import eval_transform, train_transform
 from activemlp_jax.errors import UserError
 
@@ -28,11 +29,10 @@ BATCHES_AHEAD = 2
 
 
 class Sample(NamedTuple):
-    """One row of a host's part of a batch."""
+    """One row of a host's part of a batch: each of its arrays by name."""
 
     row: int
-    image: np.ndarray
-    label: int
+    arrays: dict[str, np.ndarray]
 
 
 class Unit(NamedTuple):
@@ -97,6 +97,19 @@ def read_unbroken(source: Source, index: int, most: int) -> tuple[Example, list[
             skipped.append((place, str(error)))
 
 
+def _transform_photo(example: Example, rng: np.random.Generator, data: ConfigDict) -> Batch:
+    image = train_transform(example.image, rng, data)
+    return {"image": image, "label": np.asarray(example.label, np.int32)}
+
+
+def _transform_scene(example: Example, rng: np.random.Generator, data: ConfigDict) -> Batch:
+    image, label, extent = scene_train_transform(example.image, example.label, rng, data)
+    return {"image": image, "label": label, "extent": extent}
+
+
+TRANSFORMS = {"classification": _transform_photo, "segmentation": _transform_scene}
+
+
 def train_units(
     source: Source, config: ConfigDict, process: int, processes: int
 ) -> tuple[Callable[[int], Unit], int]:
@@ -105,6 +118,7 @@ def train_units(
     Repeats of an example within a step make one unit, so that it is read and decoded once.
     """
     order = sample_order(config, len(source))
+    transform = TRANSFORMS[config.task]
     data, batch_size, repeats = config.data, config.batch_size, config.data.repeats
     local_batch = batch_size // processes
     units_per_step = (batch_size + repeats - 2) // repeats + 1  # a row of copies may straddle two
@@ -123,8 +137,7 @@ def train_units(
         samples = []
         for place, row in rows.items():
             rng = np.random.default_rng([config.seed, step * batch_size + place - first])
-            transformed = train_transform(example.image, rng, data)
-            samples.append(Sample(row, transformed, example.label))
+            samples.append(Sample(row, transform(example, rng, data)))
         return Unit(samples, skipped)
 
     return unit, units_per_step
@@ -133,13 +146,12 @@ def train_units(
 def _assemble(units: Sequence[Unit]) -> dict[str, Any]:
     """A host's part of a batch from its units, and what they skipped."""
     samples = [sample for unit in units for sample in unit.samples]
-    images = np.empty((len(samples), *samples[0].image.shape), np.uint8)
-    labels = np.empty(len(samples), np.int32)
-    for row, image, label in samples:
-        images[row] = image
-        labels[row] = label
-    skipped = [skip for unit in units for skip in unit.skipped]
-    return {"image": images, "label": labels, "skipped": skipped}
+    samples.sort(key=lambda sample: sample.row)
+    batch: dict[str, Any] = {
+        name: np.stack([sample.arrays[name] for sample in samples]) for name in samples[0].arrays
+    }
+    batch["skipped"] = [skip for unit in units for skip in unit.skipped]
+    return batch
 
 
 def iterate(
@@ -182,7 +194,8 @@ def train_batches(
 
     Args:
       source: the training set.
-      config: the whole config; `seed`, `batch_size` (global), `mix.group_size` and `data` are read.
+      config: the whole config; `task`, `seed`, `batch_size` (global), `mix.group_size` and `data`
+        are read.
       first_step: the first to give; a resumed run passes the step it is at.
       last_step: where to end.
       process: this host's number among `processes`, which divides the batch size.
@@ -190,8 +203,9 @@ def train_batches(
       skipped: told which images could not be read, where `config.data.on_error` is 'skip'.
 
     Yields:
-      `image` `[batch_size / processes, S, S, 3]` uint8 and `label` `[batch_size / processes]`
-      int32. Close the iterator to end its threads and processes.
+      `image` `[B, S, S, 3]` uint8 and `label` `[B]` int32, of `batch_size / processes` rows B. Of
+      scenes, `label` is `[B, S, S]` uint8, and `extent` `[B, 2]` int32 the part of each that is no
+      padding. Close the iterator to end its threads and processes.
 
     Raises:
       BrokenImageError: an image that cannot be read, where `config.data.on_error` is 'raise'.

@@ -49,14 +49,12 @@ def plain_batches(
             picture = parse_randaugment(data.randaugment)(picture, rng)
         elif data.color_jitter:
             picture = color_jitter(picture, rng, data.color_jitter)
-        return Sample(order.row(position % batch_size), np.asarray(picture), example.label)
+        arrays = {"image": np.asarray(picture), "label": np.asarray(example.label, np.int32)}
+        return Sample(order.row(position % batch_size), arrays)
 
     def stack(samples: Sequence[Sample]) -> Batch:
         rows = sorted(samples, key=lambda sample: sample.row)
-        return {
-            "image": np.stack([sample.image for sample in rows]),
-            "label": np.array([sample.label for sample in rows], np.int32),
-        }
+        return {name: np.stack([sample.arrays[name] for sample in rows]) for name in rows[0].arrays}
 
     elements = grain.MapDataset.range(first_step * batch_size, last_step * batch_size)
     iterator: Any = iterate(elements.map(sample), batch_size, stack, data.num_threads)

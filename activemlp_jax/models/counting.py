@@ -11,7 +11,7 @@ NORM_COST = 5  # operations the published counter adds for every element that pa
 
 
 class Cost(NamedTuple):
-    """What a model takes for one image.
+    """What a model takes for one image; what only training needs has parameters alone.
 
     `macs` are the multiply-adds of convolutions and linears, the operator's linears among them;
     `published_macs` adds `NORM_COST` for every normalised element, as the paper's figures do.
@@ -44,7 +44,8 @@ def count_cost(model: nn.Module, height: int, width: int) -> Cost:
         return output
 
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
     with nn.intercept_methods(count):
-        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        jax.eval_shape(model.apply, variables, images)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     return Cost(parameters, macs, macs + NORM_COST * normalised)

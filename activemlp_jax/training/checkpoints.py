@@ -17,8 +17,8 @@ from activemlp_jax.training import sharding
 from activemlp_jax.training.config import differing_keys
 from activemlp_jax.training.step import TrainState
 
-BEST_BY = "accuracy"
-NOT_EVALUATED = -1.0  # below every accuracy
+BEST_BY = "score"
+NOT_EVALUATED = -1.0  # below every score
 STEPS_BETWEEN_CLOCKS = 10
 
 
@@ -30,17 +30,17 @@ class Restored(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The step and the accuracy, in percent, of the best checkpoint."""
+    """The step and the score, in percent, of the best checkpoint."""
 
     step: int
-    accuracy: float
+    score: float
 
 
 class Checkpoints:
     """The states of a run in one directory; used as a context, which waits for pending saves.
 
     All hosts save and restore together, in a directory that they share. The newest are kept,
-    and the one of the highest accuracy among those that were evaluated.
+    and the one of the highest score among those that were evaluated.
 
     Args:
       directory: made if need be.
@@ -52,9 +52,9 @@ class Checkpoints:
         self._options = config.checkpoint
         self._last_save = time.monotonic()
         self._directory = directory.absolute()
-        best = BestN(get_metric_fn=_accuracy, n=1)
+        best = BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
-            best_fn=_accuracy,
+            best_fn=_score,
             preservation_policy=AnyPreservationPolicy([LatestN(config.checkpoint.keep), best]),
             cleanup_tmp_directories=True,
         )
@@ -85,8 +85,8 @@ class Checkpoints:
     def best(self) -> Best | None:
         """The best of those that were evaluated."""
         step = self._manager.best_step()
-        accuracy = NOT_EVALUATED if step is None else _accuracy(self._manager.metrics(step))
-        return None if accuracy == NOT_EVALUATED else Best(step, accuracy)
+        score = NOT_EVALUATED if step is None else _score(self._manager.metrics(step))
+        return None if score == NOT_EVALUATED else Best(step, score)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step is."""
@@ -126,7 +126,7 @@ class Checkpoints:
         return Restored(state, run["run"]["losses"])
 
     def save(
-        self, state: TrainState, step: int, losses: list[float], accuracy: float | None = None
+        self, state: TrainState, step: int, losses: list[float], score: float | None = None
     ) -> None:
         """Begin to save `state`; training may go on.
 
@@ -134,7 +134,7 @@ class Checkpoints:
           state: to save.
           step: its step.
           losses: of the steps of the current epoch so far.
-          accuracy: in percent, if it was evaluated.
+          score: the task's, in percent, if it was evaluated.
 
         Raises:
           UserError: this or the save before failed.
@@ -146,7 +146,7 @@ class Checkpoints:
             run=ocp.args.JsonSave({"config": self._config, "losses": list(losses)}),
         )
         self._last_save = time.monotonic()
-        metrics = {BEST_BY: NOT_EVALUATED if accuracy is None else accuracy}
+        metrics = {BEST_BY: NOT_EVALUATED if score is None else score}
         with self._guard():  # the save before may be what fails here
             self._manager.save(step, args=args, metrics=metrics)
 
@@ -186,7 +186,7 @@ class Checkpoints:
             ) from error
 
 
-def _accuracy(metrics: dict[str, float]) -> float:
+def _score(metrics: dict[str, float]) -> float:
     return metrics[BEST_BY]
 
 

@@ -9,11 +9,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from activemlp_jax.data.device import group_size
-from activemlp_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from activemlp_jax.data.device import group_size, mixes
+from activemlp_jax.data.preprocessing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    ScenePreprocessing,
+)
 from activemlp_jax.data.randaugment import parse_randaugment
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import ActiveMLP
+from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.weights.architecture import Model
 
 # A run may be resumed with others of these. They do not change what it computes, but for rounding
 # and, with accumulation, which samples drop path drops.
@@ -25,6 +32,7 @@ FREE_TO_CHANGE = (
     "mesh.data",
     "mesh.fsdp",
     "model.remat_stages",
+    "test.every_epochs",
     "data.num_threads",
     "data.num_workers",
     "data.on_error",
@@ -39,8 +47,10 @@ FREE_TO_CHANGE = (
 def default_config() -> ConfigDict:
     """The settings of a run on the digits, locked: keys can be changed, not added."""
     config = ConfigDict()
+    config.task = "classification"  # or segmentation
     config.seed = 0
     config.epochs = 30
+    config.steps = 0  # length of the run in place of epochs; 0: by epochs
     config.batch_size = 128  # images a step, over all devices
     config.accumulation = 1  # parts a batch is taken in, one after the other, to save memory
     config.eval_batch_size = 128
@@ -50,7 +60,9 @@ def default_config() -> ConfigDict:
     config.log_every_steps = 50  # of an epoch
     config.profile = 0  # steps to trace, from the tenth of this process on, into WORKDIR/profile
     # A model directory to start from: its weights, and its architecture in place of config.model's.
+    # Of a segmentation model, the backbone may come from a classifier's.
     config.init_from = ""
+    config.init_weights = "auto"  # the directory's default; or ema, or model
 
     config.model = ConfigDict()  # the fields of ActiveMLP; num_classes is the data set's
     config.model.depths = (2, 2, 2, 2)
@@ -62,12 +74,20 @@ def default_config() -> ConfigDict:
     config.model.dtype = "float32"  # of the computation
     config.model.remat_stages = ()  # whose blocks are computed again in the backward pass
 
+    config.head = ConfigDict()  # of a segmentation model: the fields of ActiveSegmentor
+    config.head.name = "upernet"  # or fpn
+    config.head.channels = 0  # 0: the original's
+    config.head.aux_channels = 256
+    config.head.neck_channels = 256
+    config.head.dropout_rate = 0.1
+
     config.mesh = ConfigDict()  # devices; see sharding.make_mesh
     config.mesh.data = -1  # that split the batch and each have the whole state; -1: all the others
     config.mesh.fsdp = 1  # that split the batch and the state
 
     config.data = ConfigDict()
     config.data.name = "digits"  # or folder:PATH, or tfds:NAME; see sources.open_source
+    # For segmentation digit_scenes, ade20k:PATH, folder:PATH; see scene_sources.open_scenes
     config.data.train_split = "train"
     config.data.test_split = "test"
     config.data.image_size = 32
@@ -89,12 +109,23 @@ def default_config() -> ConfigDict:
     config.data.flip = 0.5  # probability
     config.data.randaugment = ""  # such as rand-m9-mstd0.5-inc1; see randaugment
     config.data.color_jitter = 0.0  # used where there is no RandAugment
+    config.data.scene = ConfigDict()  # for segmentation; see scene_transforms
+    config.data.scene.long_side = 0  # that scenes are fitted into, in training and in tests; 0:
+    config.data.scene.short_side = 512  # they are left as they are
+    config.data.scene.min_ratio = 0.5  # of that size, in training
+    config.data.scene.max_ratio = 2.0
+    config.data.scene.max_class_share = 0.75  # of one class in a crop of image_size
+    config.data.scene.photometric = True
     config.data.warp = ConfigDict()  # see transforms.random_warp
     config.data.warp.degrees = 0.0
     config.data.warp.scale = 0.0
     config.data.warp.shear = 0.0
     config.data.warp.translate = 0.0
     config.data.warp.bend = 0.0
+
+    config.test = ConfigDict()
+    config.test.every_epochs = 1
+    config.test.size_multiple = 1  # that sides of scenes are rounded to; see views.Protocol
 
     config.random_erasing = 0.0  # probability, for each image
     config.mix = ConfigDict()  # see device.draw_mixing
@@ -104,13 +135,15 @@ def default_config() -> ConfigDict:
     config.mix.group_size = 128  # rows mixed alike and among themselves; a smaller batch is one
 
     config.optimizer = ConfigDict()  # AdamW
-    config.optimizer.schedule = "steps"  # or epochs; see schedules.learning_rate_schedule
+    config.optimizer.schedule = "steps"  # epochs or poly; see schedules.learning_rate_schedule
     config.optimizer.learning_rate = 5e-4  # the highest, after the warm-up
     config.optimizer.reference_batch_size = 0  # that it is for, to be scaled; 0: as it stands
     config.optimizer.warmup_learning_rate = 1e-6
     config.optimizer.final_learning_rate = 1e-5
     config.optimizer.warmup_epochs = 5
+    config.optimizer.warmup_steps = 1500  # of poly, in place of epochs
     config.optimizer.weight_decay = 0.05
+    config.optimizer.not_decayed = "vectors"  # or norms; see optimizer.decay_mask
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
@@ -125,19 +158,34 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def build_model(config: ConfigDict, num_classes: int) -> ActiveMLP:
-    """The model of `config.model`.
+def build_model(config: ConfigDict, num_classes: int) -> Model:
+    """The model of `config.model`, for segmentation under the head of `config.head`.
 
     Raises:
       UserError: fields that fit no model.
     """
     try:
-        return ActiveMLP(**config.model, num_classes=num_classes)
+        model = ActiveMLP(**config.model, num_classes=num_classes)
     except ValueError as error:
         raise UserError(f"config.model: {error}") from error
+    if config.task == "classification":
+        return model
+    head = config.head
+    try:
+        return ActiveSegmentor(
+            config.model.to_dict(),
+            head.name,
+            num_classes,
+            head.channels or None,
+            head.aux_channels,
+            head.neck_channels,
+            head.dropout_rate,
+        )
+    except ValueError as error:
+        raise UserError(f"config.head: {error}") from error
 
 
-def build_preprocessing(config: ConfigDict) -> Preprocessing:
+def build_preprocessing(config: ConfigDict) -> Preprocessing | ScenePreprocessing:
     """The preprocessing of `config.data`, for evaluation.
 
     Raises:
@@ -145,6 +193,9 @@ def build_preprocessing(config: ConfigDict) -> Preprocessing:
     """
     data = config.data
     try:
+        if config.task == "segmentation":
+            sides = data.scene.long_side, data.scene.short_side
+            return ScenePreprocessing(*sides, data.image_size, data.mean, data.std)
         return Preprocessing(data.image_size, data.resize_factor, data.mean, data.std)
     except ValueError as error:
         raise UserError(f"config.data.{error}") from error
@@ -164,6 +215,8 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "mesh.fsdp",
             "checkpoint.every_epochs",
             "checkpoint.keep",
+            "test.every_epochs",
+            "test.size_multiple",
         ),
         lambda value: value >= 1,
         "at least 1",
@@ -172,7 +225,14 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     # JAX's keys keep 32 bits of a seed.
     (("seed",), lambda value: 0 <= value < 2**32, "0 <= seed < 2**32"),
     (
-        ("label_smoothing", "ema_decay", "optimizer.b1", "optimizer.b2", "data.warp.scale"),
+        (
+            "label_smoothing",
+            "ema_decay",
+            "head.dropout_rate",
+            "optimizer.b1",
+            "optimizer.b2",
+            "data.warp.scale",
+        ),
         lambda value: 0 <= value < 1,
         "0 <= value < 1",
     ),
@@ -182,22 +242,36 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         "0 <= value <= 1",
     ),
     (
-        ("data.crop.min_area", "data.crop.max_area", "optimizer.layer_decay"),
+        (
+            "data.crop.min_area",
+            "data.crop.max_area",
+            "data.scene.max_class_share",
+            "optimizer.layer_decay",
+        ),
         lambda value: 0 < value <= 1,
         "0 < value <= 1",
     ),
     (
-        ("data.crop.min_ratio", "data.crop.max_ratio", "optimizer.learning_rate"),
+        (
+            "data.crop.min_ratio",
+            "data.crop.max_ratio",
+            "data.scene.min_ratio",
+            "data.scene.max_ratio",
+            "optimizer.learning_rate",
+        ),
         lambda value: value > 0,
         "more than 0",
     ),
     *(
         ((key,), lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
         for key, choices in (
+            ("task", ("classification", "segmentation")),
+            ("init_weights", ("auto", "ema", "model")),
             ("model.dtype", ("bfloat16", "float32", "float64")),
+            ("optimizer.not_decayed", ("vectors", "norms")),
             ("data.augmentation", ("warp", "random_resized_crop")),
             ("data.on_error", ("skip", "raise")),
-            ("optimizer.schedule", ("steps", "epochs")),
+            ("optimizer.schedule", ("steps", "epochs", "poly")),
         )
     ),
     (("data.train_split", "data.test_split"), lambda value: value != "", "the name of a split"),
@@ -206,8 +280,11 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "optimizer.warmup_learning_rate",
             "optimizer.final_learning_rate",
             "optimizer.warmup_epochs",
+            "optimizer.warmup_steps",
             "optimizer.weight_decay",
             "optimizer.eps",
+            "steps",
+            "head.channels",
             "optimizer.reference_batch_size",
             "optimizer.clip_norm",
             "mix.mixup_alpha",
@@ -238,13 +315,14 @@ def check_config(config: ConfigDict) -> None:
             infinite = isinstance(value, float) and not math.isfinite(value)
             if infinite or not holds(value):
                 raise UserError(f"config.{key} is {value!r}, expected {expected}")
-    crop = config.data.crop
-    for kind in ("area", "ratio"):
-        low, high = crop[f"min_{kind}"], crop[f"max_{kind}"]
+    for place, kind in (("crop", "area"), ("crop", "ratio"), ("scene", "ratio")):
+        low, high = (config.data[place][f"{end}_{kind}"] for end in ("min", "max"))
         if low > high:
             raise UserError(
-                f"config.data.crop.min_{kind} is {low!r}, expected at most max_{kind}, {high!r}"
+                f"config.data.{place}.min_{kind} is {low!r}, expected at most max_{kind}, {high!r}"
             )
+    if config.task == "segmentation":
+        _check_segmentation(config)
     group = group_size(config)
     if config.batch_size % group:
         raise UserError(
@@ -260,6 +338,21 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.data.randaugment: {error}") from error
     build_model(config, num_classes=1)
     build_preprocessing(config)
+
+
+def _check_segmentation(config: ConfigDict) -> None:
+    if mixes(config) or config.random_erasing:
+        raise UserError("config.mix and config.random_erasing are for classification alone")
+    if config.accumulation != 1:
+        raise UserError(
+            f"config.accumulation is {config.accumulation}, expected 1 for segmentation, whose "
+            "batch norm goes by whole batches; config.model.remat_stages saves memory too"
+        )
+    if config.batch_size < 2:
+        raise UserError(
+            f"config.batch_size is {config.batch_size}, expected at least 2 for segmentation, as "
+            "one image makes no statistics for batch norm"
+        )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

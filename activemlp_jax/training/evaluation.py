@@ -7,15 +7,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activemlp_jax.training import sharding
-from activemlp_jax.training.step import Batch, Params
+from activemlp_jax.training.step import Batch, Variables
 
-Count = Callable[[Params, Batch], dict[str, jax.Array]]
+Count = Callable[[Variables, Batch], dict[str, jax.Array]]
 Sums = dict[str, np.ndarray]
 
 
 def evaluate(
     count: Count,
-    weights: Mapping[str, Params],
+    weights: Mapping[str, Variables],
     batches: Iterable[Mapping[str, np.ndarray]],
     mesh: Mesh,
 ) -> dict[str, Sums]:
@@ -23,14 +23,14 @@ def evaluate(
 
     Args:
       count: a task's, jitted, with results on all devices.
-      weights: parameters by name.
+      weights: variables by name.
       batches: this host's, of `eval_batches`.
       mesh: of all devices.
     """
     sums: dict[str, Sums] = {name: {} for name in weights}
     for batch in batches:
         placed = sharding.put_batch(batch, mesh)
-        counted = {name: count(params, placed) for name, params in weights.items()}
+        counted = {name: count(variables, placed) for name, variables in weights.items()}
         for name, values in jax.device_get(counted).items():
             sums[name] = {key: sums[name].get(key, 0) + value for key, value in values.items()}
     return sums

@@ -20,7 +20,7 @@ from activemlp_jax.training.evaluation import Sums
 from activemlp_jax.training.failures import non_finite, stop_at_non_finite
 from activemlp_jax.training.hardware import peak_flops
 from activemlp_jax.training.interruption import Interruption
-from activemlp_jax.training.pretrained import initial_params
+from activemlp_jax.training.pretrained import initial_variables
 from activemlp_jax.training.profiling import Trace
 from activemlp_jax.training.program import train_flops
 from activemlp_jax.training.reporting import Reporter, Tracker, Work
@@ -29,6 +29,7 @@ from activemlp_jax.training.run import (
     check_shared,
     draw_pictures,
     prepare_run,
+    score,
     test,
     write_model_directory,
 )
@@ -70,14 +71,14 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", run.config))
         restored = checkpoints.restore(run.program.state)
         if restored is None:
-            params = initial_params(run.config, run.program.model, say)
-            params = sharding.put_everywhere(params, run.mesh)
-            restored = Restored(run.program.first_state(params), [])
+            variables = initial_variables(run.config, run.program.model, say)
+            variables = sharding.put_everywhere(variables, run.mesh)
+            restored = Restored(run.program.first_state(variables), [])
         first_step = int(restored.state.step)
         if speaks:
             for name in (EPOCHS, STEPS):
                 rewind_records(workdir / name, first_step)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(restored.state.params))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(restored.state.variables["params"]))
         say(sharding.describe(run.mesh))
         say(
             f"{parameters:,} parameters, {len(run.train_source):,} images to train, "
@@ -90,24 +91,25 @@ def train(
 
         flops = train_flops(run.config, run.program.model)
         peak = peak_flops(run.mesh.devices.flat[0].device_kind, run.mesh.size)
-        work = Work(first_step, run.last_step, run.config.batch_size, flops, peak)
+        epochs, batch_size = run.program.epochs, run.config.batch_size
+        work = Work(first_step, run.last_step, epochs, batch_size, flops, peak)
         with Reporter(workdir if speaks else None, work, run.config, console, trackers) as reporter:
             state, sums, seconds = _take_steps(run, restored, checkpoints, reporter, say, say_here)
 
         checkpoints.wait()
-        accuracy = run.program.task.metrics(sums)["accuracy"]
-        write_model_directory(run, "model", state, accuracy)
+        found = score(run, sums)
+        write_model_directory(run, "model", state, found)
         best = checkpoints.best()
         if best is not None and best.step != run.last_step:
             again = checkpoints.restore(run.program.state, best.step)
             assert again is not None, f"{best} is there"
-            write_model_directory(run, "best_model", again.state, best.accuracy)
-            say(f"best_model is of step {best.step}, with {best.accuracy:.2f}%")
-        if speaks:
-            draw_pictures(run, sums)
+            write_model_directory(run, "best_model", again.state, best.score)
+            say(f"best_model is of step {best.step}, with {best.score:.2f}%")
+        names = draw_pictures(run, state, sums)
+    *others, last = ["model", *names]
     say(
-        f"accuracy {accuracy:.2f}% on {len(run.test_source):,} test images, {seconds:.0f} s of "
-        f"training; see model, curves.png and confusion_matrix.png in {workdir}"
+        f"{run.program.task.score_name} {found:.2f}% on {len(run.test_source):,} test images, "
+        f"{seconds:.0f} s of training; see {', '.join(others)} and {last} in {workdir}"
     )
 
 
@@ -128,7 +130,8 @@ def _take_steps(
     state, losses = restored
     first_step = int(state.step)
     started = time.perf_counter()
-    _, sums = test(run, state)  # compiles the evaluation, and is all that a finished run needs
+    if first_step == run.last_step or config.test.every_epochs == 1:
+        _, sums = test(run, state)  # compiles it, and is all that a finished run needs
     if first_step == run.last_step:
         return state, sums, 0.0
     train_step = run.program.train_step.lower(run.program.state, run.program.batch).compile()
@@ -169,8 +172,8 @@ def _take_steps(
         Trace(run.workdir / "profile", first_step, run.last_step, config.profile) as trace,
         Interruption(say) as interruption,
     ):
-        for epoch in range(first_step // epoch_steps + 1, config.epochs + 1):
-            start, end = (epoch - 1) * epoch_steps, epoch * epoch_steps
+        for epoch in range(first_step // epoch_steps + 1, run.program.epochs + 1):
+            start, end = (epoch - 1) * epoch_steps, min(epoch * epoch_steps, run.last_step)
             reporter.start_epoch(epoch, start)
             for step in range(max(first_step, start), end):
                 trace.before(step)
@@ -178,12 +181,14 @@ def _take_steps(
                 handed_out.append((step, metrics))
                 settle(most=1)  # not 0: while the host waits the device should not
 
-                accuracy, done = None, step + 1
+                reached, done = None, step + 1
                 if done == end:
                     settle(most=0)
-                    found, sums = test(run, state)
-                    check_finite(step, {key: found[key] for key in found if "loss" in key})
-                    accuracy = run.program.task.metrics(sums)["accuracy"]
+                    found: Record = {}
+                    if epoch % config.test.every_epochs == 0 or done == run.last_step:
+                        found, sums = test(run, state)
+                        check_finite(step, {key: found[key] for key in found if "loss" in key})
+                        reached = score(run, sums)
                     reporter.epoch(
                         {
                             "epoch": epoch,
@@ -202,7 +207,7 @@ def _take_steps(
                 by_epoch = done == end and epoch % config.checkpoint.every_epochs == 0
                 if stop or by_epoch or checkpoints.is_due(done) or done == run.last_step:
                     settle(most=0)
-                    checkpoints.save(state, done, losses, accuracy)
+                    checkpoints.save(state, done, losses, reached)
                 if stop:
                     checkpoints.wait()
                     raise Interrupted(f"stopped after step {done}", interruption.status)

@@ -1,7 +1,7 @@
 """What a config compiles to on a mesh: the model, its state's shapes, the steps."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,15 +9,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from activemlp_jax.data.pipeline import sample_order
-from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.models.counting import count_cost
 from activemlp_jax.training import sharding
-from activemlp_jax.training.config import build_model
+from activemlp_jax.training.evaluation import Sums
 from activemlp_jax.training.optimizer import make_optimizer
-from activemlp_jax.training.pretrained import draw_params
+from activemlp_jax.training.pretrained import draw_variables
 from activemlp_jax.training.schedules import learning_rate_schedule
-from activemlp_jax.training.step import Batch, Metrics, Params, TrainState, make_train_step
-from activemlp_jax.training.tasks import Classification
+from activemlp_jax.training.step import (
+    Batch,
+    Metrics,
+    Params,
+    TrainState,
+    Variables,
+    make_train_step,
+)
+from activemlp_jax.training.tasks import Task, make_task
+from activemlp_jax.weights.architecture import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +32,28 @@ class Program:
     """A run, ready to be compiled; nothing in it holds arrays.
 
     `state` and `batch` are trees of `jax.ShapeDtypeStruct` that say where each array lies;
-    `first_state` makes a state from parameters, `train_step` takes a state, whose buffers it uses
-    again, and a batch, and `count` parameters and a batch; all three are jitted.
+    `first_state` makes a state from variables, `train_step` takes a state, whose buffers it uses
+    again, and a batch; both are jitted. `test` takes weights by name and a `Source` of the task.
     """
 
-    model: ActiveMLP
-    task: Classification
+    task: Task
     steps_per_epoch: int
+    steps: int
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
-    first_state: Callable[[Params], TrainState]
+    first_state: Callable[[Variables], TrainState]
     train_step: Any
-    count: Callable[[Params, Batch], dict[str, jax.Array]]
+    test: Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
+
+    @property
+    def model(self) -> Model:
+        """The task's."""
+        return self.task.model
+
+    @property
+    def epochs(self) -> int:
+        """That are begun."""
+        return -(-self.steps // self.steps_per_epoch)
 
 
 def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mesh) -> Program:
@@ -55,25 +72,24 @@ def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
     for key, number in parts.items():
         sharding.check_batch_size(key, config[key], mesh.size, number)
     steps_per_epoch = sample_order(config, examples).steps_per_epoch
-    model = build_model(config, num_classes)
-    task = Classification(model, config.data.mean, config.data.std, config)
-    schedule = learning_rate_schedule(
-        config.optimizer, steps_per_epoch, config.epochs, config.batch_size
-    )
+    steps = config.steps or config.epochs * steps_per_epoch
+    task = make_task(config, num_classes)
+    model = task.model
+    schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, steps, config.batch_size)
     optimizer = make_optimizer(config.optimizer, schedule, model)
 
-    def create(params: Params) -> TrainState:
-        return TrainState.create(params, optimizer, config.ema_decay)
+    def create(variables: Variables) -> TrainState:
+        return TrainState.create(variables, optimizer, config.ema_decay)
 
-    shapes = jax.eval_shape(lambda: create(draw_params(config, model)))
+    shapes = jax.eval_shape(lambda: create(draw_variables(config, model)))
     places = sharding.split_over_fsdp(shapes, mesh)
     everywhere = sharding.replicated(mesh)
 
-    def gather(params: Params) -> Params:
-        return jax.lax.with_sharding_constraint(params, everywhere)
+    def gather(variables: Variables) -> Variables:
+        return jax.lax.with_sharding_constraint(variables, everywhere)
 
     def scatter(gradients: Params) -> Params:
-        return jax.lax.with_sharding_constraint(gradients, places.params)
+        return jax.lax.with_sharding_constraint(gradients, places.variables["params"])
 
     update = make_train_step(
         task.loss,
@@ -92,22 +108,22 @@ def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
         return state, {**metrics, "learning_rate": rate}
 
     return Program(
-        model,
         task,
         steps_per_epoch,
+        steps,
         jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             shapes,
             places,
         ),
-        sharding.batch_shapes(config.batch_size, config.data.image_size, mesh),
+        sharding.place_rows(task.batch_shapes(), mesh),
         jax.jit(create, out_shardings=places),
         jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere)),
-        jax.jit(lambda params, batch: task.count(gather(params), batch), out_shardings=everywhere),
+        task.make_test(mesh, gather),
     )
 
 
-def train_flops(config: ConfigDict, model: ActiveMLP) -> float:
+def train_flops(config: ConfigDict, model: Model) -> float:
     """Floating point operations that a training step needs, by the model's multiply-adds.
 
     Forward once and backward twice; what is computed again to save memory does not count.

@@ -26,7 +26,9 @@ PRINTED = (
     ("train_loss", "loss {:.4f}"),
     ("test_loss", "test loss {:.4f}"),
     ("test_accuracy", "accuracy {:.2f}%"),
+    ("test_mean_iou", "mIoU {:.2f}%"),
     ("ema_test_accuracy", "averaged weights {:.2f}%"),
+    ("ema_test_mean_iou", "averaged weights {:.2f}%"),
     ("images_per_second", "{:.0f} images/s"),
 )
 
@@ -34,12 +36,14 @@ PRINTED = (
 class Work(NamedTuple):
     """What a run has before it.
 
-    `first_step` to `last_step`, `batch_size` images and `flops` a step, and `peak_flops`, what all
-    devices can do a second, or None where that is not known.
+    `first_step` to `last_step`, which is in the epoch numbered `epochs`, `batch_size` images and
+    `flops` a step, and `peak_flops`, what all devices can do a second, or None where that is not
+    known.
     """
 
     first_step: int
     last_step: int
+    epochs: int
     batch_size: int
     flops: float
     peak_flops: float | None
@@ -68,7 +72,7 @@ class Reporter:
         self._workdir = workdir
         self._work = work
         self._every_steps = config.log_every_steps
-        self._epochs = config.epochs
+        self._epochs = work.epochs
         self._console = console
         self._trackers = trackers if workdir else ()
         self._writer = None

@@ -1,24 +1,29 @@
 """A run as a whole: what it is made of, how it is tested, and what it leaves at the end."""
 
-import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from activemlp_jax.data.examples import Source, check_same_classes
-from activemlp_jax.data.pipeline import eval_batches
-from activemlp_jax.data.sources import open_source
+from activemlp_jax.data.scene_transforms import load_opencv
+from activemlp_jax.inference.overlays import draw_comparison
 from activemlp_jax.training import sharding
-from activemlp_jax.training.config import build_preprocessing, check_config
-from activemlp_jax.training.evaluation import Sums, evaluate
+from activemlp_jax.training.config import check_config
+from activemlp_jax.training.evaluation import Sums
 from activemlp_jax.training.facts import run_facts
 from activemlp_jax.training.pictures import draw_confusion, draw_curves
 from activemlp_jax.training.pretrained import adopt_architecture, write_result
 from activemlp_jax.training.program import Program, build_program
-from activemlp_jax.training.step import Params, TrainState
+from activemlp_jax.training.segmentation import Segmentation
+from activemlp_jax.training.step import TrainState, Variables
+from activemlp_jax.training.tasks import open_data
 from activemlp_jax.training.workdir import EPOCHS, Record, read_mark, read_records, write_mark
+
+PICTURES = ("curves.png", "confusion_matrix.png", "scenes.png")
+SCENES_DRAWN = 8  # of the test set
 
 
 class Run(NamedTuple):
@@ -39,7 +44,7 @@ class Run(NamedTuple):
     @property
     def last_step(self) -> int:
         """The number of steps of the whole run."""
-        return self.config.epochs * self.program.steps_per_epoch
+        return self.program.steps
 
 
 def prepare_run(config: ConfigDict, workdir: Path, timeout: float) -> Run:
@@ -56,10 +61,13 @@ def prepare_run(config: ConfigDict, workdir: Path, timeout: float) -> Run:
     config = adopt_architecture(config)
     check_config(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    train_source = open_source(config.data.name, config.data.train_split)
-    test_source = open_source(config.data.name, config.data.test_split)
+    train_source = open_data(config, config.data.train_split)
+    test_source = open_data(config, config.data.test_split)
     names = train_source.class_names
     check_same_classes(names, test_source.class_names, f"the test set of {config.data.name}")
+    scene = config.data.scene
+    if config.task == "segmentation" and (scene.long_side or scene.photometric):
+        load_opencv()  # better missed now than at the first image
     program = build_program(config, len(names), len(train_source), mesh)
     sharding.check_same("the run", run_facts(config, (train_source, test_source)), timeout)
     return Run(config, workdir, mesh, train_source, test_source, program)
@@ -76,24 +84,16 @@ def check_shared(workdir: Path, timeout: float) -> None:
     sharding.check_same("the mark", {name: read_mark(workdir)}, timeout)
 
 
-def _weights(state: TrainState) -> dict[str, Params]:
+def _weights(state: TrainState) -> dict[str, Variables]:
     """By kind, the one that is judged first."""
-    return {"model": state.params} | ({} if state.ema_params is None else {"ema": state.ema_params})
+    return {"model": state.variables} | ({} if state.ema is None else {"ema": state.ema})
 
 
 def test(run: Run, state: TrainState) -> tuple[Record, Sums]:
     """Metrics of the weights and of their average, and the sums of the last of these."""
     names = {"model": "test", "ema": "ema_test"}
-    weights = {names[kind]: params for kind, params in _weights(state).items()}
-    batches = eval_batches(
-        run.test_source,
-        build_preprocessing(run.config),
-        run.config.eval_batch_size,
-        num_threads=run.config.data.num_threads,
-        **sharding.this_host(),
-    )
-    with contextlib.closing(batches):
-        sums = evaluate(run.program.count, weights, batches, run.mesh)
+    weights = {names[kind]: variables for kind, variables in _weights(state).items()}
+    sums = run.program.test(weights, run.test_source)
     record = {
         f"{name}_{key}": value
         for name in weights
@@ -102,31 +102,51 @@ def test(run: Run, state: TrainState) -> tuple[Record, Sums]:
     return record, sums[list(weights)[-1]]
 
 
-def write_model_directory(run: Run, name: str, state: TrainState, accuracy: float) -> None:
+def score(run: Run, sums: Sums) -> float:
+    """The figure, in percent, by which states are compared."""
+    return run.program.task.metrics(sums)[run.program.task.score]
+
+
+def write_model_directory(run: Run, name: str, state: TrainState, found: float) -> None:
     """A state as the model directory `name` in the workdir; all hosts call it, one writes."""
     weights = sharding.fetch(_weights(state), run.mesh)
     if sharding.is_first_host():
         source: dict[str, Any] = {
             "trained_on": run.config.data.name,
             "epoch": int(state.step) // run.program.steps_per_epoch,
-            "test_accuracy": accuracy,
+            f"test_{run.program.task.score}": found,
         }
         by_preference = {kind: weights[kind] for kind in sorted(weights)}
         write_result(
             run.workdir / name,
-            run.config,
-            run.program.model,
+            run.program.task,
             by_preference,
             run.class_names,
             source,
         )
 
 
-def draw_pictures(run: Run, sums: Sums) -> None:
-    """The curves of all epochs and the confusion matrix of `sums`."""
+def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
+    """The curves of all epochs, the confusion matrix of `sums`, and some scenes where pixels are
+    labelled; the names of the files. All hosts call it, one draws.
+    """
+    task, weights = run.program.task, _weights(state)
+    variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)
+    if not sharding.is_first_host():
+        return []
     records = read_records(run.workdir / EPOCHS)
     if records:  # a finished run whose metrics.jsonl was taken away has none
-        draw_curves(records, run.workdir / "curves.png")
-    accuracy = run.program.task.metrics(sums)["accuracy"]
-    picture = run.workdir / "confusion_matrix.png"
-    draw_confusion(sums["confusion"], run.class_names, accuracy, picture)
+        draw_curves(records, task.score, task.score_name, run.workdir / "curves.png")
+    confusion = sums["confusion"]
+    right, total = int(np.trace(confusion)), int(confusion.sum())
+    what = "test images" if task.score == "accuracy" else "test pixels"
+    title = f"{right:,} of {total:,} {what} right ({100 * right / total:.2f}%)"
+    draw_confusion(confusion, run.class_names, title, run.workdir / "confusion_matrix.png")
+    if isinstance(task, Segmentation):
+        number = min(SCENES_DRAWN, len(run.test_source))
+        scenes = [
+            (example.image, example.label, task.label(variables, example.image))
+            for example in map(run.test_source.__getitem__, range(number))
+        ]
+        draw_comparison(scenes, run.class_names).save(run.workdir / "scenes.png")
+    return [name for name in PICTURES if (run.workdir / name).exists()]

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from activemlp_jax.data.order import EPOCH_MULTIPLE
 from activemlp_jax.errors import UserError
 from activemlp_jax.training import sharding
-from activemlp_jax.training.pretrained import draw_params
+from activemlp_jax.training.pretrained import draw_variables
 from activemlp_jax.training.program import build_program
 
 
@@ -29,16 +29,14 @@ def _start(config: ConfigDict, num_classes: int, devices: Sequence[Any]) -> Call
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
     program = build_program(config, num_classes, EPOCH_MULTIPLE * config.batch_size, mesh)
     rng = np.random.default_rng(0)
-    shapes = program.batch
-    batch = sharding.put_batch(
-        {
-            "image": rng.integers(0, 256, shapes["image"].shape, np.uint8),
-            "label": rng.integers(0, num_classes, shapes["label"].shape, np.int32),
-        },
-        mesh,
-    )
-    params = jax.jit(partial(draw_params, config, program.model))()
-    state = program.first_state(sharding.put_everywhere(params, mesh))
+    limits = {"image": 256, "label": num_classes, "extent": config.data.image_size + 1}
+    drawn = {
+        name: rng.integers(0, limits[name], shape, dtype)
+        for name, (shape, dtype) in program.task.batch_shapes().items()
+    }
+    batch = sharding.put_batch(drawn, mesh)
+    variables = jax.jit(partial(draw_variables, config, program.model))()
+    state = program.first_state(sharding.put_everywhere(variables, mesh))
 
     def measure(steps: int) -> float:
         nonlocal state

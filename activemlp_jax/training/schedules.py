@@ -1,5 +1,8 @@
 """The learning rate of a step."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,11 +16,12 @@ def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
 
 
 def learning_rate_schedule(
-    config: ConfigDict, steps_per_epoch: int, epochs: int, batch_size: int
+    config: ConfigDict, steps_per_epoch: int, steps: int, batch_size: int
 ) -> optax.Schedule:
-    """Linear warm-up and cosine decay, as `config.schedule` says: by 'steps' or by 'epochs'.
+    """The learning rate that `config.schedule` names: 'steps', 'epochs' or 'poly'.
 
-    The cosine counts from the beginning of the run; the warm-up covers its first epochs.
+    By steps, a linear warm-up and a cosine that counts from the beginning of the run; the warm-up
+    covers its first epochs.
 
     By epochs is the original's way, exactly: the rate is constant within an epoch, and as the
     original steps its scheduler after each epoch with that epoch's number, epoch e runs at the
@@ -26,18 +30,35 @@ def learning_rate_schedule(
     Args:
       config: `config.optimizer`.
       steps_per_epoch: of the run.
-      epochs: length of the run, over which the cosine falls.
+      steps: length of the run.
       batch_size: over all devices.
     """
     peak = peak_learning_rate(config, batch_size)
+    if config.schedule == "poly":
+        return _poly_schedule(config, peak, steps)
     if config.schedule == "epochs":
-        return _epoch_schedule(config, peak, steps_per_epoch, epochs)
+        return _epoch_schedule(config, peak, steps_per_epoch, -(-steps // steps_per_epoch))
     warmup_steps = config.warmup_epochs * steps_per_epoch
     warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_steps, 1))
-    cosine = optax.cosine_decay_schedule(
-        peak, epochs * steps_per_epoch, alpha=config.final_learning_rate / peak
-    )
+    cosine = optax.cosine_decay_schedule(peak, steps, alpha=config.final_learning_rate / peak)
     return lambda step: jnp.where(step < warmup_steps, warmup(step), cosine(step))
+
+
+def _poly_schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedule:
+    """A straight line to the final rate; in the warm-up it is multiplied by a factor that rises.
+
+    Source: mmcv's PolyLrUpdaterHook with power 1 and a linear warm-up.
+    """
+    final, lowest = config.final_learning_rate, config.warmup_learning_rate / peak
+    warmup = config.warmup_steps
+
+    def rate(step: Any) -> jax.Array:
+        step = jnp.asarray(step, float)
+        left = (steps - step) / steps  # 1 - step / steps would cancel near the end
+        factor = lowest + (1 - lowest) * step / max(warmup, 1)
+        return (final + (peak - final) * left) * jnp.where(step < warmup, factor, 1.0)
+
+    return rate
 
 
 def _epoch_schedule(

@@ -360,13 +360,14 @@ def prefetch(
             yield batch
 
 
-def batch_shapes(batch_size: int, image_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes, dtypes and placement of a training batch of classification."""
+def place_rows(
+    shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch's arrays, given by shape and dtype, as `put_batch` places them."""
     rows = NamedSharding(mesh, ROWS)
-    images = (batch_size, image_size, image_size, 3)
     return {
-        "image": jax.ShapeDtypeStruct(images, np.uint8, sharding=rows),
-        "label": jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=rows),
+        name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=rows)
+        for name, (shape, dtype) in shapes.items()
     }
 
 

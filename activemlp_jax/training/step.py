@@ -1,6 +1,7 @@
 """The train step: gradient, update, average of the weights."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,27 +10,38 @@ import optax
 from flax import struct
 
 Params = Any
+Variables = dict[str, Any]  # `params`, which are trained, and what else a model keeps
 Batch = dict[str, jax.Array]
 Inputs = Any  # arrays whose first axis is the batch's
-Loss = Callable[[Params, Inputs, jax.Array], jax.Array]  # parameters, inputs, key to a scalar
+# Variables, inputs and a key, to a scalar and those of the other collections that have moved.
+Loss = Callable[[Variables, Inputs, jax.Array], tuple[jax.Array, Variables]]
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run carries from step to step; `ema_params` is None where no average is kept."""
+    """All that a run carries from step to step; `ema` is None where no average is kept.
+
+    `variables` is what the model's `apply` takes, `ema` the average of all of it.
+    """
 
     step: jax.Array
-    params: Params
-    ema_params: Params | None
+    variables: Variables
+    ema: Variables | None
     opt_state: optax.OptState
 
     @classmethod
     def create(
-        cls, params: Params, optimizer: optax.GradientTransformation, ema_decay: float
+        cls, variables: Variables, optimizer: optax.GradientTransformation, ema_decay: float
     ) -> "TrainState":
         """The state before the first step; the average starts at the initial weights."""
-        ema_params = jax.tree.map(jnp.copy, params) if ema_decay else None
-        return cls(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+        ema = jax.tree.map(jnp.copy, variables) if ema_decay else None
+        return cls(jnp.zeros((), jnp.int32), variables, ema, optimizer.init(variables["params"]))
+
+
+def _average(new: jax.Array, old: jax.Array, step_size: float) -> jax.Array:
+    if jnp.issubdtype(new.dtype, jnp.integer):  # a count
+        return new
+    return optax.incremental_update(new, old, step_size)
 
 
 def _identity(tree: Any) -> Any:
@@ -62,7 +74,7 @@ def make_train_step(
     *,
     inputs: Callable[[Batch, jax.Array], Inputs] = _same_inputs,
     accumulation: int = 1,
-    gather: Callable[[Params], Params] = _identity,
+    gather: Callable[[Variables], Variables] = _identity,
     scatter: Callable[[Params], Params] = _identity,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function of one step: state and batch to the next state and figures of this step.
@@ -76,8 +88,8 @@ def make_train_step(
       seed: of the run.
       inputs: what the loss takes, from a batch and a key; made for the whole batch at once.
       accumulation: equal parts to take the inputs in, one after the other; their mean gradient is
-        the whole batch's.
-      gather: parameters as the state keeps them to what the loss needs on each device.
+        the whole batch's, unless the loss moves anything, which needs 1.
+      gather: variables as the state keeps them to what the loss needs on each device.
       scatter: gradients to where the state keeps the parameters.
 
     Returns:
@@ -85,34 +97,44 @@ def make_train_step(
       `parameter_norm`, after it: norms over all parameters together.
     """
 
-    def gradient(params: Params, examples: Inputs, key: jax.Array) -> tuple[jax.Array, Params]:
-        value, gradients = jax.value_and_grad(loss)(params, examples, key)
-        return value, scatter(gradients)
+    def gradient(
+        variables: Variables, examples: Inputs, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Params], Variables]:
+        def of_params(params: Params) -> tuple[jax.Array, Variables]:
+            return loss({**variables, "params": params}, examples, key)
 
-    def accumulated(params: Params, examples: Inputs, key: jax.Array) -> tuple[jax.Array, Params]:
+        value_and_grad = jax.value_and_grad(of_params, has_aux=True)
+        (value, moved), gradients = value_and_grad(variables["params"])
+        return (value, scatter(gradients)), moved
+
+    def accumulated(
+        variables: Variables, examples: Inputs, key: jax.Array
+    ) -> tuple[tuple[jax.Array, Params], Variables]:
         def add(total: Any, part: tuple[Inputs, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+            found, moved = gradient(variables, *part)
+            assert not moved, "statistics of a batch are not those of its parts"
+            return jax.tree.map(jnp.add, total, found), None
 
         parts = _parts(examples, accumulation), jax.random.split(key, accumulation)
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, examples, key))
-        total, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda leaf: leaf / accumulation, total)
+        shapes, _ = jax.eval_shape(gradient, variables, examples, key)
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
+        return jax.tree.map(lambda leaf: leaf / accumulation, total), {}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         examples = inputs(batch, jax.random.fold_in(key, 1))
         whole = accumulated if accumulation > 1 else gradient
-        value, gradients = whole(gather(state.params), examples, key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = state.ema_params
-        if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+        (value, gradients), moved = whole(gather(state.variables), examples, key)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables["params"])
+        params = optax.apply_updates(state.variables["params"], updates)
+        variables, ema = {**state.variables, **moved, "params": params}, state.ema
+        if ema is not None:
+            ema = jax.tree.map(partial(_average, step_size=1 - ema_decay), variables, ema)
         metrics = {
             "loss": value,
             "gradient_norm": optax.tree.norm(gradients),
             "parameter_norm": optax.tree.norm(params),
         }
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+        return TrainState(state.step + 1, variables, ema, opt_state), metrics
 
     return train_step

@@ -2,6 +2,7 @@
 
 Examples:
   python convert_torch_weights.py activemlp_tiny.pth models/active_tiny --verify
+  python convert_torch_weights.py upernet_large.pth models/upernet_large --verify
   python convert_torch_weights.py models/active_tiny back.pth --to-torch
 """
 
@@ -9,14 +10,16 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
-from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import UserError, exit_with
-from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
+from activemlp_jax.models.backbone import VARIANTS, list_models
+from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.weights.architecture import Model, infer_model, list_keys
 from activemlp_jax.weights.model_directory import (
     BROKEN_CARD,
     ModelCard,
+    backbone,
     read_card,
     read_weights,
     whole_or_nothing,
@@ -30,9 +33,10 @@ from activemlp_jax.weights.torch_files import (
     sha256,
     write_checkpoint,
 )
-from activemlp_jax.weights.torch_names import from_torch, infer_architecture, to_torch
+from activemlp_jax.weights.torch_names import COUNT, from_torch, to_torch
 
 NAMES = {"ema": "averaged (EMA)", "model": "raw"}
+STATISTICS = ("running_mean", "running_var", COUNT)  # of batch norm: not parameters
 
 
 def main() -> None:
@@ -49,11 +53,15 @@ def main() -> None:
         "--to-torch, the only ones to write",
     )
     parser.add_argument(
-        "--model", choices=list_models(), help="refuse any other (found out from the shapes)"
+        "--model",
+        choices=list_models(),
+        help="refuse any other, also under a segmentation head (found out from the shapes)",
     )
     parser.add_argument("--num-classes", type=int, help="refuse another number of classes")
     parser.add_argument(
-        "--image-size", type=int, help="side that the weights are for (the file's, or else 224)"
+        "--image-size",
+        type=int,
+        help="side that a classifier's weights are for (the file's, or else 224)",
     )
     parser.add_argument(
         "--verify",
@@ -65,8 +73,9 @@ def main() -> None:
         "--to-torch",
         action="store_true",
         help="the way back: IN is a model directory, OUT a file. A .pth file has the original's "
-        "form, {'model': ..., 'model_ema': ...}; with --weights these under 'model' alone. A "
-        ".safetensors file has one set of weights",
+        "form, {'model': ..., 'model_ema': ...}; with --weights these under 'model' alone. That "
+        "of a segmentation model has mmsegmentation's, {'meta': ..., 'state_dict': ...}, and that "
+        "and a .safetensors file one set of weights",
     )
     arguments = parser.parse_args()
     source, target = Path(arguments.source), Path(arguments.target)
@@ -86,13 +95,14 @@ def main() -> None:
         exit_with(f"{error.filename or target}: {error.strerror or error}")
 
 
-def _expected_model(arguments: argparse.Namespace, found: dict[str, Any]) -> ActiveMLP:
-    """The model that the command line asks for, or else that of the fields `found`."""
+def _expected_model(arguments: argparse.Namespace, found: Model) -> Model:
+    """The model that the command line asks for, or else the one `found`."""
+    fields = VARIANTS[arguments.model] if arguments.model else {}
+    if fields and isinstance(found, ActiveSegmentor):
+        fields = {"backbone": fields}
     if arguments.num_classes is not None:
-        found = {**found, "num_classes": arguments.num_classes}
-    if arguments.model:
-        return create_model(arguments.model, found["num_classes"])
-    return ActiveMLP(**found)
+        fields = {**fields, "num_classes": arguments.num_classes}
+    return found.clone(**fields)
 
 
 def _described(source: Path, checkpoint: TorchCheckpoint) -> ModelCard | None:
@@ -105,44 +115,82 @@ def _described(source: Path, checkpoint: TorchCheckpoint) -> ModelCard | None:
         raise UserError(f"{source} has a broken description of its model: {error}") from error
 
 
+def _preprocessing(
+    model: Model, described: ModelCard | None, sizes: tuple[int | None, int | None]
+) -> Preprocessing | ScenePreprocessing:
+    """For a model: what the file says or the original's; `sizes` are the file's and the asked."""
+    if described and described.is_segmentor != isinstance(model, ActiveSegmentor):
+        raise ValueError("the description of its model is of another task than its weights")
+    if isinstance(model, ActiveSegmentor):
+        if sizes[-1] is not None:
+            raise ValueError(
+                "--image-size does not go with a segmentation model, which takes scenes of any "
+                "size: leave it out"
+            )
+        return described.preprocessing if described else ScenePreprocessing()
+    fields = dataclasses.asdict(described.preprocessing) if described else {}
+    for size in sizes:
+        if size is not None:
+            fields["image_size"] = size
+    return Preprocessing(**fields)
+
+
 def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(source)
     described = _described(source, checkpoint)
     default = choose_kind(checkpoint.weights, arguments.weights or "auto", source)
     try:
-        model = _expected_model(arguments, infer_architecture(checkpoint.weights[default]))
-        preprocessing = described.preprocessing if described else Preprocessing()
-        for size in (checkpoint.image_size, arguments.image_size):
-            if size is not None:
-                preprocessing = dataclasses.replace(preprocessing, image_size=size)
-        params = {
-            kind: from_torch(state_dict, model)["params"]
-            for kind, state_dict in checkpoint.weights.items()
+        model = _expected_model(arguments, infer_model(checkpoint.weights[default]))
+        sizes = (checkpoint.image_size, arguments.image_size)
+        preprocessing = _preprocessing(model, described, sizes)
+        variables = {
+            kind: from_torch(state_dict, model) for kind, state_dict in checkpoint.weights.items()
         }
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     origin = {"file": source.name, "sha256": sha256(source), "epoch": checkpoint.epoch}
-    same_classes = described and described.model.num_classes == model.num_classes
-    class_names = described.class_names if described and same_classes else None
-    card = ModelCard(model, preprocessing, tuple(params), default, class_names, origin)
+    if checkpoint.iteration is not None:
+        origin["iteration"] = checkpoint.iteration
+    names = (described.class_names if described else None) or checkpoint.class_names
+    class_names = names if names and len(names) == model.num_classes else None
+    card = ModelCard(model, preprocessing, tuple(variables), default, class_names, origin)
     _print_found(source, card, checkpoint)
     with whole_or_nothing(target) as place:
-        write_model(place, card, params)
+        write_model(place, card, variables)
         if arguments.verify:
             _verify(place, checkpoint)
     print(f"wrote {target}; the {NAMES[default]} weights are its default")
 
 
 def _print_found(source: Path, card: ModelCard, checkpoint: TorchCheckpoint) -> None:
-    arrays = checkpoint.weights[card.default_kind].values()
-    parameters = sum(array.size for array in arrays)
-    types = ", ".join(sorted({str(array.dtype) for array in arrays}))
-    name = card.name or f"of no published variant, depths {card.model.depths}"
-    epoch = "unknown" if checkpoint.epoch is None else checkpoint.epoch
+    arrays = {
+        key: array
+        for key, array in checkpoint.weights[card.default_kind].items()
+        if not key.endswith(STATISTICS)
+    }
+    parameters = sum(array.size for array in arrays.values())
+    types = ", ".join(sorted({str(array.dtype) for array in arrays.values()}))
+    name = card.name or f"of no published variant, depths {backbone(card.model).depths}"
+    classes = f"{card.model.num_classes} classes"
+    scenes = card.preprocessing
+    if isinstance(card.model, ActiveSegmentor):
+        name += f", under the head {card.model.head!r}"
+    if card.class_names:
+        classes += f" ({list_keys(list(card.class_names), 3)})"
+    elif checkpoint.class_names:
+        classes += f"; the file names {len(checkpoint.class_names)}, which are left out"
+    if checkpoint.iteration is not None:
+        moment = f"iteration {checkpoint.iteration}"
+    else:
+        moment = f"epoch {'unknown' if checkpoint.epoch is None else checkpoint.epoch}"
+    if isinstance(scenes, ScenePreprocessing):
+        images = f"resized into {scenes.long_side} x {scenes.short_side} pixels"
+    else:
+        images = f"{scenes.image_size} pixels"
     print(f"{source}: SHA-256 {card.source['sha256']}")
-    print(f"  model:   {name}, {parameters:,} parameters, {card.model.num_classes} classes")
-    print(f"  weights: {' and '.join(NAMES[kind] for kind in card.kinds)}, {types}; epoch {epoch}")
-    print(f"  images:  {card.preprocessing.image_size} pixels")
+    print(f"  model:   {name}, {parameters:,} parameters, {classes}")
+    print(f"  weights: {' and '.join(NAMES[kind] for kind in card.kinds)}, {types}; {moment}")
+    print(f"  images:  {images}")
 
 
 def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
@@ -159,18 +207,16 @@ def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
 
 def _to_torch(source: Path, target: Path, only: str | None) -> None:
     card = read_card(source)
-    one_only = target.suffix == ".safetensors"
+    one_only = target.suffix == ".safetensors" or card.is_segmentor
     if only:
         kinds = {choose_kind(card.kinds, only, source): "model"}
     elif one_only:
         kinds = {card.default_kind: "model"}
     else:
         kinds = {kind: kind for kind in card.kinds}
-    weights = {
-        key: to_torch({"params": read_weights(source, card, kind)}) for kind, key in kinds.items()
-    }
+    weights = {key: to_torch(read_weights(source, card, kind)) for kind, key in kinds.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(target, weights, card.to_json())
+    write_checkpoint(target, weights, card.to_json(), card.class_names)
     kinds_written = " and ".join(NAMES[kind] for kind in kinds)
     print(f"wrote the {kinds_written} weights to {target}")
 

@@ -1,8 +1,10 @@
 """The model directory: weights and all one must know to use them.
 
     model.json     architecture, classes, preprocessing, where the weights come from
-    weights/ema    the averaged parameters, by orbax, where there are any
-    weights/model  the parameters as training left them, likewise
+    weights/ema    the averaged variables, by orbax, where there are any
+    weights/model  the variables as training left them, likewise
+
+Variables are `params`, and for segmentation `batch_stats`.
 
 Conversion and training write it; every other tool takes just the directory.
 """
@@ -23,19 +25,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.data.examples import check_same_classes
+from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
+from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.torch_files import choose_kind
-from activemlp_jax.weights.torch_names import parameter_shapes
+from activemlp_jax.weights.torch_names import variable_shapes
 
-FORMAT = 1
+FORMAT = 2
 ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_interval")
+HEAD = ("head", "channels", "aux_channels", "neck_channels")
 
 # What `ModelCard.from_json` raises where there is none.
 BROKEN_CARD = (AttributeError, KeyError, TypeError, ValueError)
 
-Params = dict[str, Any]
+Variables = dict[str, Any]  # what a model's `apply` takes, as arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +50,15 @@ class ModelCard:
 
     Args:
       model: of the weights, in float32 and without drop path.
-      preprocessing: that the weights were made for.
+      preprocessing: that the weights were made for; of a segmentor, a `ScenePreprocessing`.
       kinds: of weights, out of 'ema' and 'model'.
       default_kind: the one to use where none is asked for.
       class_names: by label, where they are known.
       source: where the weights come from, as JSON takes it.
     """
 
-    model: ActiveMLP
-    preprocessing: Preprocessing
+    model: Model
+    preprocessing: Preprocessing | ScenePreprocessing
     kinds: tuple[str, ...]
     default_kind: str
     class_names: tuple[str, ...] | None = None
@@ -60,15 +66,21 @@ class ModelCard:
 
     @property
     def name(self) -> str | None:
-        """The published variant's, or None where it is none of them."""
+        """The published variant's, also of a backbone; None where it is none of them."""
         return variant_name(self.model)
+
+    @property
+    def is_segmentor(self) -> bool:
+        """Whether the model labels pixels, not images."""
+        return isinstance(self.model, ActiveSegmentor)
 
     def to_json(self) -> dict[str, Any]:
         """As written."""
         return {
             "format": FORMAT,
+            "task": "segmentation" if self.is_segmentor else "classification",
             "name": self.name,
-            "architecture": {field: getattr(self.model, field) for field in ARCHITECTURE},
+            "architecture": _architecture(self.model),
             "classes": {"number": self.model.num_classes, "names": self.class_names},
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "weights": {"kinds": self.kinds, "default": self.default_kind},
@@ -81,10 +93,9 @@ class ModelCard:
         if content["format"] != FORMAT:
             raise ValueError(f"format is {content['format']!r}, expected {FORMAT}")
         classes, weights = content["classes"], content["weights"]
-        architecture: dict[str, Any] = {
-            field: tuple(value) if isinstance(value, list) else value
-            for field, value in content["architecture"].items()
-        }
+        if content["task"] not in ("classification", "segmentation"):
+            raise ValueError(f"task is {content['task']!r}, which is unknown")
+        to_segment = content["task"] == "segmentation"
         preprocessing = dict(content["preprocessing"])
         for field in ("mean", "std"):
             preprocessing[field] = tuple(preprocessing[field])
@@ -94,9 +105,10 @@ class ModelCard:
         names = tuple(classes["names"]) if classes["names"] else None
         if names and len(names) != classes["number"]:
             raise ValueError(f"{len(names)} names for {classes['number']} classes")
+        model_type = ActiveSegmentor if to_segment else ActiveMLP
         return cls(
-            ActiveMLP(**architecture, num_classes=classes["number"]),
-            Preprocessing(**preprocessing),
+            model_type(**_tuples(content["architecture"]), num_classes=classes["number"]),
+            ScenePreprocessing(**preprocessing) if to_segment else Preprocessing(**preprocessing),
             kinds,
             default,
             names,
@@ -104,10 +116,41 @@ class ModelCard:
         )
 
 
-def variant_name(model: ActiveMLP) -> str | None:
-    """The published variant that `model` is, at any number of classes."""
-    plain = model.clone(drop_path_rate=0.0, dtype=jnp.float32, remat_stages=())
-    same = (name for name in list_models() if create_model(name, model.num_classes) == plain)
+def backbone(model: Model) -> ActiveMLP:
+    """The backbone that `model` is, or has under its head."""
+    return ActiveMLP(**model.backbone) if isinstance(model, ActiveSegmentor) else model
+
+
+def _architecture(model: Model) -> dict[str, Any]:
+    """The fields of a model's type that say its shape, but for the number of classes."""
+    fields = {field: getattr(backbone(model), field) for field in ARCHITECTURE}
+    if isinstance(model, ActiveSegmentor):
+        return {"backbone": fields} | {field: getattr(model, field) for field in HEAD}
+    return fields
+
+
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A dict as JSON gives it, with tuples for lists."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
+
+
+def check_classes(card: ModelCard, class_names: tuple[str, ...], what: str) -> None:
+    """Raises UserError if a data set, `what`, has other classes than the model was made for."""
+    if card.class_names:
+        check_same_classes(card.class_names, class_names, what)
+    elif len(class_names) != card.model.num_classes:
+        raise UserError(
+            f"{what} has {len(class_names)} classes, but the model has {card.model.num_classes}"
+        )
+
+
+def variant_name(model: Model) -> str | None:
+    """The published variant that `model` is or has under its head, at any number of classes."""
+    there = backbone(model)
+    plain = there.clone(drop_path_rate=0.0, dtype=jnp.float32, remat_stages=())
+    same = (name for name in list_models() if create_model(name, there.num_classes) == plain)
     return next(same, None)
 
 
@@ -126,13 +169,13 @@ def whole_or_nothing(directory: Path) -> Iterator[Path]:
         written.rename(directory)
 
 
-def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Params]) -> None:
+def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Variables]) -> None:
     """Fill an empty directory; of several hosts, one alone calls it.
 
     Args:
       directory: to write into; see `whole_or_nothing`.
       card: what to say of the weights.
-      weights: parameters of `card.model`, numpy arrays, by the kinds that `card` names.
+      weights: variables of `card.model`, numpy arrays, by the kinds that `card` names.
     """
     host = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -162,8 +205,8 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
         ) from error
 
 
-def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) -> Params:
-    """The parameters of one kind, as numpy arrays in the dtypes written.
+def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) -> Variables:
+    """The variables of one kind, as numpy arrays in the dtypes written.
 
     Raises:
       UserError: they are missing, unreadable, or not those of the model that `card` names.
@@ -171,26 +214,26 @@ def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) 
     path = Path(directory).expanduser().absolute() / "weights" / kind
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path)
+            variables = checkpointer.restore(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path} cannot be read: {reason}") from error
-    params = jax.tree.map(np.asarray, params)
-    shapes = {key: value.shape for key, value in traverse_util.flatten_dict(params).items()}
-    expected = parameter_shapes(card.model)
+    variables = jax.tree.map(np.asarray, variables)
+    shapes = {key: value.shape for key, value in traverse_util.flatten_dict(variables).items()}
+    expected = variable_shapes(card.model)
     wrong = [key for key in shapes | expected if shapes.get(key) != expected.get(key)]
     if wrong:
-        name, found = "/".join(wrong[0]), shapes.get(wrong[0], "absent")
+        name, found = "/".join(wrong[0][1:]), shapes.get(wrong[0], "absent")
         raise UserError(
             f"{path} does not fit the model.json beside it: {len(wrong)} parameters differ; "
             f"{name} is {found}, expected {expected.get(wrong[0], 'none')}"
         )
-    return params
+    return variables
 
 
 def load_pretrained(
     directory: str | os.PathLike[str], weights: str = "auto"
-) -> tuple[ActiveMLP, dict[str, Any]]:
+) -> tuple[Model, Variables]:
     """The model and the weights that conversion or training wrote.
 
     Args:
@@ -199,12 +242,13 @@ def load_pretrained(
         there is one unless conversion was told otherwise.
 
     Returns:
-      The linen module, and its variables `{'params': tree}`, arrays on the default device.
+      The linen module, and its variables, `{'params': tree}` and for segmentation `batch_stats`,
+      arrays on the default device.
 
     Raises:
       UserError: no such directory, or one that is incomplete or lacks these weights.
     """
     card = read_card(directory)
     kind = card.default_kind if weights == "auto" else choose_kind(card.kinds, weights, directory)
-    params = read_weights(directory, card, kind)
-    return card.model, {"params": jax.tree.map(jnp.asarray, params)}
+    variables = read_weights(directory, card, kind)
+    return card.model, jax.tree.map(jnp.asarray, variables)

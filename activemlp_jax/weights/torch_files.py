@@ -12,7 +12,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from activemlp_jax.errors import UserError
-from activemlp_jax.models.backbone import MIN_IMAGE_SIDE, ActiveMLP
-from activemlp_jax.weights.torch_names import as_numpy, from_torch
+from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
+from activemlp_jax.weights.architecture import Model, is_segmentor
+from activemlp_jax.weights.torch_names import COUNT, as_numpy, from_torch
 
 StateDict = dict[str, np.ndarray]
 
@@ -39,14 +40,17 @@ class TorchCheckpoint(NamedTuple):
     """What a file holds.
 
     `weights` has the state dicts by kind: 'model' as training left them, 'ema' their average; at
-    least one. `epoch` and `image_size` are None where the file does not say, and `description`, the
-    content of a `model.json`, where this package did not write it.
+    least one. `epoch`, `image_size`, and of segmentation `iteration` and `class_names`, which need
+    not fit the weights, are None where the file does not say, and `description`, the content of a
+    `model.json`, where this package did not write it.
     """
 
     weights: dict[str, StateDict]
     epoch: int | None = None
     image_size: int | None = None
     description: Any = None
+    iteration: int | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
@@ -65,16 +69,17 @@ def sha256(path: Path) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
-    """Read classifier weights; nothing in the file can run code.
+    """Read a classifier's weights or a segmentation model's; nothing in the file can run code.
 
     Args:
       path: a `.safetensors` file, or what `torch.save` wrote: the original's checkpoint
-        `{'model', 'model_ema', ...}`, a state dict, or one under 'state_dict'; the prefix
-        'module.' of data-parallel training is dropped.
+        `{'model', 'model_ema', ...}`, a state dict, or one under 'state_dict' as mmsegmentation
+        has it, `{'meta', 'state_dict', ...}`; the prefix 'module.' of data-parallel training is
+        dropped.
 
     Raises:
       UserError: no such file; broken, of another kind, or in need of a class other than tensors
-        and `argparse.Namespace`, named; a segmentation checkpoint; values that are not finite.
+        and `argparse.Namespace`, named; values that are no numbers of a weight.
 
     Source: the checkpoints of the authors' release.
     """
@@ -90,14 +95,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
         kind: _checked(state_dict, f"{path}: {kind}: ", path.stat().st_size)
         for kind, state_dict in _find_weights(content, path).items()
     }
-    epoch = content.get("epoch")
+    epoch, meta = content.get("epoch"), content.get("meta")
+    meta = meta if isinstance(meta, Mapping) else {}
+    iteration = meta.get("iter")
     image_size = getattr(content.get("args"), "input_size", None)
     return TorchCheckpoint(
         weights,
         epoch if isinstance(epoch, int) else None,
         image_size if isinstance(image_size, int) and image_size >= MIN_IMAGE_SIDE else None,
         _parsed(description, path),
+        iteration if isinstance(iteration, int) else None,
+        _class_names(meta.get("CLASSES")),
     )
+
+
+def _class_names(found: object) -> tuple[str, ...] | None:
+    if not isinstance(found, list | tuple) or not found:
+        return None
+    # One of mmsegmentation's names for ADE20K ends with a space.
+    return tuple(map(str.strip, found)) if all(isinstance(name, str) for name in found) else None
 
 
 def _parsed(description: object, path: Path) -> Any:
@@ -110,7 +126,7 @@ def _parsed(description: object, path: Path) -> Any:
 
 
 def load_torch_checkpoint(
-    path: str | os.PathLike[str], weights: str = "auto", model: ActiveMLP | None = None
+    path: str | os.PathLike[str], weights: str = "auto", model: Model | None = None
 ) -> dict[str, Any]:
     """Flax variables from a PyTorch or safetensors file; nothing in the file can run code.
 
@@ -120,7 +136,8 @@ def load_torch_checkpoint(
       model: what the weights are for; without it, the model is inferred from the shapes.
 
     Returns:
-      `{'params': tree}` of numpy arrays in flax layout and the file's dtypes.
+      `{'params': tree}`, and for segmentation `batch_stats`, of numpy arrays in flax layout and the
+      file's dtypes; but the counts of batch norm are int32.
 
     Raises:
       UserError: a file that cannot be read, lacks these weights, or does not fit the model.
@@ -134,14 +151,18 @@ def load_torch_checkpoint(
 
 
 def write_checkpoint(
-    path: Path, weights: Mapping[str, StateDict], description: Mapping[str, Any]
+    path: Path,
+    weights: Mapping[str, StateDict],
+    description: Mapping[str, Any],
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write state dicts by kind as the original does, for `torch.load`; whole or not at all.
 
     Args:
       path: a `.safetensors` file takes one kind; any other is PyTorch's, with the original's keys.
-      weights: see `TorchCheckpoint`.
+      weights: see `TorchCheckpoint`; of a segmentation model one kind, in mmsegmentation's form.
       description: of the model, as JSON takes it; kept beside the weights.
+      class_names: by label, for mmsegmentation.
 
     Raises:
       UserError, OSError: it cannot be written.
@@ -158,6 +179,10 @@ def write_checkpoint(
                 KINDS[kind]: {name: as_tensor(value) for name, value in state_dict.items()}
                 for kind, state_dict in weights.items()
             }
+            if any(map(is_segmentor, weights.values())):
+                (tensors,) = content.values()
+                meta = {"CLASSES": tuple(class_names)} if class_names else {}
+                content = {"meta": meta, "state_dict": tensors}
             with aside.open("wb") as file:
                 torch.save({**content, DESCRIPTION: text}, file)
         os.replace(aside, path)
@@ -261,14 +286,7 @@ def _find_weights(content: Mapping[Any, Any], path: Path) -> dict[str, Mapping[s
             f"{path} holds no weights: expected a state dict, or one under 'model', 'model_ema' or "
             f"'state_dict', found {keys}"
         )
-    weights = {kind: _without_prefix(state_dict) for kind, state_dict in weights.items()}
-    for state_dict in weights.values():
-        if any(str(key).startswith(("backbone.", "decode_head.")) for key in state_dict):
-            raise UserError(
-                f"{path} is a segmentation checkpoint (its keys start with 'backbone.' or "
-                "'decode_head.'); only classifiers can be converted"
-            )
-    return weights
+    return {kind: _without_prefix(state_dict) for kind, state_dict in weights.items()}
 
 
 def _without_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -279,7 +297,7 @@ def _without_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _checked(state_dict: Mapping[str, Any], where: str, file_size: int) -> StateDict:
-    """As numpy arrays, each of them floating, finite, and no larger than the file."""
+    """As numpy arrays, each floating and finite, or a count, and no larger than the file."""
     arrays = {}
     for key, value in state_dict.items():
         if not isinstance(key, str) or not hasattr(value, "shape"):
@@ -290,10 +308,27 @@ def _checked(state_dict: Mapping[str, Any], where: str, file_size: int) -> State
             raise UserError(f"{where}{key} is no dense tensor: {error}") from error
         if array.nbytes > file_size:  # a few bytes, repeated: too large to look at
             raise UserError(f"{where}{key} has {array.nbytes} bytes, more than the whole file")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise UserError(f"{where}{key} has values of type {array.dtype}, expected floating")
-        not_finite = array.size - int(np.isfinite(array).sum())
-        if not_finite:
-            raise UserError(f"{where}{key} has {not_finite} of {array.size} values not finite")
+        if key.endswith(f".{COUNT}"):
+            _check_count(array, f"{where}{key}")
+        else:
+            _check_weight(array, f"{where}{key}")
         arrays[key] = array
     return arrays
+
+
+def _check_weight(array: np.ndarray, what: str) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{what} has values of type {array.dtype}, expected floating")
+    not_finite = array.size - int(np.isfinite(array).sum())
+    if not_finite:
+        raise UserError(f"{what} has {not_finite} of {array.size} values not finite")
+
+
+def _check_count(array: np.ndarray, what: str) -> None:
+    """Of batches that a batch norm saw: the one integer that a state dict may hold."""
+    if array.dtype != np.int64 or array.shape:
+        found = f"type {array.dtype} and shape {array.shape}"
+        raise UserError(f"{what} has {found}, expected one count of type int64")
+    most = np.iinfo(np.int32).max  # it is of 32 bits in flax
+    if not 0 <= array <= most:
+        raise UserError(f"{what} is {array}, expected a count between 0 and {most}")

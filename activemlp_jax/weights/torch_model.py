@@ -7,6 +7,7 @@ Source: Active Token Mixer, section 3, and the keys of the authors' released che
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +113,8 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class TorchActiveMLP(nn.Module):
-    """ActiveMLP for inference and gradients; fields as those of the flax `ActiveMLP`."""
+class TorchBackbone(nn.Module):
+    """ActiveMLP without its head, for inference and gradients; fields as of flax's `ActiveMLP`."""
 
     def __init__(
         self,
@@ -122,7 +123,6 @@ class TorchActiveMLP(nn.Module):
         mlp_ratios: Sequence[float],
         share_dims: Sequence[int],
         offset_interval: int,
-        num_classes: int = 1000,
     ):
         super().__init__()
         self.patch_embed = Convolution(3, embed_dims[0], 7, stride=4, padding=2)
@@ -145,12 +145,14 @@ class TorchActiveMLP(nn.Module):
                     )
                 )
             self.blocks.append(blocks)
-        self.norm = nn.LayerNorm(embed_dims[-1])
-        self.head = nn.Linear(embed_dims[-1], num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images `[B, H, W, 3]`, normalised, to logits `[B, num_classes]`."""
+    def taps(self, images: Tensor) -> list[Tensor]:
+        """Images `[B, H, W, 3]`, normalised, to each stage's map before it is made smaller.
+
+        Four of them, `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32.
+        """
         x = self.patch_embed(images)
+        maps = []
         for stage, peg in enumerate(self.pos_blocks):
             for block in self.blocks[stage].children():
                 assert isinstance(block, Block)
@@ -158,6 +160,21 @@ class TorchActiveMLP(nn.Module):
                     x = x + peg(x)
                     offset = block.offset_layer(x)
                 x = block(x, offset)
-                if block.downsample is not None:
-                    x = block.downsample(x)
-        return self.head(self.norm(x).mean(dim=(1, 2)))
+                downsample = block.downsample
+            maps.append(x)
+            if downsample is not None:  # of the stage's last block
+                x = downsample(x)
+        return maps
+
+
+class TorchActiveMLP(TorchBackbone):
+    """ActiveMLP for inference and gradients; fields as those of the flax `ActiveMLP`."""
+
+    def __init__(self, *, embed_dims: Sequence[int], num_classes: int = 1000, **fields: Any):
+        super().__init__(embed_dims=embed_dims, **fields)
+        self.norm = nn.LayerNorm(embed_dims[-1])
+        self.head = nn.Linear(embed_dims[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[B, H, W, 3]`, normalised, to logits `[B, num_classes]`."""
+        return self.head(self.norm(self.taps(images)[-1]).mean(dim=(1, 2)))

@@ -5,17 +5,34 @@ Needs the extra `torch`.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from activemlp_jax.weights.model_directory import ARCHITECTURE, ModelCard, read_card, read_weights
+from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.weights.architecture import Model
+from activemlp_jax.weights.model_directory import (
+    ARCHITECTURE,
+    HEAD,
+    ModelCard,
+    backbone,
+    read_card,
+    read_weights,
+)
 from activemlp_jax.weights.torch_files import StateDict, as_tensor
 from activemlp_jax.weights.torch_model import TorchActiveMLP
+from activemlp_jax.weights.torch_segmentation import TorchSegmentor
 
 BOUND = 1e-9  # relative; float64 leaves about 1e-15
+# Of the scene for segmentation models, which take any size: small, since their heads are wide, and
+# odd after the first halvings, so that maps are resized by other ratios than two.
+SCENE = (72, 104)
+
+Logits = tuple[np.ndarray, ...]  # and the auxiliary head's
 
 
 def largest_difference(
@@ -26,47 +43,81 @@ def largest_difference(
     Args:
       directory: of the converted model.
       state_dicts: what it was converted from, by kind of weights.
-      images: how many, of the size that the model was made for.
+      images: how many, of the size that the model was made for; of a segmentation model, one small
+        scene is taken.
 
     Returns:
-      By kind of weights, the norm of the difference over the norm of PyTorch's logits.
+      By kind of weights, the norm of the difference over the norm of PyTorch's logits; where there
+      is an auxiliary head, the larger one of both heads.
     """
     card = read_card(directory)
-    size = card.preprocessing.image_size
-    inputs = np.random.default_rng(0).standard_normal((images, size, size, 3))
+    if isinstance(card.preprocessing, Preprocessing):
+        shape = (images, card.preprocessing.image_size, card.preprocessing.image_size, 3)
+    else:
+        shape = (1, *SCENE, 3)
+    inputs = np.random.default_rng(0).standard_normal(shape)
     # One framework after the other: the weights of a large model need not be there twice.
     ours = _flax_logits(directory, card, inputs)
     theirs = _torch_logits(state_dicts, card, inputs)
-    return {
-        kind: float(np.linalg.norm(ours[kind] - theirs[kind]) / np.linalg.norm(theirs[kind]))
-        for kind in state_dicts
-    }
+    return {kind: _difference(ours[kind], theirs[kind]) for kind in state_dicts}
 
 
-def _flax_logits(directory: Path, card: ModelCard, inputs: np.ndarray) -> dict[str, np.ndarray]:
+def _difference(ours: Logits, theirs: Logits) -> float:
+    return max(
+        float(np.linalg.norm(mine - other) / np.linalg.norm(other))
+        for mine, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _flax_logits(directory: Path, card: ModelCard, inputs: np.ndarray) -> dict[str, Logits]:
+    has_aux = isinstance(card.model, ActiveSegmentor) and card.model.head == "upernet"
+    options: dict[str, Any] = {"return_aux": True} if has_aux else {}
     logits = {}
     with jax.enable_x64(True):
-        apply = jax.jit(card.model.clone(dtype=jnp.float64).apply)
+        model = card.model.clone(dtype=jnp.float64)
+
+        @jax.jit
+        def run(variables: dict, images: jax.Array) -> Any:
+            return model.apply(variables, images, **options)
+
         for kind in card.kinds:
-            params = jax.tree.map(
-                lambda leaf: jnp.asarray(leaf, jnp.float64), read_weights(directory, card, kind)
-            )
-            logits[kind] = np.asarray(apply({"params": params}, jnp.asarray(inputs)))
-            del params
+            variables = jax.tree.map(_in_float64, read_weights(directory, card, kind))
+            logits[kind] = _all_of(jax.device_get(run(variables, jnp.asarray(inputs))))
+            del variables
     return logits
+
+
+def _all_of(found: Any) -> tuple[Any, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _in_float64(value: np.ndarray) -> jax.Array:
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    return jnp.asarray(value, jnp.float64 if floating else value.dtype)
 
 
 def _torch_logits(
     state_dicts: Mapping[str, StateDict], card: ModelCard, inputs: np.ndarray
-) -> dict[str, np.ndarray]:
-    fields = {field: getattr(card.model, field) for field in ARCHITECTURE}
+) -> dict[str, Logits]:
     with torch.device("meta"):  # its weights come with each state dict
-        model = TorchActiveMLP(**fields, num_classes=card.model.num_classes)
+        model = torch_model(card.model)
     logits = {}
     for kind, state_dict in state_dicts.items():
-        tensors = {key: as_tensor(value).double() for key, value in state_dict.items()}
+        tensors = {key: as_tensor(value) for key, value in state_dict.items()}
+        for key, tensor in tensors.items():
+            tensors[key] = tensor.double() if tensor.is_floating_point() else tensor
         model.load_state_dict(tensors, assign=True)
         del tensors
         with torch.inference_mode():
-            logits[kind] = model(torch.from_numpy(inputs)).numpy()
+            found = _all_of(model(torch.from_numpy(inputs)))
+        logits[kind] = tuple(value.numpy() for value in found)
     return logits
+
+
+def torch_model(model: Model) -> torch.nn.Module:
+    """The second writing of a flax `model`: the same function, without weights of its own."""
+    fields = {field: getattr(backbone(model), field) for field in ARCHITECTURE}
+    if isinstance(model, ActiveSegmentor):
+        heads = {field: getattr(model, field) for field in HEAD}
+        return TorchSegmentor(fields, num_classes=model.num_classes, **heads)
+    return TorchActiveMLP(**fields, num_classes=model.num_classes)

@@ -54,8 +54,19 @@ def test_the_command_prints_the_table():
         assert figure in result.stdout
 
 
+def test_the_command_prints_segmentation_models_at_any_size():
+    options = ("--model", "active_xtiny", "--head", "upernet", "--image-size", "512x2048")
+    result = benchmark("table", *options)
+    assert result.returncode == 0, result.stderr
+    for figure in ("512 x 2048, upernet, 150 classes", "45,325,004", "887.710"):
+        assert figure in result.stdout
+
+
 def test_the_command_explains_itself_and_refuses_small_images():
     assert "python -m activemlp_jax.benchmark table" in benchmark("--help").stdout
+    result = benchmark("table", "--image-size", "512 by 2048")
+    assert result.returncode == 2
+    assert "--image-size is '512 by 2048', expected a side, or HEIGHTxWIDTH" in result.stderr
     result = benchmark("table", "--image-size", "31")
     assert result.returncode == 2
     assert "expected sides of at least 32" in result.stderr

@@ -38,13 +38,13 @@ def shapes() -> TrainState:
 
 def new_state() -> TrainState:
     params = {"large": jnp.ones((512, 512)), "small": jnp.arange(3.0)}
-    return TrainState.create(params, OPTIMIZER, ema_decay=0.9)
+    return TrainState.create({"params": params}, OPTIMIZER, ema_decay=0.9)
 
 
 @pytest.mark.parametrize("steps_after", [0, 50])
 def test_a_state_comes_back_as_it_was_at_the_save(tmp_path: Path, steps_after: int):
-    def loss(params: dict[str, jax.Array], *_: object) -> jax.Array:
-        return sum(leaf.sum() for leaf in jax.tree.leaves(params))
+    def loss(variables: dict[str, Any], *_: object) -> Any:
+        return sum(leaf.sum() for leaf in jax.tree.leaves(variables["params"])), {}
 
     # Donation lets a step write into the very buffers that are being saved.
     step = jax.jit(make_train_step(loss, OPTIMIZER, 0.9, seed=0), donate_argnums=0)

@@ -6,7 +6,7 @@ from collections.abc import Generator
 import numpy as np
 import pytest
 
-from activemlp_jax.training.sharding import batch_shapes, make_mesh, prefetch, put_batch
+from activemlp_jax.training.sharding import make_mesh, place_rows, prefetch, put_batch
 
 
 def test_batches_arrive_in_order_and_are_asked_for_ahead_of_time():
@@ -47,7 +47,8 @@ def test_closing_ends_what_makes_the_batches():
 def test_the_step_is_compiled_for_the_batches_it_gets():
     mesh = make_mesh()
     batch = {"image": np.zeros((8, 32, 32, 3), np.uint8), "label": np.zeros(8, np.int32)}
-    placed, shapes = put_batch(batch, mesh), batch_shapes(8, 32, mesh)
+    shapes = place_rows({"image": ((8, 32, 32, 3), "uint8"), "label": ((8,), "int32")}, mesh)
+    placed = put_batch(batch, mesh)
     for key, shape in shapes.items():
         assert (placed[key].shape, placed[key].dtype) == (shape.shape, shape.dtype)
         assert placed[key].sharding == shape.sharding

@@ -10,26 +10,34 @@ import optax
 import pytest
 
 import activemlp_jax as am
+from activemlp_jax.training.classification import soft_cross_entropy
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.optimizer import decay_mask, make_optimizer
 from activemlp_jax.training.step import TrainState, make_train_step
-from activemlp_jax.training.tasks import soft_cross_entropy
 
 
 def micro(**changes: Any) -> am.ActiveMLP:
     return am.ActiveMLP(**{**goldens.MICRO, **changes})
 
 
-def test_the_original_groups_of_decayed_weights():
-    model = micro()
-    mask = decay_mask(goldens.rule_variables(model)["params"])
-    spread = jax.tree.map(
-        lambda decays, leaf: np.full(leaf.shape, decays),
-        mask,
-        goldens.rule_variables(model)["params"],
-    )
+@pytest.mark.parametrize(
+    ("model", "not_decayed", "file"),
+    [
+        (micro(), "vectors", "weight_decay_groups.json"),
+        (
+            am.ActiveSegmentor(**goldens.SEG_MICRO["upernet"]),
+            "norms",
+            "seg_weight_decay_groups.json",
+        ),
+    ],
+    ids=["classification", "segmentation"],
+)
+def test_the_original_groups_of_decayed_weights(model: Any, not_decayed: str, file: str):
+    params = goldens.rule_variables(model)["params"]
+    mask = decay_mask(params, not_decayed)
+    spread = jax.tree.map(lambda decays, leaf: np.full(leaf.shape, decays), mask, params)
     by_name = {name: bool(value.all()) for name, value in am.to_torch({"params": spread}).items()}
-    groups = goldens.load_json("weight_decay_groups.json")
+    groups = goldens.load_json(file)
     assert {name for name, decays in by_name.items() if not decays} == set(
         groups["no_weight_decay"]
     )
@@ -41,15 +49,14 @@ def test_six_steps_equal_the_originals():
     golden = goldens.load("train_steps.npz")
     model = micro(dtype=jnp.float64)
 
-    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        logits = model.apply({"params": params}, batch["image"], train=True, rngs={"dropout": key})
-        return soft_cross_entropy(logits, batch["target"])
+    def loss(variables: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
+        logits = model.apply(variables, batch["image"], train=True, rngs={"dropout": key})
+        return soft_cross_entropy(logits, batch["target"]), {}
 
     rates = jnp.asarray(golden["lr"])
     optimizer = make_optimizer(default_config().optimizer, lambda step: rates[step], model)
     ema_decay = float(golden["ema_decay"])
-    params = goldens.rule_variables(model, seed=1)["params"]
-    state = TrainState.create(params, optimizer, ema_decay)
+    state = TrainState.create(goldens.rule_variables(model, seed=1), optimizer, ema_decay)
     step = jax.jit(make_train_step(loss, optimizer, ema_decay, seed=0))
     for i, expected in enumerate(golden["loss"]):
         logits = goldens.golden_input("train_steps.npz", f"target_logits_{i}")
@@ -60,8 +67,8 @@ def test_six_steps_equal_the_originals():
         state, metrics = step(state, batch)
         goldens.assert_close(metrics["loss"], expected, 1e-9, f"loss before step {i}")
 
-    for prefix, tree in (("final/", state.params), ("ema/", state.ema_params)):
-        weights = am.to_torch({"params": tree})
+    for prefix, variables in (("final/", state.variables), ("ema/", state.ema)):
+        weights = am.to_torch(variables)
         names = [key.removeprefix(prefix) for key in golden if key.startswith(prefix)]
         assert len(names) > 100, f"only {len(names)} goldens under {prefix}"
         for name in names:
@@ -70,21 +77,51 @@ def test_six_steps_equal_the_originals():
 
 def test_no_average_is_kept_where_the_decay_is_zero():
     optimizer = optax.sgd(0.5)
-    state = TrainState.create({"w": jnp.ones(2)}, optimizer, ema_decay=0)
-    assert state.ema_params is None
-    step = make_train_step(lambda params, *_: params["w"].sum(), optimizer, ema_decay=0, seed=0)
+    state = TrainState.create({"params": {"w": jnp.ones(2)}}, optimizer, ema_decay=0)
+    assert state.ema is None
+    step = make_train_step(sum_of("w"), optimizer, ema_decay=0, seed=0)
     state, _ = step(state, {})
-    assert state.ema_params is None
-    np.testing.assert_array_equal(state.params["w"], [0.5, 0.5])
+    assert state.ema is None
+    np.testing.assert_array_equal(state.variables["params"]["w"], [0.5, 0.5])
+
+
+def sum_of(name: str) -> Any:
+    """The loss that is the sum of a parameter."""
+    return lambda variables, *_: (variables["params"][name].sum(), {})
+
+
+def test_what_a_model_keeps_beside_parameters_moves_and_is_averaged():
+    """A running mean, and a count, which has no average."""
+
+    def loss(variables: Any, batch: Any, key: jax.Array) -> Any:
+        del key
+        kept = variables["batch_stats"]
+        moved = {"mean": 0.5 * kept["mean"] + batch["x"].mean(), "count": kept["count"] + 1}
+        return variables["params"]["w"] * kept["mean"], {"batch_stats": moved}
+
+    variables = {
+        "params": {"w": jnp.ones(())},
+        "batch_stats": {"mean": jnp.zeros(()), "count": jnp.zeros((), jnp.int32)},
+    }
+    state = TrainState.create(variables, optax.sgd(1.0), ema_decay=0.9)
+    step = make_train_step(loss, optax.sgd(1.0), 0.9, seed=0)
+    state, metrics = step(state, {"x": jnp.arange(3.0)})
+    assert state.ema is not None
+    kept, averaged = state.variables["batch_stats"], state.ema["batch_stats"]
+    assert float(kept["mean"]) == 1
+    assert int(kept["count"]) == int(averaged["count"]) == 1
+    assert averaged["count"].dtype == jnp.int32
+    assert float(averaged["mean"]) == pytest.approx(0.1)
+    assert float(metrics["loss"]) == 0
 
 
 def test_random_numbers_follow_from_seed_and_step_alone():
-    def loss(params: Any, _: Any, key: jax.Array) -> jax.Array:
-        return params["w"] * jax.random.uniform(key)
+    def loss(variables: Any, _: Any, key: jax.Array) -> Any:
+        return variables["params"]["w"] * jax.random.uniform(key), {}
 
     def losses(seed: int, first: int) -> list[float]:
         step = make_train_step(loss, optax.sgd(0.0), 0, seed)
-        state = TrainState.create({"w": jnp.ones(())}, optax.sgd(0.0), 0)
+        state = TrainState.create({"params": {"w": jnp.ones(())}}, optax.sgd(0.0), 0)
         state = state.replace(step=jnp.asarray(first, jnp.int32))
         values = []
         for _ in range(3):
@@ -98,8 +135,9 @@ def test_random_numbers_follow_from_seed_and_step_alone():
 
 def test_a_step_tells_the_norms_of_gradient_and_weights():
     optimizer = optax.sgd(1.0)
-    state = TrainState.create({"a": jnp.full(4, 3.0), "b": jnp.zeros(2)}, optimizer, 0)
-    step = make_train_step(lambda params, *_: params["a"].sum(), optimizer, 0, seed=0)
+    params = {"a": jnp.full(4, 3.0), "b": jnp.zeros(2)}
+    state = TrainState.create({"params": params}, optimizer, 0)
+    step = make_train_step(sum_of("a"), optimizer, 0, seed=0)
     _, metrics = step(state, {})
     assert {name: float(value) for name, value in metrics.items()} == {
         "loss": 12.0,
@@ -116,24 +154,25 @@ def test_a_batch_taken_in_parts_gives_the_same_step():
         "target": jax.nn.softmax(goldens.normal(0, "target", (6, 4))),
     }
 
-    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    def loss(variables: Any, batch: dict[str, jax.Array], key: jax.Array) -> Any:
         del key
+        params = variables["params"]
         logits = jnp.tanh(batch["image"] @ params["first"]) @ params["second"]
-        return soft_cross_entropy(logits, batch["target"])
+        return soft_cross_entropy(logits, batch["target"]), {}
 
     optimizer = optax.sgd(0.1)
     found = []
     for parts in (1, 2):
         step = jax.jit(make_train_step(loss, optimizer, 0, seed=0, accumulation=parts))
-        state, metrics = step(TrainState.create(params, optimizer, 0), batch)
-        found.append((state.params, metrics["loss"]))
+        state, metrics = step(TrainState.create({"params": params}, optimizer, 0), batch)
+        found.append((state.variables, metrics["loss"]))
     for ours, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[0]), strict=True):
         goldens.assert_close(ours, expected, 1e-12, "two parts instead of one")
 
 
 def test_each_part_has_its_own_rows_and_random_numbers():
-    def loss(params: Any, rows: jax.Array, key: jax.Array) -> jax.Array:
-        return params["w"] * rows.sum() + jax.random.uniform(key)
+    def loss(variables: Any, rows: jax.Array, key: jax.Array) -> Any:
+        return variables["params"]["w"] * rows.sum() + jax.random.uniform(key), {}
 
     def batch(values: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         del key
@@ -141,7 +180,7 @@ def test_each_part_has_its_own_rows_and_random_numbers():
 
     optimizer = optax.sgd(1.0)
     step = make_train_step(loss, optimizer, 0, seed=0, inputs=batch, accumulation=3)
-    state = TrainState.create({"w": jnp.ones(())}, optimizer, 0)
+    state = TrainState.create({"params": {"w": jnp.ones(())}}, optimizer, 0)
     _, metrics = step(state, {"rows": jnp.arange(6.0)})
     assert float(metrics["gradient_norm"]) == 5.0  # (0 + 1 + ... + 5) / 3
     noise = 3 * float(metrics["loss"]) - 15

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import activemlp_jax as am
-from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import UserError
 from activemlp_jax.weights.model_directory import (
     ModelCard,
@@ -26,8 +26,8 @@ MODEL = am.ActiveMLP(**goldens.MICRO)
 NAMES = tuple("abcdefghij")
 
 
-def params(seed: int) -> Any:
-    return jax.tree.map(np.asarray, goldens.rule_variables(MODEL, seed)["params"])
+def variables(seed: int) -> Any:
+    return jax.tree.map(np.asarray, goldens.rule_variables(MODEL, seed))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preprocessing = Preprocessing(64, 1.25, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     card = ModelCard(MODEL, preprocessing, ("ema", "model"), "ema", NAMES, {"epoch": 3})
     with whole_or_nothing(directory) as place:
-        write_model(place, card, {"ema": params(1), "model": params(2)})
+        write_model(place, card, {"ema": variables(1), "model": variables(2)})
     return directory
 
 
@@ -63,20 +63,40 @@ def test_the_card_says_all_that_was_written(written: Path):
 def test_published_variants_are_known_by_name():
     for name in am.list_models():
         assert variant_name(am.create_model(name, num_classes=7, drop_path_rate=0.2)) == name
+        assert variant_name(am.create_segmentor(name, num_classes=7, drop_path_rate=0.2)) == name
 
 
 def test_weights_are_read_back_bit_for_bit(written: Path):
     card = read_card(written)
-    assert_same(read_weights(written, card, "ema"), params(1))
-    assert_same(read_weights(written, card, "model"), params(2))
+    assert_same(read_weights(written, card, "ema"), variables(1))
+    assert_same(read_weights(written, card, "model"), variables(2))
 
 
 @pytest.mark.parametrize(("weights", "seed"), [("auto", 1), ("ema", 1), ("model", 2)])
 def test_load_pretrained_gives_a_model_and_its_weights(written: Path, weights: str, seed: int):
-    model, variables = am.load_pretrained(written, weights)
+    model, found = am.load_pretrained(written, weights)
     assert model == MODEL
-    assert_same(variables, {"params": params(seed)})
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(variables))
+    assert_same(found, variables(seed))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("head", goldens.SEG_MICRO)
+def test_a_segmentation_model_is_read_back_with_its_statistics(head: str, tmp_path: Path):
+    model = am.ActiveSegmentor(**goldens.SEG_MICRO[head])
+    expected = jax.tree.map(np.asarray, goldens.rule_variables(model))
+    preprocessing = ScenePreprocessing(0, 96, 64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    card = ModelCard(model, preprocessing, ("model",), "model", NAMES[:7], {"epoch": 3})
+    with whole_or_nothing(tmp_path / "scenes") as place:
+        write_model(place, card, {"model": expected})
+    again = read_card(tmp_path / "scenes")
+    assert again == card
+    assert again.is_segmentor
+    found, weights = am.load_pretrained(tmp_path / "scenes")
+    assert found == model
+    assert set(weights) == {"params", "batch_stats"}
+    assert_same(weights, expected)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, weights)
+    assert dtypes == jax.tree.map(lambda leaf: leaf.dtype, expected)
 
 
 def test_a_failure_leaves_nothing_behind_and_what_was_there_alone(tmp_path: Path):
@@ -112,7 +132,9 @@ def rewrite(directory: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, r"model\.json is no description of a model: .*format is 2, expected 1"),
+        ({"format": 1}, r"model\.json is no description of a model: .*format is 1, expected 2"),
+        ({"task": "detection"}, r"task is 'detection', which is unknown"),
+        ({"task": "segmentation"}, r"no description of a model: TypeError"),
         ({"architecture": {"depths": [2, 2]}}, r"no description of a model: TypeError"),
         ({"classes": None}, r"no description of a model: TypeError"),
         ({"weights": {"kinds": ["model"], "default": "ema"}}, r"'ema' are the default, but there"),

@@ -221,11 +221,6 @@ def test_content_that_is_no_set_of_weights_is_named(content: Any, message: str, 
     assert "\n" not in str(error.value)
 
 
-def test_segmentation_checkpoints_are_recognised_and_refused():
-    with pytest.raises(UserError, match=r"is a segmentation checkpoint \(its keys start with 'ba"):
-        read_checkpoint(goldens.DATA / "seg_micro_upernet_checkpoint.pth")
-
-
 def test_weights_that_a_file_lacks_are_named(tmp_path: Path):
     torch.save(micro_state_dict(), tmp_path / "bare.pth")
     with pytest.raises(UserError, match=r"bare\.pth has no 'ema' weights, only 'model'"):

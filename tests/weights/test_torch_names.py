@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import activemlp_jax as am
-from activemlp_jax.weights.torch_names import infer_architecture, parameter_shapes
+from activemlp_jax.models.backbone import VARIANTS
+from activemlp_jax.weights.architecture import infer_architecture, infer_model
+from activemlp_jax.weights.torch_names import variable_shapes
 
 
 def micro_state_dict() -> dict[str, np.ndarray]:
@@ -33,8 +35,13 @@ def test_released_keys_convert_both_ways_bit_for_bit(name: str):
 @pytest.mark.parametrize("name", am.list_models())
 def test_architecture_is_read_off_the_shapes(name: str):
     state_dict = {key: np.empty(shape) for key, shape in goldens.official_shapes(name).items()}
-    inferred = am.ActiveMLP(**infer_architecture(state_dict))
-    assert inferred == am.create_model(name)
+    assert infer_model(state_dict) == am.create_model(name)
+
+
+def test_the_architecture_of_weights_without_a_head_is_read_off_too():
+    shapes = goldens.official_shapes("active_base").items()
+    state_dict = {f"x.{key}": np.empty(shape) for key, shape in shapes if "head" not in key}
+    assert infer_architecture(state_dict, "x.") == VARIANTS["active_base"]
 
 
 def test_an_odd_mlp_ratio_is_inferred_to_the_same_hidden_width():
@@ -42,8 +49,7 @@ def test_an_odd_mlp_ratio_is_inferred_to_the_same_hidden_width():
         model = am.ActiveMLP((2,) * 4, (dim,) * 4, (hidden / dim + 1e-12,) * 4, (4,) * 4, 1)
         shapes = goldens.torch_shapes(model)
         state_dict = {key: np.empty(shape) for key, shape in shapes.items()}
-        inferred = am.ActiveMLP(**infer_architecture(state_dict))
-        assert parameter_shapes(inferred) == parameter_shapes(model)
+        assert variable_shapes(infer_model(state_dict)) == variable_shapes(model)
 
 
 def test_tensors_are_accepted_without_copying_through_lists():

@@ -10,9 +10,9 @@ import numpy as np
 
 import activemlp_jax as am
 from activemlp_jax.data.device import normalise
-from activemlp_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from activemlp_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from activemlp_jax.training.classification import Classification
 from activemlp_jax.training.config import default_config
-from activemlp_jax.training.tasks import Classification
 
 
 def task(**changes: Any) -> Classification:
@@ -20,7 +20,7 @@ def task(**changes: Any) -> Classification:
     config.label_smoothing = 0.1
     config.batch_size = 6
     config.update_from_flattened_dict(changes)
-    return Classification(am.ActiveMLP(**goldens.MICRO), IMAGENET_MEAN, IMAGENET_STD, config)
+    return Classification(am.ActiveMLP(**goldens.MICRO), Preprocessing(32), config)
 
 
 def batch_and_log_probabilities() -> tuple[dict[str, np.ndarray], np.ndarray, dict]:
@@ -30,10 +30,10 @@ def batch_and_log_probabilities() -> tuple[dict[str, np.ndarray], np.ndarray, di
         "label": rng.integers(0, 10, 6).astype(np.int32),
         "mask": np.array([1, 1, 1, 1, 0, 0], np.float32),
     }
-    params = goldens.rule_variables(task().model)["params"]
+    variables = goldens.rule_variables(task().model)
     images = normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
-    logits = np.asarray(jax.jit(task().model.apply)({"params": params}, images), np.float64)
-    return batch, logits - np.log(np.exp(logits).sum(-1, keepdims=True)), params
+    logits = np.asarray(jax.jit(task().model.apply)(variables, images), np.float64)
+    return batch, logits - np.log(np.exp(logits).sum(-1, keepdims=True)), variables
 
 
 def test_images_are_normalised_by_mean_and_standard_deviation():
@@ -43,17 +43,19 @@ def test_images_are_normalised_by_mean_and_standard_deviation():
     np.testing.assert_allclose(ours.reshape(-1), expected, rtol=1e-6)
 
 
-def loss(task: Classification, params: Any, batch: Any, key: jax.Array) -> jax.Array:
+def loss(task: Classification, variables: Any, batch: Any, key: jax.Array) -> jax.Array:
     """Of a whole batch, as the step computes it."""
-    return task.loss(params, task.inputs(batch, jax.random.fold_in(key, 1)), key)
+    value, moved = task.loss(variables, task.inputs(batch, jax.random.fold_in(key, 1)), key)
+    assert moved == {}
+    return value
 
 
 def test_loss_is_the_cross_entropy_to_smoothed_labels():
-    batch, log_probabilities, params = batch_and_log_probabilities()
+    batch, log_probabilities, variables = batch_and_log_probabilities()
     targets = np.full((6, 10), 0.1 / 10)
     targets[np.arange(6), batch["label"]] += 0.9
     expected = -(targets * log_probabilities).sum(-1).mean()
-    ours = jax.jit(partial(loss, task()))(params, batch, jax.random.key(0))
+    ours = jax.jit(partial(loss, task()))(variables, batch, jax.random.key(0))
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
@@ -105,24 +107,24 @@ def test_erasing_comes_before_mixing():
 
 def test_in_bfloat16_models_pixels_and_targets_stay_float32():
     batch, _, _ = batch_and_log_probabilities()
-    config = task(**MIXED, random_erasing=0.25).train
+    config = task(**MIXED, random_erasing=0.25).config
     model = am.ActiveMLP(**goldens.MICRO, dtype=jnp.bfloat16)
-    half = Classification(model, IMAGENET_MEAN, IMAGENET_STD, config)
+    half = Classification(model, Preprocessing(32), config)
     images, targets = jax.jit(half.inputs)(batch, jax.random.key(0))
     assert images.dtype == targets.dtype == jnp.float32
     np.testing.assert_allclose(targets.sum(-1), np.ones(6), rtol=1e-6)
-    params = goldens.rule_variables(model)["params"]
+    variables = goldens.rule_variables(model)
     full = task(**MIXED, random_erasing=0.25)
     ours, exact = (
-        jax.jit(partial(loss, t))(params, batch, jax.random.key(0)) for t in (half, full)
+        jax.jit(partial(loss, t))(variables, batch, jax.random.key(0)) for t in (half, full)
     )
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, exact, rtol=2e-2)
 
 
 def test_padding_counts_nowhere():
-    batch, log_probabilities, params = batch_and_log_probabilities()
-    sums = jax.jit(task().count)(params, batch)
+    batch, log_probabilities, variables = batch_and_log_probabilities()
+    sums = jax.jit(task().count)(variables, batch)
     labels, rows = batch["label"][:4], np.arange(4)
     ranks = (log_probabilities > log_probabilities[np.arange(6), batch["label"], None]).sum(-1)
     assert float(sums["examples"]) == 4

@@ -1,0 +1,126 @@
+"""Label maps as pictures: colours over the image, and a legend that names them."""
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from activemlp_jax.data.scene_transforms import IGNORED
+
+SMALLEST = 384  # the longer side of a picture, in pixels, below which pixels are drawn larger
+LEGEND_ENTRIES = 24  # of the classes with most pixels
+MARGIN = 8
+FIRST_COLORS = (
+    *((64, 64, 64), (230, 40, 40), (40, 170, 60), (50, 90, 235), (245, 205, 30), (235, 75, 215)),
+    *((40, 205, 215), (245, 135, 30), (140, 60, 200), (165, 230, 60), (255, 170, 175)),
+)
+SHADES = ((0.85, 0.95), (0.5, 0.75), (0.9, 0.6))  # saturation and value of the colours after these
+
+
+def class_colors(count: int) -> np.ndarray:
+    """A colour `[count, 3]` uint8 for each class; the first is grey, often the background's."""
+    colors = list(FIRST_COLORS)
+    for label in range(len(colors), count):
+        # Steps of the golden ratio fill the circle of hues evenly, however many there are.
+        hue, (saturation, value) = label * 0.6180339887 % 1, SHADES[label % len(SHADES)]
+        red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+        colors.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return np.array(colors[:count], np.uint8)
+
+
+def paint(labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """The colours `[H, W, 3]` uint8 of `labels` `[H, W]`; what is ignored is black."""
+    table = np.zeros((IGNORED + 1, 3), np.uint8)
+    table[: len(colors)] = colors
+    return table[labels]
+
+
+def blend(image: np.ndarray, labels: np.ndarray, colors: np.ndarray, opacity: float) -> np.ndarray:
+    """`image` `[H, W, 3]` uint8 under the colours of `labels` `[H, W]`, at `opacity` 0 to 1."""
+    mixed = (1 - opacity) * image + opacity * paint(labels, colors)
+    return np.round(mixed).astype(np.uint8)
+
+
+def _enlarged(picture: np.ndarray) -> Image.Image:
+    height, width = picture.shape[:2]
+    factor = max(1, -(-SMALLEST // max(height, width)))
+    size = width * factor, height * factor
+    return Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
+
+
+def draw_overlay(
+    image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], opacity: float = 0.6
+) -> Image.Image:
+    """The image under the colours of its labels, and beside it a legend of those that occur.
+
+    Args:
+      image: `[H, W, 3]` uint8.
+      labels: `[H, W]`, a class a pixel.
+      class_names: by label.
+      opacity: of the colours, 0 to 1.
+    """
+    colors = class_colors(len(class_names))
+    picture = _enlarged(blend(image, labels, colors, opacity))
+    shares = np.bincount(labels.reshape(-1), minlength=len(class_names)) / labels.size
+    shown = [label for label in np.argsort(-shares, kind="stable") if shares[label] > 0]
+    lines = [f"{class_names[label]}  {100 * shares[label]:.1f}%" for label in shown]
+    left_out = len(lines) - LEGEND_ENTRIES
+    if left_out > 0:
+        lines = [*lines[:LEGEND_ENTRIES], f"and {left_out} more"]
+
+    font = ImageFont.load_default(size=14)
+    line_height = 20
+    text_width = max(int(font.getlength(line)) for line in lines)
+    width = picture.width + line_height + text_width + 3 * MARGIN
+    height = max(picture.height, len(lines) * line_height + 2 * MARGIN)
+    page = Image.new("RGB", (width, height), "white")
+    page.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(page)
+    left = picture.width + MARGIN
+    for number, line in enumerate(lines):
+        top = MARGIN + number * line_height
+        if number < min(len(shown), LEGEND_ENTRIES):
+            box = (left, top + 2, left + line_height - 6, top + line_height - 4)
+            draw.rectangle(box, fill=tuple(colors[shown[number]].tolist()), outline="black")
+        draw.text((left + line_height, top), line, fill="black", font=font)
+    return page
+
+
+def draw_comparison(
+    scenes: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], class_names: Sequence[str]
+) -> Image.Image:
+    """For each scene a column: the image, the true labels, those predicted; and a legend below.
+
+    Args:
+      scenes: image `[H, W, 3]` uint8, true labels `[H, W]` and predicted ones `[H, W]` of each.
+      class_names: by label.
+    """
+    side, colors = 128, class_colors(len(class_names))
+    columns = [(image, paint(true, colors), paint(found, colors)) for image, true, found in scenes]
+    names, font = ("image", "truth", "model"), ImageFont.load_default(size=13)
+    left = MARGIN + max(int(font.getlength(name)) for name in names) + MARGIN
+    present = np.unique(np.concatenate([m.reshape(-1) for _, *maps in scenes for m in maps]))
+    entries = [int(label) for label in present if label != IGNORED][:LEGEND_ENTRIES]
+    step = 30 + max((int(font.getlength(class_names[label])) for label in entries), default=0)
+    width = left + max(len(columns) * (side + MARGIN), step)
+    per_line = max(1, (width - left) // step)
+    rows = -(-len(entries) // per_line)
+    page = Image.new("RGB", (width, 3 * (side + MARGIN) + MARGIN + rows * 22), "white")
+    draw = ImageDraw.Draw(page)
+    for row, name in enumerate(names):
+        top = MARGIN + row * (side + MARGIN)
+        draw.text((MARGIN, top + side // 2 - 8), name, fill="black", font=font)
+        for column, pictures in enumerate(columns):
+            height, long = pictures[row].shape[0], max(pictures[row].shape[:2])
+            size = side * pictures[row].shape[1] // long, side * height // long
+            smooth = row == 0 and long > side
+            way = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+            fitted = Image.fromarray(pictures[row]).resize(size, way)
+            page.paste(fitted, (left + column * (side + MARGIN), top))
+    for number, label in enumerate(entries):
+        line, place = divmod(number, per_line)
+        x, y = left + place * step, 3 * (side + MARGIN) + MARGIN + line * 22
+        draw.rectangle((x, y + 2, x + 13, y + 15), fill=tuple(colors[label].tolist()))
+        draw.text((x + 19, y), class_names[label], fill="black", font=font)
+    return page

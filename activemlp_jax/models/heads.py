@@ -1,0 +1,198 @@
+"""What makes a label map of the backbone's four maps: UperNet and Semantic FPN.
+
+Source: "Unified Perceptual Parsing for Scene Understanding" (ECCV 2018), "Panoptic Feature Pyramid
+Networks" (CVPR 2019), in the form of mmsegmentation 0.11, with which the original trains.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from activemlp_jax.models.layers import Dtype, conv_init, wide
+from activemlp_jax.models.resizing import pool_adaptive, resize_bilinear, resize_nearest
+
+BATCH_NORM_MOMENTUM = 0.1
+POOLING_BINS = (1, 2, 3, 6)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation of the last axis, by PyTorch's definition.
+
+    The variables `mean`, `var` and `count` in `batch_stats` are running statistics; the running
+    variance is that of a sample, with n - 1, where flax's is biased, and `count` the number of
+    batches. With `train`, the whole global batch is normalised by its own statistics, and those
+    in `batch_stats` are moved if it is mutable.
+
+    Source: `torch.nn.BatchNorm2d` and `SyncBatchNorm`.
+    """
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        features, dtype = (x.shape[-1],), wide(self.dtype)
+        scale = self.param("scale", nn.initializers.ones, features, dtype)
+        bias = self.param("bias", nn.initializers.zeros, features, dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features, dtype)
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+
+        x = x.astype(dtype)
+        if train:
+            number = x.size // x.shape[-1]
+            if number == 1:
+                raise ValueError("one value makes no statistics for batch norm")
+            mean = x.mean(axis=(0, 1, 2))
+            var = jnp.square(x - mean.reshape(1, 1, 1, -1)).mean(axis=(0, 1, 2))
+            if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+                keep = 1 - BATCH_NORM_MOMENTUM
+                sample_var = var * (number / (number - 1))
+                running_mean.value = keep * running_mean.value + BATCH_NORM_MOMENTUM * mean
+                running_var.value = keep * running_var.value + BATCH_NORM_MOMENTUM * sample_var
+                count.value = count.value + 1
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * jax.lax.rsqrt(var + 1e-5)
+        x = (x - mean.reshape(1, 1, 1, -1)) * factor.reshape(1, 1, 1, -1)
+        return (x + bias.reshape(1, 1, 1, -1)).astype(self.dtype)
+
+
+class ConvNormRelu(nn.Module):
+    """A square convolution without bias, of stride 1, that keeps the size; batch norm; ReLU."""
+
+    features: int
+    size: int
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Conv(
+            self.features,
+            (self.size, self.size),
+            padding=self.size // 2,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=wide(self.dtype),
+            kernel_init=conv_init(),
+            name="conv",
+        )(x)
+        return nn.relu(BatchNorm(self.dtype, name="bn")(x, train))
+
+
+class Classifier(nn.Module):
+    """Dropout of whole channels, then the class scores of each place, in float32 or wider."""
+
+    num_classes: int
+    dropout_rate: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Dropout(self.dropout_rate, broadcast_dims=(1, 2), deterministic=not train)(x)
+        return nn.Conv(
+            self.num_classes,
+            (1, 1),
+            dtype=wide(self.dtype),
+            param_dtype=wide(self.dtype),
+            kernel_init=nn.initializers.normal(stddev=0.01),
+            name="conv_seg",
+        )(x)
+
+
+class UperNetHead(nn.Module):
+    """Four maps of falling resolution to logits at the first one's."""
+
+    num_classes: int
+    channels: int
+    dropout_rate: float
+    dtype: Dtype = jnp.float32
+
+    def _block(self, size: int, name: str) -> ConvNormRelu:
+        return ConvNormRelu(self.channels, size, self.dtype, name=name)
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array], train: bool) -> jax.Array:
+        last = maps[-1]
+        pooled = [
+            resize_bilinear(
+                self._block(1, f"pool_{i}")(pool_adaptive(last, bins), train), *last.shape[1:3]
+            )
+            for i, bins in enumerate(POOLING_BINS)
+        ]
+        context = jnp.concatenate([last, *pooled], axis=-1)
+        levels = [self._block(1, f"lateral_{i}")(x, train) for i, x in enumerate(maps[:-1])]
+        levels.append(self._block(3, "bottleneck")(context, train))
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] += resize_bilinear(levels[i], *levels[i - 1].shape[1:3])
+        outputs = [self._block(3, f"output_{i}")(x, train) for i, x in enumerate(levels[:-1])]
+        outputs.append(levels[-1])
+        outputs = [resize_bilinear(x, *outputs[0].shape[1:3]) for x in outputs]
+        fused = self._block(3, "fusion")(jnp.concatenate(outputs, axis=-1), train)
+        classifier = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
+        return classifier(fused, train)
+
+
+class FcnHead(nn.Module):
+    """One convolution and a classifier: the auxiliary head of UperNet."""
+
+    num_classes: int
+    channels: int
+    dropout_rate: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = ConvNormRelu(self.channels, 3, self.dtype, name="hidden")(x, train)
+        classifier = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
+        return classifier(x, train)
+
+
+class FpnNeck(nn.Module):
+    """Four maps to four of one width, each with what the smaller ones know."""
+
+    channels: int
+    dtype: Dtype = jnp.float32
+
+    def _conv(self, size: int, name: str) -> nn.Conv:
+        return nn.Conv(
+            self.channels,
+            (size, size),
+            padding=size // 2,
+            dtype=self.dtype,
+            param_dtype=wide(self.dtype),
+            kernel_init=nn.initializers.xavier_uniform(),
+            name=name,
+        )
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
+        levels = [self._conv(1, f"lateral_{i}")(x) for i, x in enumerate(maps)]
+        for i in range(len(levels) - 1, 0, -1):
+            levels[i - 1] += resize_nearest(levels[i], *levels[i - 1].shape[1:3])
+        return [self._conv(3, f"output_{i}")(x) for i, x in enumerate(levels)]
+
+
+class FpnHead(nn.Module):
+    """Semantic FPN: each map brought to the first one's resolution in steps of two, and summed."""
+
+    num_classes: int
+    channels: int
+    dropout_rate: float
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, maps: Sequence[jax.Array], train: bool) -> jax.Array:
+        total = None
+        for i, x in enumerate(maps):
+            for step in range(max(i, 1)):
+                block = ConvNormRelu(self.channels, 3, self.dtype, name=f"scale_{i}_{step}")
+                x = block(x, train)
+                if i:
+                    x = resize_bilinear(x, 2 * x.shape[1], 2 * x.shape[2])
+            # Odd sides: twice the smaller map's is one more than the larger's.
+            total = x if total is None else total + resize_bilinear(x, *total.shape[1:3])
+        assert total is not None, "there are four maps"
+        classifier = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
+        return classifier(total, train)

@@ -1,0 +1,124 @@
+"""Which model weights are of, read off the keys and shapes of a PyTorch state dict."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from activemlp_jax.models.backbone import ActiveMLP
+from activemlp_jax.models.segmentation import ActiveSegmentor
+
+Model = ActiveMLP | ActiveSegmentor
+Shapes = Mapping[str, Any]  # PyTorch names to what has a shape
+
+
+def is_segmentor(state_dict: Shapes) -> bool:
+    """Whether these are the weights of a segmentation model."""
+    return any(key.startswith(("backbone.", "decode_head.")) for key in state_dict)
+
+
+def infer_model(state_dict: Shapes) -> Model:
+    """The model whose weights these are.
+
+    Args:
+      state_dict: PyTorch names to arrays or tensors; only shapes are looked at.
+
+    Raises:
+      ValueError: a key that every such model has is missing or has a shape that none has, named.
+    """
+    if not is_segmentor(state_dict):
+        fields = infer_architecture(state_dict)
+        return ActiveMLP(**fields, num_classes=_rows(state_dict, "head.weight"))
+    fields = {
+        "backbone": infer_architecture(state_dict, "backbone."),
+        "num_classes": _rows(state_dict, "decode_head.conv_seg.weight"),
+    }
+    if any(key.startswith("neck.") for key in state_dict):
+        return ActiveSegmentor(
+            **fields,
+            head="fpn",
+            channels=_rows(state_dict, "decode_head.scale_heads.0.0.conv.weight"),
+            neck_channels=_rows(state_dict, "neck.lateral_convs.0.conv.weight"),
+        )
+    return ActiveSegmentor(
+        **fields,
+        channels=_rows(state_dict, "decode_head.bottleneck.conv.weight"),
+        aux_channels=_rows(state_dict, "auxiliary_head.convs.0.conv.weight"),
+    )
+
+
+def list_keys(keys: list[str], most: int = 8) -> str:
+    """The first of them, and how many more there are."""
+    shown = ", ".join(keys[:most])
+    return f"{shown} and {len(keys) - most} more" if len(keys) > most else shown
+
+
+def _rows(state_dict: Shapes, key: str) -> int:
+    """The first size of a weight; none has a size of zero."""
+    if key not in state_dict:
+        found = f"found {list_keys(list(state_dict), 3)}" if state_dict else "it is empty"
+        raise ValueError(f"the state dict misses {key}, which every such model has; {found}")
+    shape = tuple(state_dict[key].shape)
+    if not shape or 0 in shape:
+        raise ValueError(f"{key} has shape {shape}, which no ActiveMLP has")
+    return shape[0]
+
+
+def count_depths(blocks: set[tuple[int, int]]) -> tuple[int, ...]:
+    """Blocks a stage, from the (stage, block) numbers that occur."""
+    return tuple(1 + max((j for i, j in blocks if i == stage), default=-1) for stage in range(4))
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """The ratio for which `int(dim * ratio) == hidden`; an integer where it is one."""
+    if hidden % dim == 0:
+        return hidden // dim
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def infer_architecture(state_dict: Shapes, prefix: str = "") -> dict[str, Any]:
+    """The shape of the ActiveMLP whose weights these are, with or without its head.
+
+    Args:
+      state_dict: PyTorch names to arrays or tensors; only shapes are looked at.
+      prefix: of the names that are the ActiveMLP's.
+
+    Returns:
+      The five keyword arguments of `ActiveMLP` that say its architecture. Where several
+      `offset_interval`s give the same network, the smallest.
+
+    Raises:
+      ValueError: a key that every model has is missing or has a shape that none has, named.
+    """
+    start = re.escape(prefix) + r"blocks\.(\d+)\.(\d+)\."
+    matches = (re.match(start, key) for key in state_dict)
+    blocks = {(int(match[1]), int(match[2])) for match in matches if match}
+    depths = count_depths(blocks)
+    for stage, depth in enumerate(depths):
+        count = sum(i == stage for i, _ in blocks)
+        if count != depth:
+            raise ValueError(f"stage {stage} has a block {depth - 1}, but only {count} blocks")
+    embed_dims, mlp_ratios, share_dims = [], [], []
+    for stage in range(4):
+        dim = _rows(state_dict, f"{prefix}blocks.{stage}.0.norm1.weight")
+        hidden = _rows(state_dict, f"{prefix}blocks.{stage}.0.mlp.fc1.weight")
+        offsets = _rows(state_dict, f"{prefix}blocks.{stage}.0.offset_layer.1.weight")
+        embed_dims.append(dim)
+        mlp_ratios.append(_ratio(hidden, dim))
+        share_dims.append(2 * dim // offsets)
+
+    matches = (re.match(start + r"offset_layer\.", key) for key in state_dict)
+    made = {(int(match[1]), int(match[2])) for match in matches if match}
+
+    def disagreement(interval: int) -> int:
+        expected = {(i, j) for i in range(4) for j in range(0, depths[i] - 1, interval)}
+        return len(made ^ expected)
+
+    return {
+        "depths": depths,
+        "embed_dims": tuple(embed_dims),
+        "mlp_ratios": tuple(mlp_ratios),
+        "share_dims": tuple(share_dims),
+        "offset_interval": min(range(1, max(depths) + 1), key=disagreement),
+    }
