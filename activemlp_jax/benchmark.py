@@ -2,12 +2,14 @@
 
 Examples:
   python -m activemlp_jax.benchmark table --image-size 384
+  python -m activemlp_jax.benchmark table --head upernet --image-size 512x2048
   python -m activemlp_jax.benchmark data --config configs/throughput.py --num-threads 2
   python -m activemlp_jax.benchmark scaling --config configs/digits.py --devices 4
 """
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from statistics import median
@@ -23,23 +25,43 @@ from activemlp_jax.data.throughput import measure
 from activemlp_jax.errors import UserError, exit_with
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
+from activemlp_jax.models.segmentation import HEADS, create_segmentor
 from activemlp_jax.training.command import load_config
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.scaling import device_counts, measure_scaling
 
 
-def cost_table(names: list[str], image_size: int) -> Table:
-    """Parameters and multiply-adds of the models `names` for one square image.
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width from '224' or '512x2048'; UserError if it is neither."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found:
+        raise UserError(f"--image-size is {text!r}, expected a side, or HEIGHTxWIDTH as 512x2048")
+    height, width = int(found[1]), int(found[2] or found[1])
+    return height, width
+
+
+def cost_table(names: list[str], height: int, width: int, head: str | None = None) -> Table:
+    """Parameters and multiply-adds of the models `names` for one image.
+
+    Args:
+      names: of the models, or of the backbones.
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+      head: of segmentation models, for ADE20K; None for classifiers, for ImageNet.
 
     Raises:
       ValueError: the models take no images of that size, or a name is unknown.
     """
-    table = Table(title=f"one image of {image_size} x {image_size}, 1000 classes")
-    table.add_column("model")
-    for heading in ("parameters", "GMACs conv+linear", "GMACs as published"):
+    what = f"{head}, 150" if head else "1000"
+    table = Table(title=f"one image of {height} x {width}, {what} classes")
+    table.add_column("backbone" if head else "model")
+    # The published counter of segmentation adds batch norms and pooling too.
+    last = "with LayerNorms" if head else "as published"
+    for heading in ("parameters", "GMACs conv+linear", f"GMACs {last}"):
         table.add_column(heading, justify="right")
     for name in names:
-        cost = count_cost(create_model(name), image_size, image_size)
+        model = create_segmentor(name, head) if head else create_model(name)
+        cost = count_cost(model, height, width)
         table.add_row(
             name,
             f"{cost.parameters:,}",
@@ -144,7 +166,10 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("table", help="parameters and multiply-adds, counted from shapes")
-    table.add_argument("--image-size", type=int, default=224, help="side in pixels (224)")
+    table.add_argument("--image-size", default="224", help="side in pixels, or HEIGHTxWIDTH (224)")
+    table.add_argument(
+        "--head", choices=list(HEADS), help="segmentation models under this head, not classifiers"
+    )
     table.add_argument(
         "--model", action="append", choices=list_models(), help="only this one; may be repeated"
     )
@@ -192,9 +217,9 @@ def main() -> None:
         exit_with(error)
 
 
-def print_costs(model: list[str] | None, image_size: int) -> None:
+def print_costs(model: list[str] | None, image_size: str, head: str | None) -> None:
     """The command `table`."""
-    Console().print(cost_table(model or list_models(), image_size))
+    Console().print(cost_table(model or list_models(), *parse_size(image_size), head))
 
 
 if __name__ == "__main__":

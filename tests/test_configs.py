@@ -10,8 +10,8 @@ import activemlp_jax as am
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import VARIANTS
 from activemlp_jax.training.command import load_config
-from activemlp_jax.training.config import build_model, check_config
-from activemlp_jax.training.recipe import imagenet_config
+from activemlp_jax.training.config import build_model, check_config, flatten
+from activemlp_jax.training.recipe import ade20k_config, imagenet_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -77,6 +77,70 @@ def test_a_batch_is_whole_groups_only_where_it_is_mixed(batch_size: int):
         check_config(config)
     config.mix.mixup_alpha = config.mix.cutmix_alpha = 0.0
     check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulation": 2}, "accumulation is 2, expected 1 for segmentation"),
+        ({"batch_size": 1}, "batch_size is 1, expected at least 2 for segmentation"),
+        ({"random_erasing": 0.1}, "random_erasing are for classification alone"),
+        ({"mix.mixup_alpha": 0.1}, "config.mix and config.random_erasing are for classification"),
+        ({"head.name": "unet"}, "config.head: head is 'unet', expected one of upernet, fpn"),
+        ({"data.scene.min_ratio": 3.0}, "scene.min_ratio is 3.0, expected at most max_ratio, 2.0"),
+        ({"task": "detection"}, "task is 'detection', expected one of classification, segm"),
+        ({"optimizer.not_decayed": "none"}, "not_decayed is 'none', expected one of vectors, nor"),
+    ],
+)
+def test_what_segmentation_cannot_do_is_named(changes: dict[str, Any], message: str):
+    config = ade20k_config("active_tiny", "upernet")
+    check_config(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+# SPEC of the original's ADE20K experiments; of Semantic FPN it published the iterations alone.
+ADE20K: dict[str, Any] = {
+    "batch_size": 16,
+    "ema_decay": 0.0,
+    "init_weights": "model",
+    "model.drop_path_rate": 0.2,
+    "head.dropout_rate": 0.1,
+    "data.image_size": 512,
+    "data.scene.long_side": 2048,
+    "data.scene.short_side": 512,
+    "data.scene.min_ratio": 0.5,
+    "data.scene.max_ratio": 2.0,
+    "data.scene.max_class_share": 0.75,
+    "data.scene.photometric": True,
+    "data.flip": 0.5,
+    "optimizer.schedule": "poly",
+    "optimizer.final_learning_rate": 0.0,
+    "optimizer.reference_batch_size": 0,
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.999,
+}
+UPERNET: dict[str, Any] = {
+    "steps": 160_000,
+    "optimizer.learning_rate": 6e-5,
+    "optimizer.warmup_learning_rate": 6e-11,
+    "optimizer.warmup_steps": 1500,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.not_decayed": "norms",
+}
+
+
+@pytest.mark.parametrize("name", am.list_models())
+@pytest.mark.parametrize("head", ["upernet", "fpn"])
+def test_each_model_has_configs_with_the_originals_recipe_for_ade20k(name: str, head: str):
+    config = load_config(str(CONFIGS[0].with_name(f"ade20k_{head}_{name}.py")))
+    flat = flatten(config.to_dict())
+    expected = ADE20K | (UPERNET if head == "upernet" else {"steps": 40_000})
+    assert {key: flat[key] for key in expected} == expected
+    model = build_model(config, num_classes=150)
+    published = am.create_segmentor(name, head, drop_path_rate=0.2, dtype="bfloat16")
+    assert model == published.clone(dtype=model.dtype)
 
 
 @pytest.mark.parametrize("name", am.list_models())
