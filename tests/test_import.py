@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 
-def test_import_pulls_in_neither_torch_nor_tensorflow_nor_tfds():
+def test_import_pulls_in_neither_torch_nor_tensorflow_nor_opencv():
     program = (
         "import sys, activemlp_jax\n"
-        "heavy = {'torch', 'tensorflow', 'tensorflow_datasets', 'matplotlib', 'sklearn'}\n"
+        "heavy = {'torch', 'tensorflow', 'tensorflow_datasets', 'matplotlib', 'sklearn', 'cv2'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -182,9 +182,7 @@ def test_a_grey_mask_with_fewer_bits_than_eight_is_refused(folder: Path, bits: i
     data = bytearray(name.read_bytes())
     data[24] = bits  # its header; the pixels are not looked at
     name.write_bytes(bytes(data))
-    with pytest.raises(
-        UserError, match=rf"a\.png has {bits} bits a pixel, expected 8"
-    ):
+    with pytest.raises(UserError, match=rf"a\.png has {bits} bits a pixel, expected 8"):
         open_scenes(f"folder:{folder}")[0]
 
 
