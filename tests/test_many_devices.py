@@ -75,8 +75,7 @@ def difference(ours: object, expected: object) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fsdp", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("dtype", "fsdp"), [("float32", 2), ("float64", 1)])
 def test_two_hosts_with_two_devices_each_train_and_test_as_one_device(
     dtype: str, fsdp: int, folder: Path
 ):

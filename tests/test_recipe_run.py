@@ -50,10 +50,10 @@ def tiny_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_twenty_steps_of_active_tiny_with_the_whole_recipe(tiny_imagenet: Path, tmp_path: Path):
-    """Only the data set and the numbers of images are not those of configs/active_tiny.py."""
+def test_twenty_steps_of_active_xtiny_with_the_whole_recipe(tiny_imagenet: Path, tmp_path: Path):
+    """Only the data set and the numbers of images are not those of configs/active_xtiny.py."""
     result = train(
-        *("--config", "configs/active_tiny.py", "--workdir", str(tmp_path / "run")),
+        *("--config", "configs/active_xtiny.py", "--workdir", str(tmp_path / "run")),
         *("--config.data.name=tfds:tiny_imagenet", "--config.epochs=1"),
         *("--config.batch_size=4", "--config.eval_batch_size=4"),
         "--config.data.num_threads=2",

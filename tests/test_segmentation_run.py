@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from processes import ROOT, finish, lines, start, start_two
+from processes import COMPILE_QUICKLY, ROOT, finish, lines, start
 from rich.console import Console
 from scenes import mask, mocked_records, prepare_scene_parse150, save_ade20k
 
@@ -24,7 +25,7 @@ from activemlp_jax.training.command import load_config
 from activemlp_jax.training.loop import train
 from activemlp_jax.weights.model_directory import ModelCard, whole_or_nothing, write_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("segmentation")]
 
 STEPS = 6
 DIGITS = (
@@ -37,6 +38,7 @@ DIGITS = (
 # The real recipe but for the size of things; the backbone's is that of the weights it starts from.
 SMALL: dict[str, Any] = {
     "batch_size": 2,
+    "model.dtype": "float32",  # as models are evaluated
     "eval_batch_size": 1,
     "steps": 3,
     "log_every_steps": 1,
@@ -51,7 +53,8 @@ SMALL: dict[str, Any] = {
 
 def run(module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"activemlp_jax.{module}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, **COMPILE_QUICKLY}  # as `start`, whose figures these are compared with
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
 
 
 def form(picture: Path) -> tuple[str, tuple[int, int]]:
@@ -98,9 +101,9 @@ def test_a_run_on_digit_scenes_leaves_a_model_and_its_pictures(trained: tuple[Pa
 
 
 def test_batch_norm_goes_by_the_global_batch(trained: tuple[Path, str], tmp_path: Path):
-    """Two hosts with half of a batch and of the state each take the steps of one device."""
+    """Two devices with half of a batch and of the state each take the steps of one."""
     flags = ("--workdir", str(tmp_path / "two"), *DIGITS, "--config.mesh.fsdp=2")
-    finish(start_two(*flags))
+    finish([start(*flags, devices=2)])
     ours, expected = (lines(path / "steps.jsonl") for path in (tmp_path / "two", trained[0]))
     assert [line["step"] for line in ours] == list(range(1, STEPS + 1))
     for a, b in zip(ours, expected, strict=True):
@@ -213,7 +216,7 @@ def test_the_semantic_fpn_recipe_trains_on_scene_parse150_and_goes_on_after_a_fa
     splits = {"data.train_split": "train", "data.test_split": "test"}
     config.update_from_flattened_dict(
         {**SMALL, **splits, "init_from": str(classifier), "data.name": "tfds:scene_parse150"}
-        | {"head.neck_channels": 16, "test.size_multiple": 128, "model.dtype": "float32"}
+        | {"head.neck_channels": 16, "test.size_multiple": 128}
         | {"steps": 5, "test.every_epochs": 2, "checkpoint.every_steps": 1, "data.flip": 0.0}
     )
     printed = io.StringIO()

@@ -98,9 +98,14 @@ def test_micro_model_gradients_equal_the_original(dtype: str, bound: float):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-9), ("float32", 1e-4),
-                                              ("bfloat16", 5e-2)])  # fmt: skip
-@pytest.mark.parametrize(("name", "size"), VARIANT_SIZES)
+@pytest.mark.parametrize(
+    ("name", "size", "dtype", "bound"),
+    [
+        *((name, size, "float64", 1e-9) for name, size in VARIANT_SIZES),
+        *((name, 224, "float32", 1e-4) for name in am.list_models()),
+        *((name, 224, "bfloat16", 5e-2) for name in am.list_models()),
+    ],
+)
 def test_full_models_equal_the_original(name: str, size: int, dtype: str, bound: float):
     file = f"{goldens.ORIGINAL_NAMES[name]}_{size}.npz"
     with jax.enable_x64(dtype == "float64"):
