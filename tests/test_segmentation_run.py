@@ -1,6 +1,5 @@
 """Segmentation from end to end: train, test and label photos, in real processes."""
 
-import contextlib
 import io
 import json
 import os
@@ -257,8 +256,7 @@ def test_a_mask_with_a_class_that_is_none_stops_training_with_its_name(
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     config = ROOT / "configs" / "ade20k_upernet_active_large.py"
     process = start("--config", str(config), "--workdir", str(tmp_path / "run"), *flags)
-    with contextlib.closing(process.stdout), contextlib.closing(process.stderr):  # type: ignore
-        _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "ADE_train_0000000" in errors
     assert "expected 1 to 150 for the 150 classes, or 0 or 255 for none" in errors

@@ -42,7 +42,7 @@ class SceneEvaluation(NamedTuple):
 
 def keep_compiled_programs() -> None:
     """Have JAX keep what it compiles on disk, in the user's cache, unless told where otherwise."""
-    if getattr(jax.config, "jax_compilation_cache_dir") is None:  # noqa: B009  (without a type)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(caches / "activemlp_jax" / "jax"))
         jax.config.update("jax_compilation_cache_max_size", CACHE_LIMIT)

@@ -191,7 +191,7 @@ def draws_taken(mask: np.ndarray, max_share: float) -> int:
             return int(self.rng.integers(high))
 
     counted = Counted()
-    draw_crop_place(mask, 16, counted, max_share)  # type: ignore[arg-type]
+    draw_crop_place(mask, 16, counted, max_share)
     return counted.calls // 2
 
 
