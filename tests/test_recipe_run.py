@@ -67,7 +67,7 @@ def test_twenty_steps_of_active_xtiny_with_the_whole_recipe(tiny_imagenet: Path,
     assert record["images_skipped"] == 0
     assert 1.0 < record["train_loss"] < 2.5, "about log(4), the loss of knowing nothing"
     model, _ = am.load_pretrained(tmp_path / "run" / "model")
-    assert model.depths == (2, 3, 10, 3)
+    assert model.depths == (2, 2, 4, 2)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["model"]["drop_path_rate"] == 0.1
     card = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
