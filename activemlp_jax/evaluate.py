@@ -32,6 +32,7 @@ from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError, exit_with
 from activemlp_jax.inference.metrics import class_figures
 from activemlp_jax.inference.scene_evaluation import class_table, evaluate_scene_directory
+from activemlp_jax.inference.scenes import round_up
 from activemlp_jax.inference.views import MULTI_SCALE, make_protocol
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.training import sharding
@@ -99,7 +100,7 @@ def evaluate_directory(
         kind: sharding.put_everywhere(read_weights(directory, card, kind), mesh)
         for kind in card.kinds
     }
-    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    batch_size = round_up(batch_size, mesh.size)
     batches = eval_batches(
         source,
         preprocessing,

@@ -19,10 +19,10 @@ from PIL import Image
 from activemlp_jax.data.decoding import BrokenImageError, decode
 from activemlp_jax.data.sources import IMAGE_SUFFIXES
 from activemlp_jax.errors import UserError, exit_with
-from activemlp_jax.inference.overlays import draw_overlay
+from activemlp_jax.inference.overlays import class_shares, draw_overlay
 from activemlp_jax.inference.scene_evaluation import keep_compiled_programs, open_segmenter
 from activemlp_jax.inference.scenes import segment_image
-from activemlp_jax.inference.views import make_protocol
+from activemlp_jax.inference.views import PUBLISHED, Protocol, make_protocol
 from activemlp_jax.weights.model_directory import read_weights
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # what is written has these after its name
@@ -77,38 +77,52 @@ def name_overlays(files: list[Path], output: Path | None) -> list[Path]:
     return targets
 
 
-def predict(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Write the overlays one by one; for each file, the share of every class that occurs.
+def predict(
+    directory: str,
+    images: list[str],
+    *,
+    protocol: Protocol = PUBLISHED,
+    output: str | None = None,
+    opacity: float = 0.6,
+    labels: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Write the overlays one by one.
+
+    Args:
+      directory: of a segmentation model.
+      images: files, or folders of them.
+      protocol: how label maps are asked for.
+      output: a folder for what is written; None for beside the images.
+      opacity: of the colours, 0 to 1.
+      labels: whether to write the label maps too, a class index a pixel.
+
+    Yields:
+      For each file, the names of `image` and `overlay`, and by class name the `shares` of the
+      pixels of those that occur, the largest first.
 
     Raises:
       UserError: an unusable directory, image or option; overlays before it are written.
     """
-    protocol = make_protocol(arguments.multi_scale, arguments.slide)
-    card, segmenter = open_segmenter(arguments.directory, protocol)
-    if not 0 <= arguments.opacity <= 1:
-        raise UserError(f"--opacity is {arguments.opacity}, expected 0 to 1")
-    files = find_images(arguments.images)
-    output = Path(arguments.output) if arguments.output else None
-    targets = name_overlays(files, output)
+    card, segmenter = open_segmenter(directory, protocol)
+    if not 0 <= opacity <= 1:
+        raise UserError(f"--opacity is {opacity}, expected 0 to 1")
+    files = find_images(images)
+    folder = Path(output) if output else None
+    targets = name_overlays(files, folder)
     keep_compiled_programs()
-    weights = read_weights(arguments.directory, card, card.default_kind)
+    weights = read_weights(directory, card, card.default_kind)
     variables = jax.tree.map(jnp.asarray, weights)
     names = card.class_names or tuple(map(str, range(card.model.num_classes)))
-    if output:
-        output.mkdir(parents=True, exist_ok=True)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     for file, target in zip(files, targets, strict=True):
         image = read_image(file)
-        labels = segment_image(segmenter, variables, image)
-        draw_overlay(image, labels, names, arguments.opacity).save(target)
-        if arguments.labels:
-            picture = Image.fromarray(labels.astype(np.uint8))
+        found = segment_image(segmenter, variables, image)
+        draw_overlay(image, found, names, opacity).save(target)
+        if labels:
+            picture = Image.fromarray(found.astype(np.uint8))
             picture.save(target.with_name(f"{file.stem}{LABELS}"))
-        counts = np.bincount(labels.reshape(-1), minlength=len(names))
-        shares = {
-            names[label]: float(counts[label] / labels.size)
-            for label in np.argsort(-counts, kind="stable")
-            if counts[label]
-        }
+        shares = {names[label]: share for label, share in class_shares(found)}
         yield {"image": str(file), "overlay": str(target), "shares": shares}
 
 
@@ -140,14 +154,16 @@ def main() -> None:
         "--slide", action="store_true", help="by windows of the size trained on, for large photos"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON line an image")
-    arguments = parser.parse_args()
+    arguments = vars(parser.parse_args())
+    show = json.dumps if arguments.pop("json") else describe
+    protocol = make_protocol(arguments.pop("multi_scale"), arguments.pop("slide"))
     try:
-        for record in predict(arguments):
-            print(json.dumps(record) if arguments.json else describe(record), flush=True)
+        for record in predict(**arguments, protocol=protocol):
+            print(show(record), flush=True)
     except UserError as error:
         exit_with(error)
     except OSError as error:
-        exit_with(f"{error.filename or arguments.output}: {error.strerror or error}")
+        exit_with(f"{error.filename or arguments['output']}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

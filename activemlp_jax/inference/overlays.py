@@ -42,6 +42,13 @@ def blend(image: np.ndarray, labels: np.ndarray, colors: np.ndarray, opacity: fl
     return np.round(mixed).astype(np.uint8)
 
 
+def class_shares(labels: np.ndarray) -> list[tuple[int, float]]:
+    """The classes that occur in `labels` `[H, W]` and the share of each, the largest first."""
+    shares = np.bincount(labels.reshape(-1)) / labels.size
+    order = np.argsort(-shares, kind="stable")
+    return [(int(label), float(shares[label])) for label in order if shares[label] > 0]
+
+
 def _enlarged(picture: np.ndarray) -> Image.Image:
     height, width = picture.shape[:2]
     factor = max(1, -(-SMALLEST // max(height, width)))
@@ -62,9 +69,8 @@ def draw_overlay(
     """
     colors = class_colors(len(class_names))
     picture = _enlarged(blend(image, labels, colors, opacity))
-    shares = np.bincount(labels.reshape(-1), minlength=len(class_names)) / labels.size
-    shown = [label for label in np.argsort(-shares, kind="stable") if shares[label] > 0]
-    lines = [f"{class_names[label]}  {100 * shares[label]:.1f}%" for label in shown]
+    shown = class_shares(labels)
+    lines = [f"{class_names[label]}  {100 * share:.1f}%" for label, share in shown]
     left_out = len(lines) - LEGEND_ENTRIES
     if left_out > 0:
         lines = [*lines[:LEGEND_ENTRIES], f"and {left_out} more"]
@@ -82,7 +88,7 @@ def draw_overlay(
         top = MARGIN + number * line_height
         if number < min(len(shown), LEGEND_ENTRIES):
             box = (left, top + 2, left + line_height - 6, top + line_height - 4)
-            draw.rectangle(box, fill=tuple(colors[shown[number]].tolist()), outline="black")
+            draw.rectangle(box, fill=tuple(colors[shown[number][0]].tolist()), outline="black")
         draw.text((left + line_height, top), line, fill="black", font=font)
     return page
 

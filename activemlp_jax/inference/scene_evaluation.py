@@ -16,7 +16,7 @@ from activemlp_jax.data.scene_sources import open_scenes
 from activemlp_jax.data.scene_transforms import load_opencv
 from activemlp_jax.errors import UserError
 from activemlp_jax.inference.metrics import class_figures, scene_metrics
-from activemlp_jax.inference.scenes import Part, Segmenter, Settings, make_evaluation
+from activemlp_jax.inference.scenes import Part, Segmenter, Settings, make_evaluation, round_up
 from activemlp_jax.inference.views import Protocol, Shape
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.training import sharding
@@ -125,7 +125,7 @@ def evaluate_scene_directory(
     }
     console = Console(stderr=True, quiet=not sharding.is_first_host())
     settings = Settings(
-        -(-(batch_size or 1) // mesh.size) * mesh.size,
+        round_up(batch_size or 1, mesh.size),
         (os.cpu_count() or 1) if num_threads is None else num_threads,
         lambda parts: _watched(console, parts),
     )

@@ -40,8 +40,9 @@ BLOCK = 32  # rows of a result at a time, as all classes of all pixels would fil
 Batch = dict[str, Any]
 
 
-def _round_up(side: int, multiple: int) -> int:
-    return -(-side // multiple) * multiple
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is no less than `number`."""
+    return -(-number // multiple) * multiple
 
 
 def _filled(array: np.ndarray, shape: Sequence[int], value: float = 0) -> np.ndarray:
@@ -55,7 +56,7 @@ def view_logits(model: ActiveSegmentor, variables: Any, images: jax.Array) -> ja
     """Logits `[B, h, w, K]` of normalised `images` `[B, H, W, 3]`, sides rounded up by zeros."""
     logits = jnp.asarray(model.apply(variables, images))
     _, height, width, _ = logits.shape
-    fill = [(0, _round_up(side, LOGITS_MULTIPLE) - side) for side in (height, width)]
+    fill = [(0, round_up(side, LOGITS_MULTIPLE) - side) for side in (height, width)]
     return jnp.pad(logits, ((0, 0), *fill, (0, 0)))
 
 
@@ -148,7 +149,7 @@ class Segmenter:
     def key(self, shape: Shape) -> Key:
         """Of a scene of (height, width) `shape`."""
         views = plan_views(*shape, self.preprocessing, self.protocol)
-        height, width = (_round_up(side, RESULT_MULTIPLE) for side in shape)
+        height, width = (round_up(side, RESULT_MULTIPLE) for side in shape)
         return Key(tuple((view.shape, view.group) for view in views), (height, width))
 
     def prepare(self, image: np.ndarray) -> Batch:
@@ -162,7 +163,7 @@ class Segmenter:
         for i, (shown, pair) in enumerate(zip(show(image, views), matrices, strict=True)):
             batch[f"view_{i}"] = shown
             for name, matrix, size in zip(("rows", "columns"), pair, (tall, wide_), strict=True):
-                side = _round_up(matrix.shape[1], LOGITS_MULTIPLE)
+                side = round_up(matrix.shape[1], LOGITS_MULTIPLE)
                 batch[f"{name}_{i}"] = _filled(matrix.astype(dtype), (size, side))
         return batch
 

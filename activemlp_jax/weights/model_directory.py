@@ -80,7 +80,7 @@ class ModelCard:
             "format": FORMAT,
             "task": "segmentation" if self.is_segmentor else "classification",
             "name": self.name,
-            "architecture": _architecture(self.model),
+            "architecture": architecture(self.model),
             "classes": {"number": self.model.num_classes, "names": self.class_names},
             "preprocessing": dataclasses.asdict(self.preprocessing),
             "weights": {"kinds": self.kinds, "default": self.default_kind},
@@ -121,7 +121,7 @@ def backbone(model: Model) -> ActiveMLP:
     return ActiveMLP(**model.backbone) if isinstance(model, ActiveSegmentor) else model
 
 
-def _architecture(model: Model) -> dict[str, Any]:
+def architecture(model: Model) -> dict[str, Any]:
     """The fields of a model's type that say its shape, but for the number of classes."""
     fields = {field: getattr(backbone(model), field) for field in ARCHITECTURE}
     if isinstance(model, ActiveSegmentor):

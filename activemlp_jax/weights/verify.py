@@ -15,14 +15,7 @@ import torch
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.weights.architecture import Model
-from activemlp_jax.weights.model_directory import (
-    ARCHITECTURE,
-    HEAD,
-    ModelCard,
-    backbone,
-    read_card,
-    read_weights,
-)
+from activemlp_jax.weights.model_directory import ModelCard, architecture, read_card, read_weights
 from activemlp_jax.weights.torch_files import StateDict, as_tensor
 from activemlp_jax.weights.torch_model import TorchActiveMLP
 from activemlp_jax.weights.torch_segmentation import TorchSegmentor
@@ -116,8 +109,5 @@ def _torch_logits(
 
 def torch_model(model: Model) -> torch.nn.Module:
     """The second writing of a flax `model`: the same function, without weights of its own."""
-    fields = {field: getattr(backbone(model), field) for field in ARCHITECTURE}
-    if isinstance(model, ActiveSegmentor):
-        heads = {field: getattr(model, field) for field in HEAD}
-        return TorchSegmentor(fields, num_classes=model.num_classes, **heads)
-    return TorchActiveMLP(**fields, num_classes=model.num_classes)
+    kind = TorchSegmentor if isinstance(model, ActiveSegmentor) else TorchActiveMLP
+    return kind(**architecture(model), num_classes=model.num_classes)
