@@ -4,6 +4,7 @@ The `.npz` files in `tests/data` were made by running the authors' PyTorch relea
 Neither weights nor inputs are stored: both follow from names, seeds and numpy's generator.
 """
 
+import functools
 import json
 import zlib
 from pathlib import Path
@@ -100,6 +101,7 @@ def official_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(shape) for key, shape in shapes.items()}
 
 
+@functools.cache
 def torch_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """PyTorch keys and shapes of any model."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)

@@ -199,11 +199,12 @@ def test_evaluation_counts_every_example_once_on_any_number_of_hosts(processes: 
 
 
 class BrokenSource:
-    """`source()`, but the examples `broken` cannot be read."""
+    """`source()`, but the examples `broken` cannot be read: they raise `error`."""
 
-    def __init__(self, broken: set[int]):
+    def __init__(self, broken: set[int], error: type[UserError] = BrokenImageError):
         self._source = source()
         self._broken = broken
+        self._error = error
         self.class_names = self._source.class_names
 
     def __len__(self) -> int:
@@ -211,7 +212,7 @@ class BrokenSource:
 
     def __getitem__(self, index: int) -> Example:
         if index in self._broken:
-            raise BrokenImageError(f"{index}.jpg is no readable image: test")
+            raise self._error(f"{index}.jpg is no readable image: test")
         return self._source[index]
 
 
@@ -274,6 +275,12 @@ def test_a_set_of_broken_images_alone_ends_with_the_last_one():
 def test_a_broken_image_is_raised_where_the_config_says_so():
     with pytest.raises(BrokenImageError, match=r"7\.jpg is no readable image: test"):
         batches(data=BrokenSource({7}), last=2 * EPOCH, **{"data.on_error": "raise"})
+
+
+def test_a_broken_mask_is_raised_though_broken_images_are_skipped():
+    """It is a UserError, but no BrokenImageError."""
+    with pytest.raises(UserError, match=r"7\.jpg"):
+        batches(data=BrokenSource({7}, UserError), last=2 * EPOCH)
 
 
 def test_evaluation_always_raises_a_broken_image():

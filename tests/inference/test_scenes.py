@@ -70,25 +70,30 @@ def test_probabilities_and_labels_are_the_originals(prefix: str, protocol: Proto
     logits = [network(variables, jnp.asarray(image)) for image in shown]
     rows, columns = (
         [
-            jnp.asarray(
-                np.pad(pair[axis], ((0, 0), (0, maps.shape[1 + axis] - pair[axis].shape[1])))
-            )[None]
+            np.pad(pair[axis], ((0, 0), (0, maps.shape[1 + axis] - pair[axis].shape[1])))[None]
             for pair, maps in zip(matrices, logits, strict=True)
         ]
         for axis in (0, 1)
     )
-    probabilities = jax.jit(merge_views, static_argnums=3)(logits, rows, columns, tuple(groups))
-    goldens.assert_close(probabilities[:, ::4, ::4], golden[f"{prefix}_prob"], BOUND, prefix)
     batch = {f"rows_{i}": value for i, value in enumerate(rows)}
     batch |= {f"columns_{i}": value for i, value in enumerate(columns)}
-    labels = jax.jit(label_maps, static_argnums=2)(batch, logits, tuple(groups))
+
+    @jax.jit
+    def results(batch: Any, logits: Any, rows: Any, columns: Any) -> tuple[jax.Array, jax.Array]:
+        return merge_views(logits, rows, columns, groups), label_maps(batch, logits, groups)
+
+    probabilities, labels = results(batch, logits, rows, columns)
+    goldens.assert_close(
+        np.asarray(probabilities)[:, ::4, ::4], golden[f"{prefix}_prob"], BOUND, prefix
+    )
     np.testing.assert_array_equal(labels, golden[f"{prefix}_argmax"])
 
 
 def test_a_matrix_resizes_as_the_models_do():
     line = goldens.normal(0, "line", (1, 7, 1, 2))
-    for size in (3, 7, 12, 14, 50):
-        expected = resize_bilinear(jnp.asarray(line, jnp.float32), size, 1)
+    sizes = (3, 7, 12, 14, 50)
+    resize = jax.jit(lambda line: [resize_bilinear(line, size, 1) for size in sizes])
+    for size, expected in zip(sizes, resize(jnp.asarray(line, jnp.float32)), strict=True):
         ours = np.einsum("ij,bjwc->biwc", bilinear_matrix(size, 7), line)
         goldens.assert_close(ours, np.asarray(expected), 1e-6, f"7 to {size}")
 
@@ -171,12 +176,20 @@ def test_every_scene_is_in_one_batch_of_its_size_and_the_largest_come_first():
 
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
-    return Segmenter(am.ActiveSegmentor(**goldens.SEG_MICRO["fpn"]), AS_IT_IS)
+    """It shows scenes of many sizes at one, for which the network is compiled."""
+    model = am.ActiveSegmentor(**goldens.SEG_MICRO["fpn"])
+    return Segmenter(model, AS_IT_IS, Protocol(size_multiple=64))
 
 
-def test_sums_over_a_data_set_are_those_of_its_scenes(segmenter: Segmenter):
-    variables = goldens.rule_variables(segmenter.model)
-    source = Scenes([(40, 50), (64, 64), (40, 50), (64, 64), (40, 50)])
+@pytest.fixture(scope="module")
+def variables(segmenter: Segmenter) -> dict[str, Any]:
+    return goldens.rule_variables(segmenter.model)
+
+
+def test_sums_over_a_data_set_are_those_of_its_scenes(
+    segmenter: Segmenter, variables: dict[str, Any]
+):
+    source = Scenes([(40, 50), (70, 64), (40, 50), (70, 64), (40, 50)])
     expected = np.zeros((7, 7), np.int64)
     for index in range(len(source)):
         example = source[index]
@@ -198,14 +211,18 @@ def test_sums_over_a_data_set_are_those_of_its_scenes(segmenter: Segmenter):
     assert sorted(watched) == list(range(5))
 
 
-def test_a_block_of_rows_at_a_time_gives_what_the_whole_does(segmenter: Segmenter):
+def test_a_block_of_rows_at_a_time_gives_what_the_whole_does(
+    segmenter: Segmenter, variables: dict[str, Any]
+):
     """A scene taller than one block, against resizing by the model's own function."""
-    variables = goldens.rule_variables(segmenter.model)
-    image = np.random.default_rng(5).integers(0, 256, (96, 64, 3), np.uint8)
+    image = np.random.default_rng(5).integers(0, 256, (64, 64, 3), np.uint8)
     mean, std = np.array(AS_IT_IS.mean), np.array(AS_IT_IS.std)
     normalised = jnp.asarray((image / 255 - mean) / std, jnp.float32)[None]
-    logits = jax.jit(segmenter.model.apply)(variables, normalised)
-    expected = resize_bilinear(logits, 96, 64)[0]
+
+    def resized(variables: Any, images: jax.Array) -> jax.Array:
+        return resize_bilinear(jnp.asarray(segmenter.model.apply(variables, images)), 64, 64)[0]
+
+    expected = np.asarray(jax.jit(resized)(variables, normalised))
     labels = segment_image(segmenter, variables, image)
-    chosen = np.take_along_axis(np.asarray(expected), labels[..., None], -1)[..., 0]
+    chosen = np.take_along_axis(expected, labels[..., None], -1)[..., 0]
     np.testing.assert_allclose(chosen, expected.max(-1), rtol=1e-4, atol=1e-5)

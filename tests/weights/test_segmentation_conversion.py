@@ -1,6 +1,7 @@
 """The real `convert_torch_weights.py` on segmentation checkpoints: in, out, and back."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from processes import COMPILE_QUICKLY, ROOT
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
@@ -23,7 +25,6 @@ from activemlp_jax.weights.model_directory import (
     write_model,
 )
 
-ROOT = Path(__file__).parents[2]
 MICRO_CHECKPOINT = goldens.DATA / "seg_micro_upernet_checkpoint.pth"
 CLASSIFIER = goldens.DATA / "micro_checkpoint.pth"
 
@@ -73,7 +74,8 @@ def upernet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The model directory of the micro checkpoint, and what a process printed as it made it."""
     directory = tmp_path_factory.mktemp("models") / "upernet"
     command = [sys.executable, "convert_torch_weights.py", MICRO_CHECKPOINT, directory, "--verify"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, **COMPILE_QUICKLY}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
     assert (result.returncode, result.stderr) == (0, "")
     return directory, result.stdout
 
