@@ -95,7 +95,7 @@ def evaluate_directory(
 
     mesh = sharding.make_mesh()
     task = Classification(card.model, preprocessing)
-    count = jax.jit(task.count, out_shardings=sharding.replicated(mesh))
+    count = jax.jit(sharding.on_mesh(task.count, mesh), out_shardings=sharding.replicated(mesh))
     weights = {
         kind: sharding.put_everywhere(read_weights(directory, card, kind), mesh)
         for kind in card.kinds

@@ -272,7 +272,11 @@ def make_evaluation(
       raises BrokenImageError or another UserError for a scene that cannot be read, and UserError
       if no pixel has a label.
     """
-    logits = jax.jit(lambda variables, images: segmenter.logits(gather(variables), images))
+
+    def find_logits(variables: Any, images: jax.Array) -> jax.Array:
+        return segmenter.logits(gather(variables), images)
+
+    logits = jax.jit(sharding.on_mesh(find_logits, mesh))
     everywhere = sharding.replicated(mesh)
     count = jax.jit(segmenter.count, static_argnums=0, out_shardings=everywhere)
 

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from activemlp_jax.models.layers import LayerNorm
+
 NORM_COST = 5  # operations the published counter adds for every element that passes a LayerNorm
 
 
@@ -39,7 +41,7 @@ def count_cost(model: nn.Module, height: int, width: int) -> Cost:
         if context.method_name == "__call__" and module.has_variable("params", "kernel"):
             positions = math.prod(output.shape[:-1])
             macs += positions * module.get_variable("params", "kernel").size
-        elif context.method_name == "__call__" and isinstance(module, nn.LayerNorm):
+        elif context.method_name == "__call__" and isinstance(module, LayerNorm):
             normalised += output.size
         return output
 

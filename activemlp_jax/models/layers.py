@@ -1,6 +1,8 @@
 """Layers of the network, with the original's initial weights.
 
-`dtype` is that of the computation; parameters are float32, or float64 where `dtype` is.
+`dtype` is that of the computation; parameters are float32, or float64 where `dtype` is. Several
+layers have a derivative rule of their own: the same derivative in fewer passes over memory, and
+with less to compile. So derivatives are for reverse mode, and first ones only.
 """
 
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Dtype = Any
+
+LAYER_NORM_EPSILON = 1e-5
 
 # The original cuts this normal at +-2, a hundred standard deviations out: no cut at all.
 linear_init = nn.initializers.normal(stddev=0.02)
@@ -33,28 +37,116 @@ def wide(dtype: Dtype) -> Dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def linear(features: int, dtype: Dtype, use_bias: bool = True, name: str | None = None) -> nn.Dense:
+def _along_last(vector: jax.Array, rank: int) -> jax.Array:
+    return vector.reshape((1,) * (rank - 1) + (-1,))
+
+
+def _written(x: jax.Array) -> jax.Array:
+    """`x`, which a CPU writes to memory here.
+
+    It would otherwise compute it again in each of the loops and transposes that read it. Other
+    compilers know better when to.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`[.., I]` and `[I, O]` to `[.., O]`."""
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> Any:
+    x = _written(x)
+    return _matmul(x, kernel), (x, kernel)
+
+
+def _matmul_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    cotangent = _written(cotangent)
+    x_cotangent = jax.lax.dot_general(cotangent, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    positions = ((tuple(range(x.ndim - 1)),) * 2, ((), ()))
+    # A CPU transposes the first operand: let that be the smaller one.
+    if x.shape[-1] < cotangent.shape[-1]:
+        return x_cotangent, jax.lax.dot_general(x, cotangent, positions)
+    return x_cotangent, jax.lax.dot_general(cotangent, x, positions).T
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(nn.Module):
+    """A linear layer on the last axis: `[.., I]` to `[.., features]`."""
+
+    features: int
+    use_bias: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, dtype = (x.shape[-1], self.features), wide(self.dtype)
+        kernel = self.param("kernel", linear_init, shape, dtype)
+        out = _matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return out
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
+        return out + _along_last(bias.astype(self.dtype), out.ndim)
+
+
+def linear(features: int, dtype: Dtype, use_bias: bool = True, name: str | None = None) -> Linear:
     """A linear layer on the last axis."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=wide(dtype),
-        kernel_init=linear_init,
-        name=name,
-    )
+    return Linear(features, use_bias, dtype, name=name)
 
 
-def norm(dtype: Dtype, name: str | None = None) -> nn.LayerNorm:
+def _standardise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` with mean 0 and variance 1 along the last axis, and what it was multiplied with."""
+    mean = x.mean(axis=-1, keepdims=True)
+    # E[x^2] - E[x]^2 would be faster, but cancels.
+    variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+    mean, factor = _written(mean), _written(jax.lax.rsqrt(variance + LAYER_NORM_EPSILON))
+    return (x - mean) * factor, factor
+
+
+@jax.custom_vjp
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    standard, _ = _standardise(x)
+    return standard * _along_last(scale, x.ndim) + _along_last(bias, x.ndim)
+
+
+def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
+    return _layer_norm(x, scale, bias), (x, scale)
+
+
+def _layer_norm_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, ...]:
+    x, scale = residuals
+    cotangent = _written(cotangent)
+    standard, factor = _standardise(x)
+    given = cotangent * _along_last(scale, x.ndim)
+    along = (given * standard).mean(axis=-1, keepdims=True)
+    x_cotangent = factor * (given - given.mean(axis=-1, keepdims=True) - standard * along)
+    positions = tuple(range(x.ndim - 1))
+    return x_cotangent, (cotangent * standard).sum(positions), cotangent.sum(positions)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class LayerNorm(nn.Module):
+    """A LayerNorm over the last axis; statistics in float32 or wider."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, dtype = (x.shape[-1],), wide(self.dtype)
+        scale = self.param("scale", nn.initializers.ones, shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, dtype)
+        return _layer_norm(x.astype(dtype), scale, bias).astype(self.dtype)
+
+
+def norm(dtype: Dtype, name: str | None = None) -> LayerNorm:
     """A LayerNorm over the last axis, epsilon 1e-5."""
-    # use_fast_variance would compute E[x^2] - E[x]^2, which cancels.
-    return nn.LayerNorm(
-        epsilon=1e-5,
-        dtype=dtype,
-        param_dtype=wide(dtype),
-        use_fast_variance=False,
-        name=name,
-    )
+    return LayerNorm(dtype, name=name)
 
 
 def conv(
@@ -73,9 +165,61 @@ def conv(
     )
 
 
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * np.sqrt(0.5)))
+
+
+@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """The exact, erf form."""
-    return nn.gelu(x, approximate=False)
+    return x * _normal_cdf(x)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    density = jnp.exp(-0.5 * jnp.square(x)) * (1 / np.sqrt(2 * np.pi))
+    # What is kept is the derivative, so that erf and exp are evaluated once.
+    return gelu(x), jax.lax.optimization_barrier(_normal_cdf(x) + x * density)
+
+
+def _gelu_backward(derivative: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+    return (derivative * cotangent,)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """3x3 with padding 1 of `x` `[B, H, W, C]` by `kernel` `[3, 3, 1, C]`, in its dtype."""
+    _, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    total = jnp.zeros((), kernel.dtype)
+    for i in range(3):
+        for j in range(3):
+            shifted = x[:, i : i + height, j : j + width].astype(kernel.dtype)
+            total = total + shifted * kernel[i, j].reshape(1, 1, 1, channels)
+    return total
+
+
+def _depthwise_forward(x: jax.Array, kernel: jax.Array) -> Any:
+    return _depthwise(x, kernel), (x, kernel)
+
+
+def _depthwise_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    cotangent = _written(cotangent)
+    _, height, width, _ = x.shape
+    padded = _written(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(kernel.dtype))
+    sums = [
+        (padded[:, i : i + height, j : j + width] * cotangent).sum((0, 1, 2))
+        for i in range(3)
+        for j in range(3)
+    ]
+    x_cotangent = _depthwise(cotangent, kernel[::-1, ::-1]).astype(x.dtype)
+    return x_cotangent, jnp.stack(sums).reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class DepthwiseConv(nn.Module):
@@ -89,17 +233,11 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        _, height, width, channels = x.shape
-        sum_dtype = wide(self.dtype)  # as a convolution's sum
+        channels, sum_dtype = x.shape[-1], wide(self.dtype)  # as a convolution's sum
         kernel = self.param("kernel", conv_init(groups=channels), (3, 3, 1, channels), sum_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), sum_dtype)
-        x = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        total = bias.reshape(1, 1, 1, channels)
-        for i in range(3):
-            for j in range(3):
-                shifted = x[:, i : i + height, j : j + width].astype(sum_dtype)
-                total = total + shifted * kernel[i, j].reshape(1, 1, 1, channels)
-        return total.astype(self.dtype)
+        out = _depthwise(x.astype(self.dtype), kernel) + _along_last(bias, x.ndim)
+        return out.astype(self.dtype)
 
 
 class Mlp(nn.Module):

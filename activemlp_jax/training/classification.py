@@ -128,9 +128,12 @@ class Classification:
           gather: variables as they are kept to what the model needs on each device.
         """
         config = self._settings
+
+        def count_batch(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+            return self.count(gather(variables), batch)
+
         count = jax.jit(
-            lambda variables, batch: self.count(gather(variables), batch),
-            out_shardings=sharding.replicated(mesh),
+            sharding.on_mesh(count_batch, mesh), out_shardings=sharding.replicated(mesh)
         )
 
         def test(weights: Mapping[str, Variables], source: Source) -> dict[str, Sums]:

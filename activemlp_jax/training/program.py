@@ -118,7 +118,7 @@ def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
         ),
         sharding.place_rows(task.batch_shapes(), mesh),
         jax.jit(create, out_shardings=places),
-        jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere)),
+        jax.jit(sharding.on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, everywhere)),
         task.make_test(mesh, gather),
     )
 

@@ -6,6 +6,7 @@ A host is a process here, as JAX counts them: on a TPU one a machine, under SLUR
 """
 
 import contextlib
+import functools
 import glob
 import importlib.util
 import itertools
@@ -17,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -288,6 +289,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
     by_host = sorted(devices, key=lambda device: (device.process_index, device.id))
     grid = np.array(by_host).reshape(total // fsdp, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function`, to be compiled for `mesh`.
+
+    The compiler divides all work among the devices by itself, but for kernels, which are told of
+    the mesh so that each device takes its share of a batch.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def describe(mesh: Mesh) -> str:
