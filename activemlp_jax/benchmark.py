@@ -1,10 +1,13 @@
-"""What the models cost, how fast training images are made, what more devices bring.
+"""What the models cost, how fast they and their training images are, what more devices bring.
 
 Examples:
   python -m activemlp_jax.benchmark table --image-size 384
   python -m activemlp_jax.benchmark table --head upernet --image-size 512x2048
   python -m activemlp_jax.benchmark data --config configs/throughput.py --num-threads 2
   python -m activemlp_jax.benchmark scaling --config configs/digits.py --devices 4
+  python -m activemlp_jax.benchmark model --model active_xtiny --compare
+  python -m activemlp_jax.benchmark train --model active_xtiny --batch-size 16
+  python -m activemlp_jax.benchmark op --csv results/op.csv
 """
 
 import argparse
@@ -19,6 +22,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from activemlp_jax.benchmarks.command import add_commands, check_positive, run
 from activemlp_jax.data.examples import EncodedSource
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.data.throughput import measure
@@ -69,13 +73,6 @@ def cost_table(names: list[str], height: int, width: int, head: str | None = Non
             f"{cost.published_macs / 1e9:.3f}",
         )
     return table
-
-
-def check_positive(**options: int) -> None:
-    """Raises UserError, naming the option, if one is less than 1."""
-    for option, count in options.items():
-        if count < 1:
-            raise UserError(f"--{option} is {count}, expected at least 1")
 
 
 def print_data_rates(
@@ -204,6 +201,7 @@ def main() -> None:
     scaling.add_argument("--classes", type=int, default=10, help="of the model (10)")
     scaling.add_argument("--steps", type=int, default=10, help="a round (10)")
     scaling.add_argument("--rounds", type=int, default=3, help="of each number, in turns (3)")
+    add_commands(commands)
     arguments = vars(parser.parse_args())
     command = arguments.pop("command")
     try:
@@ -211,8 +209,10 @@ def main() -> None:
             print_costs(**arguments)
         elif command == "scaling":
             print_scaling(**arguments)
-        else:
+        elif command == "data":
             print_data_rates(**arguments)
+        else:
+            run(command, arguments)
     except (UserError, ValueError) as error:
         exit_with(error)
 
