@@ -156,6 +156,7 @@ def report_needs(needs: Needs, flops: float, chip: Chip | None) -> None:
         f"work         {figure(flops / 1e9)} GFLOP a device by the model's multiply-adds, "
         f"{figure(needs.flops / 1e9)} by the compiler; {figure(needs.accessed / 1e9)} GB accessed"
     )
+    say(f"by index     {needs.gathers} gathers, {needs.scatters} scatters")
     traffic = [
         f"{found.number} {kind}, {found.size / 1e6:,.1f} MB"
         for kind, found in sorted(needs.collectives.items())

@@ -43,30 +43,24 @@ FORMS = {
 IMPLEMENTATIONS = ("definition", *FORMS)
 
 
-def _of(impl: str, offset_dtype: Any, part: str) -> Callable[..., Any]:
+@partial(jax.jit, static_argnums=(0, 1, 2))  # traces a shape once for all blocks
+def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
     """`part` of the form `impl`, or of that of the platform which the program is compiled for.
 
     On GPUs additions have an order of chance, which would make runs differ in their last digits:
     there the transpose is dense.
     """
     if impl != "auto":
-        return getattr(FORMS[impl], part)
-    on_tpu = "pallas_tpu" if offset_dtype == jnp.float32 else "dense"
-    names = {"cpu": "gather", "tpu": on_tpu, "cuda": "gather_dense", "rocm": "gather_dense"}
-
-    def choose(*arguments: Any) -> Any:
-        *arrays, axis = arguments
-        forms = {
-            name: partial(getattr(FORMS[form], part), axis=axis) for name, form in names.items()
-        }
-        return jax.lax.platform_dependent(*arrays, **forms)
-
-    return choose
+        return getattr(FORMS[impl], part)(*arrays, axis)
+    on_tpu = "pallas_tpu" if arrays[1].dtype == jnp.float32 else "dense"
+    names = {"cpu": "gather", "tpu": on_tpu, "default": "gather_dense"}
+    forms = {name: partial(getattr(FORMS[form], part), axis=axis) for name, form in names.items()}
+    return jax.lax.platform_dependent(*arrays, **forms)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _sample(x: jax.Array, offset: jax.Array, axis: str, impl: str) -> jax.Array:
-    return _of(impl, offset.dtype, "forward")(x, offset, axis)
+    return _run(impl, "forward", axis, x, offset)
 
 
 def _sample_forward(x: jax.Array, offset: jax.Array, axis: str, impl: str) -> Any:
@@ -74,8 +68,7 @@ def _sample_forward(x: jax.Array, offset: jax.Array, axis: str, impl: str) -> An
 
 
 def _sample_backward(axis: str, impl: str, arguments: Any, cotangent: jax.Array) -> Any:
-    x, offset = arguments
-    return _of(impl, offset.dtype, "backward")(x, offset, cotangent, axis)
+    return _run(impl, "backward", axis, *arguments, cotangent)
 
 
 _sample.defvjp(_sample_forward, _sample_backward)

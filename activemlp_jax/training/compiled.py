@@ -30,7 +30,8 @@ class Needs(NamedTuple):
 
     `arguments`, `results` that are in none of the arguments' buffers, `temporary` and `program`
     are bytes that are held at the same time; `accessed` bytes that are read and written, `flops`
-    operations. Of a loop, all but memory count once, however often it runs.
+    operations. Of a loop, all but memory count once, however often it runs; of a kernel, what it is
+    given and what it gives. `gathers` and `scatters` read and write by index.
     """
 
     arguments: int
@@ -40,6 +41,8 @@ class Needs(NamedTuple):
     flops: float
     accessed: float
     collectives: dict[str, Traffic]
+    gathers: int
+    scatters: int
 
     @property
     def memory(self) -> int:
@@ -106,7 +109,7 @@ def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
 
 def count_needs(compiled: Any, devices: int) -> Needs:
     """The needs of a `jax.stages.Compiled` for so many devices."""
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
     return Needs(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -114,7 +117,9 @@ def count_needs(compiled: Any, devices: int) -> Needs:
         memory.generated_code_size_in_bytes,
         cost.get("flops", 0.0),
         cost.get("bytes accessed", 0.0),
-        count_collectives(compiled.as_text(), devices),
+        count_collectives(text, devices),
+        len(re.findall(r" gather\(", text)),
+        len(re.findall(r" scatter\(", text)),
     )
 
 

@@ -64,7 +64,7 @@ def test_donated_buffers_count_once():
 def test_a_step_takes_as_long_as_the_slowest_of_its_parts():
     chip = Chip(flops=100.0, memory=1e9, bandwidth=10.0, interconnect=5.0)
     traffic = {"all-reduce": Traffic(1, 20, 30.0), "all-gather": Traffic(1, 8, 6.0)}
-    needs = Needs(0, 0, 0, 0, 0.0, accessed=40.0, collectives=traffic)
+    needs = Needs(0, 0, 0, 0, 0.0, 40.0, traffic, gathers=0, scatters=0)
     bounds = count_bounds(needs, flops=300.0, chip=chip)
     assert bounds.compute == 3.0
     assert bounds.memory == 4.0

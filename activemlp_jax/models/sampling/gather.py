@@ -72,6 +72,7 @@ def _map_axis(axis: str) -> int:
     return {"h": 0, "w": 1}[axis]
 
 
+@partial(jax.jit, static_argnums=2)
 def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
     """The operator."""
     return jax.vmap(partial(_forward_map, axis=_map_axis(axis)))(x, offset)
