@@ -3,15 +3,20 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from activemlp_jax import ActiveMLP
 from activemlp_jax.models.counting import count_cost
+from activemlp_jax.training.command import load_config
+from activemlp_jax.training.program import build_program
+from activemlp_jax.training.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 # Where `make test` puts the TPU compiler; an environment with the extra `tpu` has its own.
@@ -67,6 +72,16 @@ def test_the_compiler_for_tpus_compiles_a_step_for_a_slice_that_is_not_here():
     assert 0 < record["memory"] < 2**30
     assert record["collectives"]["all-reduce"]["size"] > 0.9 * PARAMETERS
     assert all(seconds > 0 for seconds in record["least_seconds"].values())
+
+
+@pytest.mark.parametrize("name", ["active_xtiny", "active_tiny"])
+def test_on_tpus_the_step_of_a_recipe_reads_and_writes_nothing_by_index(name: str):
+    config = load_config(str(ROOT / "configs" / f"{name}.py"))
+    program = build_program(config, 1000, 1_281_167, make_mesh(devices=jax.devices()[:1]))
+    traced = program.train_step.trace(program.state, program.batch)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text, "the operator's kernels"
+    assert not re.findall(r"stablehlo\.\w*(?:gather|scatter)", text)
 
 
 @pytest.mark.parametrize(
