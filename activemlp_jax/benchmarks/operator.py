@@ -10,7 +10,6 @@ import numpy as np
 
 from activemlp_jax.benchmarks.measuring import JAX, Contender, Workload
 from activemlp_jax.benchmarks.programs import compile_function
-from activemlp_jax.errors import one_line
 from activemlp_jax.models.atm import IMPLEMENTATIONS, sample_axis
 from activemlp_jax.models.backbone import VARIANTS, create_model
 
@@ -101,9 +100,6 @@ def compile_operator(case: Case, say: Callable[[str], None]) -> Iterator[Contend
             ("forward", forward, arguments),
             ("forward+backward", both, (*arguments, case.cotangent)),
         ):
-            try:
-                yield compile_function(
-                    f"{case.axis} {what}", f"{JAX} {name}", case.workload, function, given
-                )
-            except NotImplementedError as error:
-                say(f"without {JAX} {name}, {what}: {one_line(error)}")
+            yield compile_function(
+                f"{case.axis} {what}", f"{JAX} {name}", case.workload, function, given
+            )

@@ -80,9 +80,6 @@ def compile_function(
       function: to be jitted.
       arguments: of it.
       flops: that it needs, by the model's multiply-adds.
-
-    Raises:
-      NotImplementedError: this backend has no such function.
     """
     began = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
