@@ -39,6 +39,7 @@ from activemlp_jax.training import sharding
 from activemlp_jax.training.classification import Classification
 from activemlp_jax.training.command import HOST_OPTIONS
 from activemlp_jax.training.evaluation import evaluate
+from activemlp_jax.training.hardware import keep_freed_memory
 from activemlp_jax.weights.model_directory import check_classes, read_card, read_weights
 
 Metrics = dict[str, float]
@@ -196,6 +197,7 @@ def main() -> None:
     for name, parse, default, text in HOST_OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=parse, default=default, help=text)
     arguments = vars(parser.parse_args())
+    keep_freed_memory()
     hosts = sharding.Hosts(**{name: arguments.pop(name) for name, *_ in HOST_OPTIONS})
     try:
         for option, least in (("batch_size", 1), ("num_threads", 0), ("size_multiple", 1)):

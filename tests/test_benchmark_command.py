@@ -76,7 +76,8 @@ def test_training_is_timed_by_gradient_and_step(
 ):
     monkeypatch.setitem(VARIANTS, "micro", MICRO)
     path = tmp_path / "train.csv"
-    command.print_models(True, ["micro"], 2, 32, "float32", 2, 1, False, str(path))
+    options = command.Options(2, 32, "float32", 2, 1, False, str(path))
+    command.print_models(True, ["micro"], options)
     rows = rows_of(path)
     assert [row["what"] for row in rows] == ["matmul", "gradient", "step"]
     gradient, step = (float(row["memory_bytes"]) for row in rows[1:])

@@ -28,6 +28,7 @@ from activemlp_jax.benchmarks.programs import (
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
+from activemlp_jax.training.hardware import keep_freed_memory
 
 MIB = 2**20
 
@@ -104,46 +105,55 @@ def figure_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> 
         yield "  ".join(cells)
 
 
-class Measuring(NamedTuple):
-    """How a command measures: `steps` times a round, and `csv` is the file to write, or None."""
+class Options(NamedTuple):
+    """What all commands take: of the work, and how it is measured.
 
+    `batch_size` images, square, of `image_size` pixels, in `dtype`; `rounds` of `steps` times
+    each; `compare` with PyTorch; `csv` is the file to write, or None.
+    """
+
+    batch_size: int
+    image_size: int
+    dtype: str
     rounds: int
     steps: int
     compare: bool
-    csv: Path | None
+    csv: str | None
 
 
-def prepare(batch_size: int, image_size: int, rounds: int, steps: int, compare: bool) -> None:
+def prepare(options: Options) -> None:
     """What all commands check before any work.
 
     Raises:
       UserError: nothing to measure, or no peer to compare with.
     """
-    check_positive(batch_size=batch_size, image_size=image_size, rounds=rounds, steps=steps)
-    if compare:
+    counts = ("batch_size", "image_size", "rounds", "steps")
+    check_positive(**{name: getattr(options, name) for name in counts})
+    if options.compare:
         # Else JAX would take three quarters of a GPU's memory from the peer.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         check_peer()
 
 
 def measure_all(
-    groups: Iterable[tuple[str, Iterable[Contender]]], how: Measuring, in_milliseconds: bool
+    groups: Iterable[tuple[str, Iterable[Contender]]], options: Options, in_milliseconds: bool
 ) -> None:
     """Time groups of contenders, print their figures, and write them down after every group.
 
     Args:
       groups: titles, and contenders that are compiled as they are asked for and then take turns.
-      how: to measure.
+      options: how to measure.
       in_milliseconds: whether times are printed in place of images a second.
 
     Raises:
       UserError: the CSV file cannot be written.
     """
-    machine = this_machine(how.compare)
+    machine = this_machine(options.compare)
     measurements: list[Measurement] = []
-    if how.csv:
-        write_csv(how.csv, measurements, machine)  # before any work: can it be?
-    others = f", torch {machine.torch_version}" if how.compare else ""
+    file = Path(options.csv) if options.csv else None
+    if file:
+        write_csv(file, measurements, machine)  # before any work: can it be?
+    others = f", torch {machine.torch_version}" if options.compare else ""
     say(
         f"{machine.device_kind}, {machine.cores} cores of {machine.cpu}; "
         f"jax {machine.jax_version}{others}"
@@ -157,8 +167,8 @@ def measure_all(
                 f"{contender.compile_seconds:.1f} s"
             )
             contenders.append(contender)
-        say(f"{how.rounds} rounds of {how.steps}, in turns")
-        found = summarise(contenders, time_in_turns(contenders, how.steps, how.rounds))
+        say(f"{options.rounds} rounds of {options.steps}, in turns")
+        found = summarise(contenders, time_in_turns(contenders, options.steps, options.rounds))
         for line in figure_lines(found, in_milliseconds):
             say(line)
         statistics = jax.devices()[0].memory_stats()
@@ -166,32 +176,22 @@ def measure_all(
             peak = statistics["peak_bytes_in_use"]
             say(f"JAX has held {peak / MIB:,.1f} MiB of the device at most so far")
         measurements += found
-        if how.csv:
-            write_csv(how.csv, measurements, machine)
+        if file:
+            write_csv(file, measurements, machine)
 
 
-def print_models(
-    training: bool,
-    model: Sequence[str] | None,
-    batch_size: int,
-    image_size: int,
-    dtype: str,
-    rounds: int,
-    steps: int,
-    compare: bool,
-    csv: str | None,
-) -> None:
-    """The commands `model` and `train`: images a second of classifiers.
+def print_models(training: bool, model: Sequence[str] | None, options: Options) -> None:
+    """The commands `model` and `train`: images a second of classifiers, all if `model` is None.
 
     Raises:
       UserError: options that cannot work.
       ValueError: an unknown model, or images that it does not take.
     """
-    prepare(batch_size, image_size, rounds, steps, compare)
-    names = model or list_models()
-    workloads = [Workload(name, batch_size, image_size, dtype) for name in names]
+    prepare(options)
+    size, dtype = options.image_size, options.dtype
+    workloads = [Workload(name, options.batch_size, size, dtype) for name in model or list_models()]
     for workload in workloads:
-        count_cost(create_model(workload.model), image_size, image_size)  # refuses what is wrong
+        count_cost(create_model(workload.model), size, size)  # refuses what is wrong
 
     def contenders(workload: Workload) -> Iterator[Contender]:
         yield compile_matmul()
@@ -200,47 +200,39 @@ def print_models(
         for contender in (compile_training if training else compile_forward)(workload, inputs):
             ours.append(contender)
             yield contender
-        if compare:
+        if options.compare:
             from activemlp_jax.benchmarks import torch_peer
 
             operators = torch_peer.list_operators(say)
             yield from torch_peer.prepare_models(ours, inputs, operators)
 
-    title = f"{batch_size} images of {image_size} x {image_size} in {dtype}"
+    title = f"{options.batch_size} images of {size} x {size} in {dtype}"
     groups = ((f"{workload.model}, {title}", contenders(workload)) for workload in workloads)
-    measure_all(groups, Measuring(rounds, steps, compare, Path(csv) if csv else None), False)
+    measure_all(groups, options, in_milliseconds=False)
 
 
-def print_operator(
-    batch_size: int,
-    image_size: int,
-    dtype: str,
-    rounds: int,
-    steps: int,
-    compare: bool,
-    csv: str | None,
-) -> None:
+def print_operator(options: Options) -> None:
     """The command `op`: milliseconds of `sample_axis` by each implementation.
 
     Raises:
       UserError: options that cannot work.
       ValueError: images that the model does not take.
     """
-    prepare(batch_size, image_size, rounds, steps, compare)
+    prepare(options)
     deform_conv2d = None
-    if compare:
+    if options.compare:
         from activemlp_jax.benchmarks import torch_peer
 
         deform_conv2d = torch_peer.find_deform_conv2d(say)
 
     def contenders(case: Case) -> Iterator[Contender]:
         yield from compile_operator(case, say)
-        if compare:
+        if options.compare:
             yield from torch_peer.prepare_operators(case, deform_conv2d)
 
-    cases = draw_cases(batch_size, image_size, dtype)
+    cases = draw_cases(options.batch_size, options.image_size, options.dtype)
     groups = ((case.title(), contenders(case)) for case in cases)
-    measure_all(groups, Measuring(rounds, steps, compare, Path(csv) if csv else None), True)
+    measure_all(groups, options, in_milliseconds=True)
 
 
 def add_commands(commands: Any) -> None:
@@ -275,7 +267,10 @@ def add_commands(commands: Any) -> None:
 
 def run(command: str, arguments: dict[str, Any]) -> None:
     """One of the commands that `add_commands` adds, with its options by name."""
+    keep_freed_memory()  # as train.py does
+    model = arguments.pop("model", None)
+    options = Options(**arguments)
     if command == "op":
-        print_operator(**arguments)
+        print_operator(options)
     else:
-        print_models(command == "train", **arguments)
+        print_models(command == "train", model, options)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from activemlp_jax.errors import Interrupted, UserError, exit_with
 from activemlp_jax.training.config import default_config
+from activemlp_jax.training.hardware import keep_freed_memory
 
 # The fields of sharding.Hosts: name, type, default, help.
 HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
@@ -146,6 +147,7 @@ def run(default_path: Path) -> NoReturn:
             flags.DEFINE_integer(name, default, text, lower_bound=0)
         else:
             flags.DEFINE_string(name, default, text)
+    keep_freed_memory()
     start(_train, ("workdir", *_HOST_NAMES), default_path)
 
 
