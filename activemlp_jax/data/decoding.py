@@ -46,14 +46,15 @@ def decode_with_pillow(data: bytes, name: str) -> np.ndarray:
     """As `decode`, by Pillow alone."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(_to_rgb(image))
+            return np.asarray(to_rgb(image))
     except UnidentifiedImageError as error:  # its message names a buffer, which says nothing
         raise BrokenImageError(f"{name} is no readable image: no known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImageError(f"{name} is no readable image: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Red, green and blue, 8 bits each; what is transparent shows its own colours."""
     if image.mode.startswith("I;16"):  # 16 bits a pixel; Pillow's own conversion clips at 255
         upper = np.asarray(image).astype(np.uint16) >> 8
         return Image.fromarray(upper.astype(np.uint8)).convert("RGB")

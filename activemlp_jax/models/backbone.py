@@ -40,7 +40,8 @@ class ActiveTokenMixer(nn.Module):
     """The ATM layer: tokens from the row, from the column and the own one, mixed by content.
 
     Args of the call: `x` `[B, H, W, C]`, normalised; `offset` `[B, H, W, 2G]` of `OffsetLayer`.
-    Returns `[B, H, W, C]`.
+    Returns `[B, H, W, C]`. Where the collection 'intermediates' is mutable, the call leaves
+    `offset` and the mixing weights, `weight` `[B, 1, 1, C, 3]`, there.
 
     Source: Active Token Mixer, section 3.
     """
@@ -58,6 +59,8 @@ class ActiveTokenMixer(nn.Module):
         summary = (w + h + c).mean(axis=(1, 2), keepdims=True)
         fusion = Mlp(channels // 4, 3 * channels, self.dtype, name="fusion")(summary)
         weight = nn.softmax(fusion.reshape(*fusion.shape[:-1], channels, 3), axis=-1)
+        self.sow("intermediates", "offset", offset)
+        self.sow("intermediates", "weight", weight)
         mixed = w * weight[..., 0] + h * weight[..., 1] + c * weight[..., 2]
         return linear(channels, self.dtype, name="proj")(mixed)
 

@@ -30,7 +30,7 @@ from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
 from activemlp_jax.models.segmentation import ActiveSegmentor
-from activemlp_jax.weights.architecture import Model
+from activemlp_jax.weights.architecture import Model, list_keys
 from activemlp_jax.weights.torch_files import choose_kind
 from activemlp_jax.weights.torch_names import variable_shapes
 
@@ -73,6 +73,24 @@ class ModelCard:
     def is_segmentor(self) -> bool:
         """Whether the model labels pixels, not images."""
         return isinstance(self.model, ActiveSegmentor)
+
+    def __repr__(self) -> str:
+        """On one line; `to_json` has it all."""
+        name = self.name or "an ActiveMLP of no published variant"
+        if isinstance(self.model, ActiveSegmentor):
+            name += f" under {self.model.head}"
+        classes = f"{self.model.num_classes} classes"
+        if self.class_names:
+            classes += f" ({list_keys(list(self.class_names), 3)})"
+        shown = self.preprocessing
+        if isinstance(shown, Preprocessing):
+            images = f"images of {shown.image_size} pixels"
+        elif shown.long_side:
+            images = f"images resized into {shown.long_side} x {shown.short_side} pixels"
+        else:
+            images = "images as large as they are"
+        kinds = [f"{kind}{' (default)' * (kind == self.default_kind)}" for kind in self.kinds]
+        return f"ModelCard({name}, {classes}, {images}, weights {', '.join(kinds)})"
 
     def to_json(self) -> dict[str, Any]:
         """As written."""
@@ -144,6 +162,15 @@ def check_classes(card: ModelCard, class_names: tuple[str, ...], what: str) -> N
         raise UserError(
             f"{what} has {len(class_names)} classes, but the model has {card.model.num_classes}"
         )
+
+
+def check_card(card: object, model: Model) -> None:
+    """Raises ValueError if `card` is no card of a model such as `model`."""
+    if not isinstance(card, ModelCard):
+        raise ValueError(f"card is a {type(card).__name__}, expected what read_card gives")
+    ours, theirs = (f"{type(m).__name__} of {m.num_classes} classes" for m in (model, card.model))
+    if ours != theirs:
+        raise ValueError(f"card is of an {theirs}, but the model is an {ours}")
 
 
 def variant_name(model: Model) -> str | None:

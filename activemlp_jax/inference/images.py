@@ -1,0 +1,78 @@
+"""Images as people have them, Pillow's, arrays or files, to pixels."""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from activemlp_jax.data.decoding import BrokenImageError, decode, to_rgb
+
+EXPECTED = "a Pillow image, a uint8 array or the path of a file"
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """The pixels `[H, W, 3]` uint8 of an image file.
+
+    Raises:
+      BrokenImageError: there is no such file, or it is no image.
+    """
+    try:
+        with open(path, "rb") as file:
+            return decode(file.read(), str(path))
+    except OSError as error:
+        raise BrokenImageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def list_images(images: Any) -> tuple[list[Any], bool]:
+    """The images one by one, and whether it is one alone and no sequence; see `pixels_of`.
+
+    Raises:
+      ValueError: they are none.
+    """
+    if isinstance(images, Image.Image | str | os.PathLike):
+        return [images], True
+    if hasattr(images, "__array__"):
+        images = np.asarray(images)
+        if images.ndim < 4:
+            return [images], True
+    if isinstance(images, bytes) or not isinstance(images, Iterable):
+        raise ValueError(f"images is a {type(images).__name__}, expected {EXPECTED}, or many")
+    listed = list(images)
+    if not listed:
+        raise ValueError("images is empty, expected at least one")
+    return listed, False
+
+
+def all_pixels(images: list[Any]) -> Iterator[np.ndarray]:
+    """The pixels of each image, when it is its turn; see `pixels_of`."""
+    for number, image in enumerate(images):
+        yield pixels_of(image, f"image {number}" if len(images) > 1 else "the image")
+
+
+def pixels_of(image: Any, name: str) -> np.ndarray:
+    """The pixels `[H, W, 3]`, uint8 RGB, of one image, as `decode` gives those of a file.
+
+    Args:
+      image: a Pillow image of any mode, an array `[H, W]` or `[H, W, 3]` uint8, or a path.
+      name: for errors.
+
+    Raises:
+      ValueError: it is something else; BrokenImageError, which is one, if it cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        try:
+            return np.asarray(to_rgb(image))  # Pillow reads a file's pixels no sooner than here
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BrokenImageError(f"{name} is no readable image: {error}") from error
+    if not hasattr(image, "__array__"):
+        raise ValueError(f"{name} is a {type(image).__name__}, expected {EXPECTED}")
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"{name} has dtype {array.dtype}, expected uint8, values from 0 to 255")
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or 0 in array.shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected (H, W) or (H, W, 3)")
+    return array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=-1)
