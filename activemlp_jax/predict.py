@@ -1,13 +1,23 @@
-"""Label every pixel of photos by a segmentation model: coloured overlays with a legend.
+"""Name what photos show by a classifier, or label their pixels by a segmentation model.
+
+Of a classifier, the most probable classes of each image; of a segmentation model, coloured overlays
+with a legend. Images that cannot be read are named and left out; the status is 1 then.
 
 Examples:
+  python -m activemlp_jax.predict models/active_tiny photo.jpg
+  python -m activemlp_jax.predict models/active_tiny holiday/ 'more/**/*.png' --json
+  curl -s https://example.org/photo.jpg | python -m activemlp_jax.predict models/active_tiny -
+  python -m activemlp_jax.predict models/active_tiny photo.jpg --show-offsets looks.png
   python -m activemlp_jax.predict runs/digit_scenes/model scene.png
   python -m activemlp_jax.predict models/upernet_large holiday/ --output labelled --multi-scale
 """
 
 import argparse
+import functools
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,122 +25,246 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from activemlp_jax.data.decoding import BrokenImageError, decode
-from activemlp_jax.data.sources import IMAGE_SUFFIXES
-from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.errors import UserError, exit_with, one_line
+from activemlp_jax.inference.classify import (
+    ask,
+    choose_batch_size,
+    make_classifier,
+    most_probable,
+    probabilities,
+)
+from activemlp_jax.inference.files import (
+    IMAGES_HELP,
+    STDIN,
+    ImageFile,
+    find_images,
+    read_images,
+    unbroken,
+    watched,
+)
+from activemlp_jax.inference.imagenet_names import readable_names
+from activemlp_jax.inference.offset_pictures import Point, check_tokens, draw_offsets
+from activemlp_jax.inference.offsets import inspect_offsets, show_to_model
 from activemlp_jax.inference.overlays import class_shares, draw_overlay
 from activemlp_jax.inference.scene_evaluation import keep_compiled_programs, open_segmenter
 from activemlp_jax.inference.scenes import segment_image
 from activemlp_jax.inference.views import PUBLISHED, Protocol, make_protocol
-from activemlp_jax.weights.model_directory import read_weights
+from activemlp_jax.weights.model_directory import ModelCard, Variables, read_card, read_weights
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # what is written has these after its name
-SHOWN = 5  # classes a line
+SHOWN = 5  # classes an image
+OPACITY = 0.6
+# Options of segmentation models, and what they are where they are not given.
+SCENE_OPTIONS: dict[str, Any] = {
+    "output": None,
+    "opacity": None,
+    "labels": False,
+    "multi_scale": False,
+    "slide": False,
+}
+
+Record = dict[str, Any]
 
 
-def find_images(paths: list[str]) -> list[Path]:
-    """Image files: those named, and those in the folders named, in order.
+def load_variables(directory: str, card: ModelCard) -> Variables:
+    """The variables to predict with, on the default device."""
+    return jax.tree.map(jnp.asarray, read_weights(directory, card, card.default_kind))
+
+
+def classify_files(
+    directory: str, files: Sequence[ImageFile], broken: list[ImageFile]
+) -> Iterator[Record]:
+    """Ask a classifier about the files, some at a time.
+
+    Args:
+      directory: of a classifier.
+      files: the images.
+      broken: those that cannot be read are added to it.
+
+    Yields:
+      For each file that can be read, the name of `image`, and the most probable `classes`.
 
     Raises:
-      UserError: there is no such file or folder, or a folder has none.
+      UserError: an unusable directory.
     """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(
-                file
-                for file in path.iterdir()
-                if file.name.lower().endswith(IMAGE_SUFFIXES)
-                and not file.name.endswith((OVERLAY, LABELS))
-            )
-            if not found:
-                raise UserError(f"{path} has no images, expected {', '.join(IMAGE_SUFFIXES)}")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"there is no file or folder {path}")
-    return files
+    card = read_card(directory)
+    classifier = make_classifier(card.model, card)
+    names = readable_names(card.class_names, card.model.num_classes)
+    program = functools.partial(probabilities, classifier, load_variables(directory, card))
+    read = watched(read_images(files, classifier.prepare, os.cpu_count() or 1), len(files))
+    for file, row in ask(program, unbroken(read, broken), choose_batch_size(len(files))):
+        yield {"image": file.path, "classes": most_probable(row, names, SHOWN)}
 
 
-def read_image(file: Path) -> np.ndarray:
-    """The pixels `[H, W, 3]` uint8 of an image file; UserError if it has none."""
-    try:
-        return decode(file.read_bytes(), str(file))
-    except OSError as error:
-        raise BrokenImageError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def name_overlays(files: list[Path], output: Path | None) -> list[Path]:
-    """Where to write the overlay of each file: beside it, or in `output`.
+def name_overlays(files: Sequence[ImageFile], output: Path | None) -> list[Path]:
+    """Where to write the overlay of each file: beside it, or at its place in `output`.
 
     Raises:
       UserError: two files have the same name.
     """
-    targets = [(output or file.parent) / f"{file.stem}{OVERLAY}" for file in files]
-    seen: dict[Path, Path] = {}
-    for file, target in zip(files, targets, strict=True):
+    targets, seen = [], dict[Path, ImageFile]()
+    for file in files:
+        beside = Path() if file.path == STDIN else Path(file.path).parent
+        folder = output / file.inside.parent if output else beside
+        target = folder / f"{file.inside.stem}{OVERLAY}"
         if target in seen:
-            raise UserError(f"{seen[target]} and {file} would both be written to {target}")
+            raise UserError(
+                f"{seen[target].path} and {file.path} would both be written to {target}"
+            )
         seen[target] = file
+        targets.append(target)
     return targets
 
 
-def predict(
+def label_files(
     directory: str,
-    images: list[str],
+    files: Sequence[ImageFile],
+    broken: list[ImageFile],
     *,
     protocol: Protocol = PUBLISHED,
     output: str | None = None,
-    opacity: float = 0.6,
+    opacity: float = OPACITY,
     labels: bool = False,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record]:
     """Write the overlays one by one.
 
     Args:
       directory: of a segmentation model.
-      images: files, or folders of them.
+      files: the images.
+      broken: those that cannot be read are added to it.
       protocol: how label maps are asked for.
       output: a folder for what is written; None for beside the images.
       opacity: of the colours, 0 to 1.
       labels: whether to write the label maps too, a class index a pixel.
 
     Yields:
-      For each file, the names of `image` and `overlay`, and by class name the `shares` of the
-      pixels of those that occur, the largest first.
+      For each file that can be read, the names of `image` and `overlay`, and by class name the
+      `shares` of the pixels of those that occur, the largest first.
 
     Raises:
-      UserError: an unusable directory, image or option; overlays before it are written.
+      UserError: an unusable directory or option.
     """
     card, segmenter = open_segmenter(directory, protocol)
     if not 0 <= opacity <= 1:
         raise UserError(f"--opacity is {opacity}, expected 0 to 1")
-    files = find_images(images)
-    folder = Path(output) if output else None
-    targets = name_overlays(files, folder)
-    keep_compiled_programs()
-    weights = read_weights(directory, card, card.default_kind)
-    variables = jax.tree.map(jnp.asarray, weights)
+    if output:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    targets = dict(zip(files, name_overlays(files, Path(output) if output else None), strict=True))
+    variables = load_variables(directory, card)
     names = card.class_names or tuple(map(str, range(card.model.num_classes)))
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    for file, target in zip(files, targets, strict=True):
-        image = read_image(file)
+    read = watched(read_images(files, lambda image: image, num_threads=0), len(files))
+    for file, image in unbroken(read, broken):
         found = segment_image(segmenter, variables, image)
+        target = targets[file]
+        target.parent.mkdir(parents=True, exist_ok=True)
         draw_overlay(image, found, names, opacity).save(target)
         if labels:
             picture = Image.fromarray(found.astype(np.uint8))
-            picture.save(target.with_name(f"{file.stem}{LABELS}"))
+            picture.save(target.with_name(f"{file.inside.stem}{LABELS}"))
         shares = {names[label]: share for label, share in class_shares(found)}
-        yield {"image": str(file), "overlay": str(target), "shares": shares}
+        yield {"image": file.path, "overlay": str(target), "shares": shares}
 
 
-def describe(record: dict[str, Any]) -> str:
-    """What `predict` found of an image, for people."""
+def fractions(text: str) -> tuple[float, float]:
+    """A place of a picture from `X,Y`; what argparse takes for a type raises ValueError."""
+    x, y = map(float, text.split(","))
+    return x, y
+
+
+def show_offsets(
+    directory: str, files: Sequence[ImageFile], output: str, tokens: Sequence[Point]
+) -> None:
+    """Draw where the model looks in an image.
+
+    Args:
+      directory: of a model of either kind.
+      files: the one image.
+      output: the file to write; its ending says the format.
+      tokens: from where it looks, (x, y) in fractions of the picture; a few of its own if empty.
+
+    Raises:
+      UserError: an unusable directory, image, token or output, or more than one image.
+    """
+    if len(files) > 1:
+        raise UserError(f"--show-offsets is for one image, but there are {len(files)}")
+    path, tokens = files[0].path, check_tokens(tokens)
+    if path == STDIN:
+        raise UserError(f"--show-offsets needs a file, not {STDIN}")
+    ending = Path(output).suffix
+    if ending.lower() not in Image.registered_extensions():
+        raise UserError(f"--show-offsets is {output}, expected a picture's ending such as .png")
+    card = read_card(directory)
+    seen = show_to_model(card.model, path, card)
+    blocks = inspect_offsets(card.model, load_variables(directory, card), path, card)
+    draw_offsets(seen[0], blocks, tokens or None).save(output)
+
+
+def class_table(records: Sequence[Record]) -> Table:
+    """What `classify_files` found, for people."""
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right")
+    for record in records:
+        for rank, found in enumerate(record["classes"]):
+            image = "" if rank else one_line(record["image"])
+            percent = f"{100 * found.probability:.1f}%"
+            table.add_row(Text(image), Text(one_line(found.name)), percent)
+        table.add_section()
+    return table
+
+
+def describe_labels(record: Record) -> str:
+    """What `label_files` found of an image, for people."""
     shares = [f"{name} {100 * share:.1f}%" for name, share in record["shares"].items()]
     more = f" and {len(shares) - SHOWN} more" if len(shares) > SHOWN else ""
     return f"{record['image']}: {', '.join(shares[:SHOWN])}{more}; see {record['overlay']}"
+
+
+def as_json(record: Record) -> str:
+    """A record of either kind on one line."""
+    if "classes" in record:
+        record = {**record, "classes": [found._asdict() for found in record["classes"]]}
+    return json.dumps(record)
+
+
+def predict(arguments: dict[str, Any]) -> list[ImageFile]:
+    """Do what the command line asks for; returns the files that cannot be read."""
+    directory, to_json, broken = arguments["directory"], arguments["json"], list[ImageFile]()
+    to_label = read_card(directory).is_segmentor
+    given = [name for name, unset in SCENE_OPTIONS.items() if arguments[name] is not unset]
+    if given and not to_label:
+        option = f"--{given[0].replace('_', '-')}"
+        raise UserError(f"{option} is for segmentation models, but {directory} has a classifier")
+    files = find_images(arguments["images"], (OVERLAY, LABELS) if to_label else ())
+    keep_compiled_programs()
+    if arguments["show_offsets"]:
+        show_offsets(directory, files, arguments["show_offsets"], arguments["token"])
+    elif arguments["token"]:
+        raise UserError("--token says what --show-offsets shows, which is missing")
+    if to_label:
+        opacity = arguments["opacity"]
+        records = label_files(
+            directory,
+            files,
+            broken,
+            protocol=make_protocol(arguments["multi_scale"], arguments["slide"]),
+            output=arguments["output"],
+            opacity=OPACITY if opacity is None else opacity,
+            labels=arguments["labels"],
+        )
+    else:
+        records = classify_files(directory, files, broken)
+    if to_json or to_label:
+        for record in records:
+            print(as_json(record) if to_json else describe_labels(record), flush=True)
+    elif found := list(records):
+        Console().print(class_table(found))
+    return broken
 
 
 def main() -> None:
@@ -141,29 +275,43 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", metavar="MODEL_DIR", help="from conversion or training")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files, or folders of them")
-    parser.add_argument("--output", metavar="DIR", help="for the overlays (beside the images)")
-    parser.add_argument("--opacity", type=float, default=0.6, help="of the colours, 0 to 1 (0.6)")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help=IMAGES_HELP)
+    parser.add_argument("--json", action="store_true", help="print one JSON line an image")
     parser.add_argument(
+        "--show-offsets", metavar="OUT.png", help="draw where the model looks in the one image"
+    )
+    parser.add_argument(
+        "--token",
+        metavar="X,Y",
+        action="append",
+        type=fractions,
+        default=[],
+        help="from there, in fractions of what the model sees; may be repeated (three places)",
+    )
+    scenes = parser.add_argument_group("segmentation models")
+    scenes.add_argument("--output", metavar="DIR", help="for the overlays (beside the images)")
+    scenes.add_argument("--opacity", type=float, help=f"of the colours, 0 to 1 ({OPACITY})")
+    scenes.add_argument(
         "--labels", action="store_true", help="also write NAME_labels.png, a class index a pixel"
     )
-    parser.add_argument(
+    scenes.add_argument(
         "--multi-scale", action="store_true", help="average over six scales, each also flipped"
     )
-    parser.add_argument(
+    scenes.add_argument(
         "--slide", action="store_true", help="by windows of the size trained on, for large photos"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON line an image")
     arguments = vars(parser.parse_args())
-    show = json.dumps if arguments.pop("json") else describe
-    protocol = make_protocol(arguments.pop("multi_scale"), arguments.pop("slide"))
     try:
-        for record in predict(**arguments, protocol=protocol):
-            print(show(record), flush=True)
+        broken = predict(arguments)
     except UserError as error:
         exit_with(error)
+    except BrokenPipeError:  # who reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        exit_with(f"{error.filename or arguments['output']}: {error.strerror or error}")
+        place = error.filename or arguments["show_offsets"] or arguments["output"]
+        exit_with(f"{place}: {error.strerror or error}")
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.console import Console
 from scenes import mask, mocked_records, prepare_scene_parse150, save_ade20k
 
 import activemlp_jax as am
-from activemlp_jax import evaluate, predict
+from activemlp_jax import evaluate
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.training.command import load_config
 from activemlp_jax.training.loop import train
@@ -49,8 +49,6 @@ SMALL: dict[str, Any] = {
     "data.scene.short_side": 64,
     "data.num_threads": 2,
 }
-
-COMMANDS = {"evaluate": evaluate.main, "predict": predict.main}
 
 
 def run(module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -149,35 +147,9 @@ def test_evaluate_finds_what_training_found(trained: tuple[Path, str]):
     assert "500 images; the network is compiled for 1 sizes" in result.stderr
 
 
-def test_predict_writes_overlays_with_a_legend(trained: tuple[Path, str], tmp_path: Path):
-    rng = np.random.default_rng(0)
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in ("a.png", "b.jpg"):
-        Image.fromarray(rng.integers(0, 256, (48, 70, 3), np.uint8)).save(photos / name)
-    result = run(
-        *("predict", trained[0] / "model", photos, "--output", tmp_path / "out"),
-        *("--labels", "--json"),
-    )
-    assert result.returncode == 0, result.stderr
-    records = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [Path(record["image"]).name for record in records] == ["a.png", "b.jpg"]
-    for record in records:
-        assert sum(record["shares"].values()) == pytest.approx(1)
-        overlay = Path(record["overlay"])
-        assert form(overlay)[1][0] > 384
-        labels = overlay.with_name(overlay.name.replace("_overlay", "_labels"))
-        assert form(labels) == ("L", (70, 48))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("predict", "CLASSIFIER", "x.png"), "has a classifier, expected a segmentation model"),
-        (("predict", "MODEL", "nowhere.png"), "there is no file or folder nowhere.png"),
-        (("predict", "MODEL", "docs"), "docs has no images, expected .bmp"),
-        (("predict", "MODEL", "README.md"), "README.md is no readable image: no known format"),
-        (("predict", "MODEL", "x.png", "--opacity", "2"), "--opacity is 2.0, expected 0 to 1"),
         (("evaluate", "CLASSIFIER", "--data", "digits", "--multi-scale"), "--multi-scale is not"),
         (("evaluate", "MODEL", "--data", "digit_scenes", "--image-size", "64"), "--image-size is"),
         (("evaluate", "MODEL", "--data", "digits"), "no data set of scenes 'digits', expected"),
@@ -197,7 +169,7 @@ def test_what_cannot_work_is_named(
     monkeypatch.setattr(sys, "argv", [places.get(argument, argument) for argument in arguments])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as stopped:
-        COMMANDS[arguments[0]]()
+        evaluate.main()
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
