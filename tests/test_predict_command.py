@@ -194,7 +194,7 @@ def test_overlays_are_beside_the_images_and_not_taken_for_photos(
         (("CLASSIFIER", "-", "--show-offsets", "o.png"), "--show-offsets needs a file, not -"),
         (("CLASSIFIER", "x", "--token", "0.5,0.5"), "--token says what --show-offsets shows"),
         (("CLASSIFIER", "x/0.png", "--show-offsets", "o.png", "--token", "2,0"), "token (2.0,"),
-        (("CLASSIFIER", "x/0.png", "--show-offsets", "o.what"), "is o.what, expected a picture's ending"),
+        (("CLASSIFIER", "x/0.png", "--show-offsets", "o.what"), "is o.what, expected a picture"),
         (("CLASSIFIER", "x/0.png", "--show-offsets", "none/o.png"), "none/o.png: No such file"),
         (("x", "x"), "x is no model directory: it has no model.json"),
         (("SEGMENTOR", "x", "--opacity", "2"), "--opacity is 2.0, expected 0 to 1"),

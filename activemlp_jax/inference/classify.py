@@ -85,12 +85,9 @@ def make_classifier(model: Any, card: ModelCard | None) -> Classifier:
         )
     if card is not None:
         check_card(card, model)
-    # A model may have lists, but what says which program it has is hashed.
-    fields = ("depths", "embed_dims", "mlp_ratios", "share_dims", "remat_stages")
-    fixed: dict[str, Any] = {field: tuple(getattr(model, field)) for field in fields}
     preprocessing = card.preprocessing if card else Preprocessing()
     assert isinstance(preprocessing, Preprocessing), "as every classifier's"
-    return Classifier(model.clone(**fixed), preprocessing)
+    return Classifier(model, preprocessing)
 
 
 def choose_batch_size(count: int) -> int:

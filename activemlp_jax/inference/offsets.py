@@ -1,6 +1,5 @@
 """Where the Active Token Mixer looks: the offsets and mixing weights of every block, as numbers."""
 
-import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,7 +78,7 @@ def inspect_offsets(
     else:
         shown = show_to_model(model, images, card)
         inputs = normalise(jnp.asarray(shown), preprocessing.mean, preprocessing.std)
-    stages = _run(_hashable(model), variables, inputs)
+    stages = _run(model, variables, inputs)
     found = []
     for stage, depth in enumerate(backbone(model).depths):
         for block in range(depth):
@@ -150,13 +149,6 @@ def _shown(pixels: np.ndarray, preprocessing: Preprocessing | ScenePreprocessing
     height, width, _ = pixels.shape
     (view,) = plan_views(height, width, preprocessing, PUBLISHED)
     return show(pixels, [view])[0]
-
-
-def _hashable(model: Model) -> Model:
-    """The same model with tuples for lists, so that `jit` knows it again."""
-    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    tuples: dict[str, Any] = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    return model.clone(**tuples)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -232,6 +232,9 @@ class ActiveMLP(nn.Module):
             self.drop_path_rate,
             self.remat_stages,
         )
+        # Tuples, so that a model is hashable: an argument that `jit` can take as static.
+        for name in ("depths", "embed_dims", "mlp_ratios", "share_dims", "remat_stages"):
+            setattr(self, name, tuple(getattr(self, name)))
         super().__post_init__()
 
     def setup(self) -> None:

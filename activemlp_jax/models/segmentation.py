@@ -75,10 +75,7 @@ class ActiveSegmentor(nn.Module):
             self.dtype = self.backbone.get("dtype", jnp.float32)
         # Raises for what fits no model; with its defaults, equal models have equal fields.
         backbone = ActiveMLP(**{**self.backbone, "num_classes": 1, "dtype": self.dtype})
-        fields = {name: getattr(backbone, name) for name in BACKBONE_FIELDS}
-        self.backbone = FrozenDict(
-            {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-        )
+        self.backbone = FrozenDict({name: getattr(backbone, name) for name in BACKBONE_FIELDS})
         super().__post_init__()
 
     def setup(self) -> None:
