@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
 from activemlp_jax.models.sampling import definition, dense, gather, tpu
@@ -52,7 +53,9 @@ def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
     """
     if impl != "auto":
         return getattr(FORMS[impl], part)(*arrays, axis)
-    on_tpu = "pallas_tpu" if arrays[1].dtype == jnp.float32 else "dense"
+    # A program for any batch size is one for several platforms too, which kernels are refused in.
+    for_kernels = arrays[1].dtype == jnp.float32 and not is_symbolic_dim(arrays[0].shape[0])
+    on_tpu = "pallas_tpu" if for_kernels else "dense"
     names = {"cpu": "gather", "tpu": on_tpu, "default": "gather_dense"}
     forms = {name: partial(getattr(FORMS[form], part), axis=axis) for name, form in names.items()}
     return jax.lax.platform_dependent(*arrays, **forms)
@@ -87,8 +90,9 @@ def sample_axis(x: ArrayLike, offset: ArrayLike, axis: str, impl: str = "auto") 
       offset: `[B, H, W, G]`, floating, in pixels; G divides C, and group g moves the channels
         `g*C/G` to `(g+1)*C/G - 1`.
       axis: 'h' or 'w', the axis the offsets move along.
-      impl: 'auto', the form for the platform that the program is compiled for, or a name in
-        `IMPLEMENTATIONS`. Only 'definition' has derivatives in forward mode and second ones.
+      impl: 'auto', the form for the platform that the program is compiled for, or one of
+        'definition', 'gather', 'dense', 'gather_dense' and 'pallas_tpu'. Only 'definition' has
+        derivatives in forward mode and second ones.
 
     Returns:
       `[B, H, W, C]`, dtype of `x`; offsets and interpolation are computed in float32 or wider.
