@@ -27,23 +27,29 @@ def free_address() -> str:
 
 
 def start(
-    *arguments: str, devices: int = 1, x64: bool = False, **options: Any
+    *arguments: str, devices: int = 1, x64: bool = False, prefix: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    """`train.py` on so many CPU devices."""
+    """`train.py` on so many CPU devices, by way of the command `prefix`."""
     variables = {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": str(int(x64)),
     }
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
+        [*prefix, sys.executable, str(ROOT / "train.py"), *arguments],
         cwd=ROOT,
         env={**os.environ, **COMPILE_QUICKLY, **variables},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        **options,
     )
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`train.py` to its end, however that is; the options of `start`."""
+    process = start(*arguments, **options)
+    output, errors = process.communicate(timeout=400)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def start_two(

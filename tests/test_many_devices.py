@@ -99,7 +99,10 @@ def test_two_hosts_with_two_devices_each_train_and_test_as_one_device(
 @pytest.mark.slow
 def test_killed_again_and_again_two_hosts_end_at_the_same_weights_bit_for_bit(folder: Path):
     """`python tests/kills.py` is the long form."""
-    flags = ("--config.model.dtype=float32", "--config.checkpoint.every_steps=2", "--timeout=60")
+    flags = (
+        *("--config.model.dtype=float32", "--config.mesh.fsdp=2"),
+        *("--config.checkpoint.every_steps=2", "--timeout=60"),
+    )
 
     def start(workdir: Path) -> list[subprocess.Popen[str]]:
         return start_two("--workdir", str(workdir), *ARGUMENTS, *flags, devices=2)
@@ -109,7 +112,7 @@ def test_killed_again_and_again_two_hosts_end_at_the_same_weights_bit_for_bit(fo
         kills.Kill(kills.STEPPING, signal.SIGTERM, (1,)),
     )
     kills.torment(start, folder / "killed", deaths, random.Random(0))
-    kills.compare(folder / "killed", on_two_hosts(folder, "float32", 1), STEPS)
+    kills.compare(folder / "killed", on_two_hosts(folder, "float32", 2), STEPS)
 
 
 @pytest.mark.slow

@@ -1,22 +1,22 @@
 """The real `train.py` as a process: a run, a kill, a resume, and every wrong command line."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from processes import lines, saved_state
+from processes import COMPILE_QUICKLY, ROOT, lines, run, saved_state, start
 
 import activemlp_jax as am
-
-ROOT = Path(__file__).parents[1]
 
 # One process for all that share what a fixture takes long to make.
 pytestmark = pytest.mark.xdist_group("train")
@@ -31,14 +31,6 @@ SMALL = (
     "--config.log_every_steps=1",
 )
 EPOCH_STEPS = 3
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *arguments]
-
-
-def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def small_run(workdir: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -59,9 +51,74 @@ def final_state(workdir: Path) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of four epochs without interruption, and what it printed."""
+    """A run of four epochs without interruption, some of it traced, and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    return workdir, small_run(workdir, "--config.tensorboard").stdout
+    return workdir, small_run(workdir, "--config.tensorboard", "--config.profile=2").stdout
+
+
+class Interruption(NamedTuple):
+    """How a process ended before the run did, and which checkpoints there were then."""
+
+    status: int
+    output: str
+    errors: str
+    saved: list[int]
+
+
+class Interrupted(NamedTuple):
+    """A run that was started again and again, and what its last start printed."""
+
+    workdir: Path
+    full_disk: Interruption
+    stopped: dict[signal.Signals, Interruption]
+    killed: Interruption
+    output: str
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    finished: tuple[Path, str],  # has put into the cache what cannot be written here
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Interrupted:
+    """The same run, ended by a full disk, by both signals that ask, and by one that does not."""
+    del finished
+    workdir = tmp_path_factory.mktemp("runs") / "interrupted"
+    arguments = ("--workdir", str(workdir), *SMALL)
+
+    def ended(process: subprocess.Popen[str]) -> Interruption:
+        output, errors = process.communicate(timeout=240)
+        return Interruption(process.returncode, output, errors, saved_steps(workdir))
+
+    def end(number: signal.Signals, is_time: Callable[[], bool], *flags: str) -> Interruption:
+        process = start(*arguments, *flags)
+        deadline = time.monotonic() + 240
+        while not is_time():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, f"no time for {number.name} within four minutes"
+            time.sleep(0.005)
+        process.send_signal(number)
+        return ended(process)
+
+    def steps() -> int:
+        path = workdir / "steps.jsonl"
+        return len(lines(path)) if path.exists() else 0
+
+    # A limit on the size of files stands for the full disk: writing fails in the same places.
+    limited = ("sh", "-c", 'ulimit -f 200; exec "$@"', "sh")
+    full_disk = ended(start(*arguments, "--config.checkpoint.every_steps=1", prefix=limited))
+    stopped = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = steps()
+        stopped[number] = end(
+            number, lambda before=before: steps() > before, "--config.checkpoint.every_epochs=4"
+        )
+    newest = max(saved_steps(workdir))
+    killed = end(signal.SIGKILL, lambda: max(saved_steps(workdir)) > newest)
+    return Interrupted(workdir, full_disk, stopped, killed, small_run(workdir).stdout)
 
 
 @pytest.mark.slow
@@ -77,6 +134,7 @@ def test_a_run_leaves_its_record_its_pictures_and_its_checkpoints(finished: tupl
         "curves.png",
         "metrics.jsonl",
         "model",
+        "profile",
         "steps.jsonl",
         "tensorboard",
     }
@@ -100,7 +158,8 @@ def test_a_run_leaves_a_model_directory_of_its_last_state(finished: tuple[Path, 
         jax.tree.map(np.testing.assert_array_equal, variables, state[key])
     result = subprocess.run(
         [sys.executable, "-m", "activemlp_jax.evaluate", workdir / "model", "--data", "digits"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={**os.environ, **COMPILE_QUICKLY},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     evaluated, last = json.loads(result.stdout.splitlines()[-1]), records(workdir)[-1]
@@ -136,32 +195,12 @@ def test_a_run_starts_from_a_model_directory(finished: tuple[Path, str], tmp_pat
     assert message not in again.stdout, "a resumed run has weights of its own"
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_at_the_same_weights_bit_for_bit(
-    finished: tuple[Path, str], tmp_path: Path
-):
-    workdir = tmp_path / "killed"
-    process = subprocess.Popen(
-        command("--workdir", str(workdir), *SMALL), cwd=ROOT, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 240
-    while not (workdir / "checkpoints" / str(EPOCH_STEPS)).exists():
-        assert process.poll() is None, "the run ended before it was killed"
-        assert time.monotonic() < deadline, "no checkpoint within four minutes"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-    output = small_run(workdir).stdout
-    assert "going on from step" in output
-    ours, expected = final_state(workdir), final_state(finished[0])
-    assert len(ours) == len(expected) > 500
-    for a, b in zip(ours, expected, strict=True):
+def assert_as_untouched(workdir: Path, expected: Path) -> None:
+    """The same weights bit for bit, and the same records."""
+    ours, theirs = final_state(workdir), final_state(expected)
+    assert len(ours) == len(theirs) > 500
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert_same_records(workdir, finished[0])
-
-
-def assert_same_records(workdir: Path, expected: Path) -> None:
     for name in ("metrics.jsonl", "steps.jsonl"):
         ours, theirs = lines(workdir / name), lines(expected / name)
         for line in (*ours, *theirs):
@@ -171,61 +210,58 @@ def assert_same_records(workdir: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_at_the_same_weights_bit_for_bit(
+    finished: tuple[Path, str], interrupted: Interrupted
+):
+    assert interrupted.killed.status == -signal.SIGKILL
+    step = max(interrupted.killed.saved)
+    assert 0 < step < 4 * EPOCH_STEPS
+    assert f"going on from step {step} of 12" in interrupted.output
+    assert_as_untouched(interrupted.workdir, finished[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"]
 )
 def test_a_run_that_is_asked_to_stop_saves_and_loses_nothing(
-    number: signal.Signals, status: int, finished: tuple[Path, str], tmp_path: Path
+    number: signal.Signals, status: int, finished: tuple[Path, str], interrupted: Interrupted
 ):
-    workdir = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command("--workdir", str(workdir), *SMALL, "--config.checkpoint.every_epochs=4"),
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not (workdir / "steps.jsonl").exists() or not lines(workdir / "steps.jsonl"):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == status, errors
-    assert "stopping after this step" in output
-    assert "the same command goes on from there" in output
-    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
-    assert f"stopped after step {step};" in output
+    stop = interrupted.stopped[number]
+    assert stop.status == status, stop.errors
+    assert "stopping after this step" in stop.output
+    assert "the same command goes on from there" in stop.output
+    step = max(stop.saved)
+    assert f"stopped after step {step};" in stop.output
     assert 0 < step < 4 * EPOCH_STEPS
 
-    assert f"going on from step {step} of 12" in small_run(workdir).stdout
-    for a, b in zip(final_state(workdir), final_state(finished[0]), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert_same_records(workdir, finished[0])
+    following = {
+        signal.SIGTERM: interrupted.stopped[signal.SIGINT],
+        signal.SIGINT: interrupted.killed,
+    }
+    assert f"going on from step {step} of 12" in following[number].output
+    assert_as_untouched(interrupted.workdir, finished[0])
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("finished")  # has put into the cache what cannot be written here
-def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_clear_line(tmp_path: Path):
-    """A limit on the size of files stands for the full disk: writing fails in the same places."""
-    workdir = tmp_path / "run"
-    limited = ("sh", "-c", 'ulimit -f 200; exec "$@"', "sh")
-    saving = command("--workdir", str(workdir), *SMALL, "--config.checkpoint.every_steps=1")
-    result = subprocess.run(
-        [*limited, *saving],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 2, result.stderr
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_clear_line(interrupted: Interrupted):
+    """Once there is room, the same command is all that is needed."""
+    failure = interrupted.full_disk
+    assert failure.status == 2, failure.errors
     # orbax logs beside it
-    errors = [line for line in result.stderr.splitlines() if "train.py: error:" in line]
-    assert len(errors) == 1, result.stderr
+    errors = [line for line in failure.errors.splitlines() if "train.py: error:" in line]
+    assert len(errors) == 1, failure.errors
     assert "a checkpoint cannot be written in" in errors[0]
     assert "File too large" in errors[0]
-    assert not [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
-    small_run(workdir)
+    assert not failure.saved
 
 
 @pytest.mark.slow
-def test_a_trace_of_some_steps_is_written(finished: tuple[Path, str], tmp_path: Path):
-    small_run(tmp_path / "run", "--config.profile=2")
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    for a, b in zip(final_state(tmp_path / "run"), final_state(finished[0]), strict=True):
+def test_a_trace_of_some_steps_is_written(finished: tuple[Path, str], interrupted: Interrupted):
+    """The weights are those of a run without one."""
+    assert list((finished[0] / "profile").rglob("*.xplane.pb"))
+    assert not (interrupted.workdir / "profile").exists()
+    for a, b in zip(final_state(interrupted.workdir), final_state(finished[0]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
