@@ -100,6 +100,9 @@ class ActiveSegmentor(nn.Module):
 
         Returns:
           Four maps `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32.
+
+        Raises:
+          ValueError: images of another rank or channel count, or a side below 32.
         """
         maps = self.active_mlp.features(images, train)
         return [normalise(x) for normalise, x in zip(self.norms, maps, strict=True)]

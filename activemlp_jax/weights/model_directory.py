@@ -217,7 +217,14 @@ def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Variable
 
 
 def read_card(directory: str | os.PathLike[str]) -> ModelCard:
-    """What `model.json` says; UserError if there is none or it is not one."""
+    """What the `model.json` of a model directory says: classes, preprocessing, where it comes from.
+
+    Args:
+      directory: that conversion or training wrote.
+
+    Raises:
+      UserError: there is no `model.json`, or it is not one.
+    """
     path = Path(directory).expanduser() / "model.json"
     if not path.is_file():
         raise UserError(

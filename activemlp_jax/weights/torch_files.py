@@ -131,7 +131,8 @@ def load_torch_checkpoint(
     """Flax variables from a PyTorch or safetensors file; nothing in the file can run code.
 
     Args:
-      path: as for `read_checkpoint`.
+      path: a `.safetensors` file, or what `torch.save` wrote: a checkpoint of the original or of
+        mmsegmentation, or a state dict.
       weights: 'ema', 'model', or 'auto': the average where the file has it.
       model: what the weights are for; without it, the model is inferred from the shapes.
 
@@ -141,6 +142,8 @@ def load_torch_checkpoint(
 
     Raises:
       UserError: a file that cannot be read, lacks these weights, or does not fit the model.
+
+    Source: the checkpoints of the authors' release.
     """
     found = read_checkpoint(path).weights
     try:

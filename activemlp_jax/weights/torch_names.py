@@ -172,6 +172,8 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     Raises:
       ValueError: a parameter that no such model has, named.
+
+    Source: the keys of the authors' released checkpoints.
     """
     flat = traverse_util.flatten_dict(dict(variables))
     matches = (re.search(r"\bstages_(\d+)/block_(\d+)/", "/".join(path)) for path in flat)
