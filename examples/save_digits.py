@@ -1,0 +1,35 @@
+"""Save handwritten digits that the demo does not train on, as pictures.
+
+    python examples/save_digits.py digits
+
+writes `digits/0.png` to `digits/9.png`, one of each, 32 x 32 pixels: for the model that `make demo`
+trains, and docs/first_steps.md.
+"""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+
+from activemlp_jax.data.sources import open_source
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="to write into")
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    source = open_source("digits", "test")
+    wanted = set(range(len(source.class_names)))
+    for index in range(len(source)):
+        image, label = source[index]
+        if label in wanted:
+            wanted.remove(label)
+            Image.fromarray(image).save(folder / f"{source.class_names[label]}.png")
+
+
+if __name__ == "__main__":
+    main()
