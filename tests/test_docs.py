@@ -238,7 +238,7 @@ def message_templates() -> list[re.Pattern[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-            if sum(len(text) for text in texts if isinstance(text, str)) >= 20:
+            if sum(len(text) for text in texts if isinstance(text, str)) >= 24:
                 filled = (re.escape(text) if isinstance(text, str) else ".*" for text in texts)
                 found.append(re.compile(f"(?:[^:]+: )?(?:{''.join(filled)})"))
     return found
