@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from activemlp_jax.models.sampling.kernels import batched
+
 # Offsets are cut to +-FAR, which is outside any map; those that are not finite become NOT_FINITE,
 # as zero times NaN would spread in the product.
 FAR, NOT_FINITE = 2.0**14, 2.0**16
@@ -198,37 +200,8 @@ def _backward(
     return tuple(_call(_backward_w, 2, axis, [0, 1], x, offset, cotangent))
 
 
-def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of batches of maps, for several devices and under `jax.vmap`.
-
-    The compiler cannot divide a kernel among devices. Where the program says for which mesh it is
-    (`jax.set_mesh`), each device takes its share of the batch.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def run(*arrays: jax.Array) -> Any:
-        mesh = jax.sharding.get_abstract_mesh()
-        is_automatic = all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
-        if mesh.empty or not is_automatic or arrays[0].shape[0] % mesh.size:
-            return function(*arrays)
-        rows = jax.P(mesh.axis_names)
-        return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
-
-    @run.def_vmap
-    def run_more(size: int, is_batched: Any, *arrays: jax.Array) -> Any:
-        arrays = tuple(
-            array if batched else jnp.broadcast_to(array, (size, *array.shape))
-            for array, batched in zip(arrays, is_batched, strict=True)
-        )
-        merged = run(*(array.reshape(-1, *array.shape[2:]) for array in arrays))
-        split = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), merged)
-        return split, jax.tree.map(lambda _: True, split)
-
-    return jax.jit(run)  # which traces a kernel once for all blocks of a shape
-
-
-FORWARD = {axis: _batched(partial(_forward, axis)) for axis in "hw"}
-BACKWARD = {axis: _batched(partial(_backward, axis)) for axis in "hw"}
+FORWARD = {axis: batched(partial(_forward, axis)) for axis in "hw"}
+BACKWARD = {axis: batched(partial(_backward, axis)) for axis in "hw"}
 
 
 def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
