@@ -247,8 +247,9 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact, erf form."""
-    return x * _normal_cdf(x)
+    """The exact, erf form, computed in float32 or wider; dtype of `x`, as its derivative."""
+    exact = x.astype(wide(x.dtype))
+    return (exact * _normal_cdf(exact)).astype(x.dtype)
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -262,8 +263,9 @@ def _gelu_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
     # To evaluate erf again takes less time than to write it down and read it, which the compiler
     # would do unless this is another x.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
-    density = jnp.exp(-0.5 * jnp.square(x)) * (1 / np.sqrt(2 * np.pi))
-    return (cotangent * (_normal_cdf(x) + x * density),)
+    exact = x.astype(wide(x.dtype))
+    density = jnp.exp(-0.5 * jnp.square(exact)) * (1 / np.sqrt(2 * np.pi))
+    return ((cotangent * (_normal_cdf(exact) + exact * density)).astype(x.dtype),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)

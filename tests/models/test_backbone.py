@@ -1,6 +1,8 @@
 """The network against the original: values, gradients, counts, initial weights, bad input."""
 
-from functools import partial
+import re
+from collections import Counter
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -97,20 +99,35 @@ def test_micro_model_gradients_equal_the_original(dtype: str, bound: float):
         goldens.assert_close(gradient, reference[name], bound, name)
 
 
+@lru_cache(maxsize=1)  # they are large
+def full_variables(name: str) -> dict[str, Any]:
+    """The golden variables of a model as numpy arrays of float64."""
+    with jax.enable_x64(True):
+        variables = goldens.rule_variables(am.create_model(name, dtype=jnp.float64))
+    return jax.tree.map(np.asarray, variables)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "dtype", "bound"),
     [
-        *((name, size, "float64", 1e-9) for name, size in VARIANT_SIZES),
-        *((name, 224, "float32", 1e-4) for name in am.list_models()),
-        *((name, 224, "bfloat16", 5e-2) for name in am.list_models()),
+        # One process for a model, so that its weights are made once.
+        pytest.param(*case, marks=pytest.mark.xdist_group(case[0]))
+        for case in sorted(
+            [
+                *((name, size, "float64", 1e-9) for name, size in VARIANT_SIZES),
+                *((name, 224, "float32", 1e-4) for name in am.list_models()),
+                *((name, 224, "bfloat16", 5e-2) for name in am.list_models()),
+            ]
+        )
     ],
 )
 def test_full_models_equal_the_original(name: str, size: int, dtype: str, bound: float):
     file = f"{goldens.ORIGINAL_NAMES[name]}_{size}.npz"
     with jax.enable_x64(dtype == "float64"):
         model = am.create_model(name, dtype=jnp.dtype(dtype))
-        variables = goldens.rule_variables(model)
+        kept = jnp.promote_types(dtype, jnp.float32)
+        variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, kept), full_variables(name))
         images = jnp.asarray(goldens.golden_input(file, "input"), dtype)
         logits = jax.jit(model.apply)(variables, images)
         assert logits.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
@@ -154,6 +171,27 @@ def test_bfloat16_model_keeps_float32_parameters_and_logits():
     features = partial(model.apply, method="features")
     maps = jax.eval_shape(features, variables, images)
     assert {m.dtype for m in maps} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_products_of_a_bfloat16_model_are_of_bfloat16_but_for_offsets_and_logits():
+    model = micro(dtype=jnp.bfloat16)
+    variables = goldens.rule_variables(micro())
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.bfloat16)
+
+    def total(variables: Any, images: jax.Array) -> jax.Array:
+        return model.apply(variables, images).sum()
+
+    program = jax.jit(jax.grad(total)).lower(variables, images).as_text()
+    operands = re.findall(
+        r"stablehlo\.(?:dot_general|convolution)\b.*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)",
+        program,
+    )
+    kinds = Counter(operands)
+    assert set(kinds) == {("bf16", "bf16"), ("f32", "f32")}, kinds
+    # forward, and backward by both operands
+    offset_layers = sum((depth - 2) // model.offset_interval + 1 for depth in model.depths)
+    assert kinds["f32", "f32"] <= 3 * (offset_layers + 1), kinds
+    assert kinds["bf16", "bf16"] > 100, kinds
 
 
 def test_drop_path_rates_grow_linearly_over_all_blocks():
