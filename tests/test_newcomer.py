@@ -86,6 +86,10 @@ def test_what_was_trained_is_asked_embedded_and_exported(place: Path):
     command(place, "-m", "activemlp_jax.export", model, "exported")
     names = {file.name for file in (place / "exported").iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors", "model.stablehlo"}
+    text = (place / "exported" / "README.md").read_text()
+    recipe = "Trained by the config `digits` on 1,437 images of `digits` for 4 epochs"
+    assert recipe in text
+    assert "on the 360 test images of `digits`, measured after 4 epochs." in text
 
 
 def test_a_checkpoint_of_the_original_is_converted_and_asked(

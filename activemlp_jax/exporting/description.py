@@ -1,7 +1,7 @@
 """What lies beside exported files: `config.json` for programs, and a model card for people."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,9 @@ def _front_matter(card: ModelCard, files: Sequence[str]) -> str:
         lines += ["metrics:", f"- {metric}", "model-index:", f"- name: {_title(card)}"]
         lines += ["  results:", "  - task:", f"      type: {task}"]
         lines += ["    dataset:", f"      name: {data}", f"      type: {data}"]
+        if "test_split" in card.source:
+            split = json.dumps(one_line(card.source["test_split"]), ensure_ascii=False)
+            lines.append(f"      split: {split}")
         lines += ["    metrics:", f"    - type: {metric}", f"      name: {name}"]
         lines += [f"      value: {value:.2f}"]
     return "\n".join(["---", *lines, "---"])
@@ -150,10 +153,40 @@ def _input(card: ModelCard) -> str:
     )
 
 
+def _count(number: object) -> str:
+    """A number for people; whatever else the source says, as code."""
+    return f"{number:,}" if isinstance(number, int) else _code(number)
+
+
+def _length(source: Mapping[str, Any]) -> str:
+    """How much of the run the weights have behind them; '' where the source does not say it."""
+    for unit in ("step", "epoch"):
+        if f"{unit}s" in source:
+            done, all_of_it = source.get(unit), source[f"{unit}s"]
+            words = f"{_count(all_of_it)} {unit}{'s' * (all_of_it != 1)}"
+            return words if done == all_of_it else f"{_count(done)} of {words}"
+    return ""
+
+
+def _recipe(source: Mapping[str, Any]) -> str:
+    """How training made the weights, in words; '' where the source does not say it."""
+    length = _length(source)
+    if not length or "trained_on" not in source:
+        return ""
+    number = f"{_count(source['train_images'])} images of " if "train_images" in source else ""
+    config = f" by the config {_code(source['config'])}" if "config" in source else ""
+    start = f"the weights in {_code(source['init_from'])}" if "init_from" in source else ""
+    return (
+        f"Trained{config} on {number}{_code(source['trained_on'])} for {length}, from "
+        f"{start or 'random weights'}."
+    )
+
+
 def _origin(card: ModelCard) -> str:
     if not card.source:
         return "Not said."
-    return _table([(_code(key), _code(value)) for key, value in card.source.items()])
+    table = _table([(_code(key), _code(value)) for key, value in card.source.items()])
+    return "\n\n".join(filter(None, (_recipe(card.source), table)))
 
 
 def _quality(card: ModelCard) -> str:
@@ -161,8 +194,12 @@ def _quality(card: ModelCard) -> str:
     if not measured:
         return "Not measured."
     _, name, value = measured
-    data = _code(card.source.get("trained_on", "unknown"))
-    return f"{name} {value:.2f}% on the test images of {data}, measured as training ended."
+    source = card.source
+    data = _code(source.get("trained_on", "unknown"))
+    number = f"{_count(source['test_images'])} " if "test_images" in source else ""
+    length = _length(source)
+    when = f"after {length}" if length else "as training ended"
+    return f"{name} {value:.2f}% on the {number}test images of {data}, measured {when}."
 
 
 def write_readme(path: Path, card: ModelCard, found: dict[str, Any]) -> None:

@@ -153,7 +153,8 @@ def run(default_path: Path) -> NoReturn:
 
 def _train() -> None:
     path, config = chosen_config()
-    workdir = flags.FLAGS.workdir or f"runs/{Path(path).stem}"
+    name = Path(path).stem
+    workdir = flags.FLAGS.workdir or f"runs/{name}"
     if "://" in workdir:
         raise UserError(f"--workdir is {workdir}, expected a directory of this machine")
     # Here, as --help need not wait for them.
@@ -164,7 +165,8 @@ def _train() -> None:
     hosts = sharding.Hosts(**chosen)
     try:
         with sharding.connected(hosts):
-            train(config, Path(workdir).expanduser(), Console(), timeout=hosts.timeout)
+            place = Path(workdir).expanduser()
+            train(config, place, Console(), config_name=name, timeout=hosts.timeout)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"\n{error or 'interrupted'}; the same command goes on from there in {workdir}")
         sys.exit(getattr(error, "status", 130))

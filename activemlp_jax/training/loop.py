@@ -42,6 +42,7 @@ def train(
     workdir: Path,
     console: Console,
     *,
+    config_name: str = "",
     trackers: Sequence[Tracker] = (),
     timeout: float = 300,
 ) -> None:
@@ -51,6 +52,7 @@ def train(
       config: of `default_config`'s form.
       workdir: made if need be, and shared by all hosts; the module `workdir` says what it holds.
       console: where to report; only the first host does, but for images that another skips.
+      config_name: what model directories call the config, such as 'digits'; '' for nothing.
       trackers: called with every record; see `Reporter`.
       timeout: seconds that the hosts wait for each other before the first step.
 
@@ -59,7 +61,7 @@ def train(
         be written, or a loss that is not finite.
       Interrupted: the run was asked to stop, and has saved its state.
     """
-    run = prepare_run(config, workdir, timeout)
+    run = prepare_run(config, workdir, timeout, config_name)
     speaks = sharding.is_first_host()
     say_here = _speaker(console)
     console = console if speaks else Console(quiet=True)

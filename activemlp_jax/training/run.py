@@ -35,6 +35,7 @@ class Run(NamedTuple):
     train_source: Source
     test_source: Source
     program: Program
+    config_name: str  # '' where the config is of no file
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -47,13 +48,14 @@ class Run(NamedTuple):
         return self.program.steps
 
 
-def prepare_run(config: ConfigDict, workdir: Path, timeout: float) -> Run:
+def prepare_run(config: ConfigDict, workdir: Path, timeout: float, config_name: str = "") -> Run:
     """Open the data and build the program; the same on all hosts, which is checked.
 
     Args:
       config: of `default_config`'s form.
       workdir: of the run; it is not touched.
       timeout: seconds to wait for the other hosts.
+      config_name: what model directories call the config, such as 'digits'; '' for nothing.
 
     Raises:
       UserError: settings or data that cannot work, or hosts that differ.
@@ -70,7 +72,7 @@ def prepare_run(config: ConfigDict, workdir: Path, timeout: float) -> Run:
         load_opencv()  # better missed now than at the first image
     program = build_program(config, len(names), len(train_source), mesh)
     sharding.check_same("the run", run_facts(config, (train_source, test_source)), timeout)
-    return Run(config, workdir, mesh, train_source, test_source, program)
+    return Run(config, workdir, mesh, train_source, test_source, program, config_name)
 
 
 def check_shared(workdir: Path, timeout: float) -> None:
@@ -107,22 +109,57 @@ def score(run: Run, sums: Sums) -> float:
     return run.program.task.metrics(sums)[run.program.task.score]
 
 
+def describe_source(run: Run, step: int, found: float) -> dict[str, Any]:
+    """What a model directory says of where its weights come from.
+
+    Args:
+      run: of the weights.
+      step: of the run that they are of.
+      found: the task's score of the test images, in percent.
+
+    Returns:
+      As JSON takes it: `trained_on`, the name of the data set, with `train_images` of it; `epoch`
+      and `step` that the weights are of; `test_accuracy` or `test_mean_iou` in percent, of so many
+      `test_images` of `test_split`; and the recipe, each key where it holds: `config`, its name,
+      `epochs` or `steps` of the whole run, and `init_from`.
+    """
+    config = run.config
+    recipe = {
+        "config": run.config_name,
+        "steps": config.steps,
+        "epochs": 0 if config.steps else config.epochs,
+        "init_from": config.init_from,
+    }
+    return {
+        "trained_on": config.data.name,
+        "epoch": step // run.program.steps_per_epoch,
+        "step": step,
+        f"test_{run.program.task.score}": found,
+        "train_images": len(run.train_source),
+        "test_images": len(run.test_source),
+        "test_split": config.data.test_split,
+        **{key: value for key, value in recipe.items() if value},
+    }
+
+
 def write_model_directory(run: Run, name: str, state: TrainState, found: float) -> None:
-    """A state as the model directory `name` in the workdir; all hosts call it, one writes."""
+    """A state as the model directory `name` in the workdir; all hosts call it, one writes.
+
+    Args:
+      run: that the state is of.
+      name: of the directory.
+      state: to write the weights and their average of.
+      found: its score of the test images, in percent; see `describe_source`.
+    """
     weights = sharding.fetch(_weights(state), run.mesh)
     if sharding.is_first_host():
-        source: dict[str, Any] = {
-            "trained_on": run.config.data.name,
-            "epoch": int(state.step) // run.program.steps_per_epoch,
-            f"test_{run.program.task.score}": found,
-        }
         by_preference = {kind: weights[kind] for kind in sorted(weights)}
         write_result(
             run.workdir / name,
             run.program.task,
             by_preference,
             run.class_names,
-            source,
+            describe_source(run, int(state.step), found),
         )
 
 
