@@ -134,14 +134,16 @@ def draw_offsets(
     """A page with a row for each stage: where tokens read, how far all of them do, and figures.
 
     Args:
-      image: `[H, W, 3]` uint8, or a PIL image, as the model saw it; see `show_to_model`.
+      image: `[H, W, 3]` uint8, or a PIL image, as the model saw it:
+        `activemlp_jax.inference.offsets.show_to_model` gives it of a photo.
       blocks: what `inspect_offsets` found of this one image.
       tokens: the places to show, each (x, y) in fractions of the picture from its top left; None
         for three that are well apart.
 
     Returns:
-      An RGB image, `WIDTH` pixels wide. Dots are of the last block of the stage that makes
-      offsets; the map and the figures are means over the stage's blocks.
+      An RGB image, 1100 pixels wide and as high as its stages need. Dots are of the last block of
+      the stage that makes offsets; the map and the figures are means over the stage's blocks, with
+      distances in pixels of `image`.
 
     Raises:
       UserError: a token outside the picture, an image that the blocks are not of, blocks of many

@@ -63,8 +63,13 @@ def inspect_offsets(
         `[B, H, W, 3]` are taken as normalised, and shown as they are.
       card: what `read_card` gives, for the preprocessing; without it, the published one.
 
+    Returns:
+      A `BlockOffsets` for each block, those of the first stage first. It has the stage's tokens of
+      all B images: offsets in tokens, mixing weights as shares of 1, numpy arrays in float32.
+
     Raises:
-      ValueError: a card or images of another kind or shape, or no images.
+      ValueError: a card or images of another kind or shape, no images, or images that the model
+        sees at several sizes.
 
     Source: Active Token Mixer, section 3.
     """
@@ -92,12 +97,15 @@ def inspect_offsets(
 
 
 def show_to_model(model: Model, images: Any, card: ModelCard | None = None) -> np.ndarray:
-    """What the model sees of `images`: cut and resized, `[B, H, W, 3]` uint8.
+    """What the model sees of `images`: cut and resized, but not normalised.
 
     Args:
       model: a classifier or a segmentation model.
       images: as `inspect_offsets` takes them, but for floating ones.
       card: what `read_card` gives, for the preprocessing; without it, the published one.
+
+    Returns:
+      `[B, H, W, 3]` uint8, red, green and blue, also of one image alone.
 
     Raises:
       ValueError: a card or images of another kind, no images, or of several sizes to the model.

@@ -46,7 +46,7 @@ Variables = dict[str, Any]  # what a model's `apply` takes, as arrays
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """What `model.json` says.
+    """What `model.json` says of the weights beside it.
 
     Args:
       model: of the weights, in float32 and without drop path.
@@ -54,7 +54,9 @@ class ModelCard:
       kinds: of weights, out of 'ema' and 'model'.
       default_kind: the one to use where none is asked for.
       class_names: by label, where they are known.
-      source: where the weights come from, as JSON takes it.
+      source: where the weights come from, as JSON takes it. Training says the data set, the recipe,
+        and what was measured, in percent, on how many images; conversion says the file, its SHA-256
+        and the epoch.
     """
 
     model: Model
@@ -93,7 +95,16 @@ class ModelCard:
         return f"ModelCard({name}, {classes}, {images}, weights {', '.join(kinds)})"
 
     def to_json(self) -> dict[str, Any]:
-        """As written."""
+        """The content of `model.json`, as `json.dumps` takes it.
+
+        Returns:
+          By key: `format`, the number of this form; `task`, 'classification' or 'segmentation';
+          `name`, that of the published variant or None; `architecture`, the fields of `ActiveMLP`
+          that say its shape, for segmentation under `backbone` beside those of the head; `classes`,
+          their `number`, and their `names` by label or None; `preprocessing`, its fields, with
+          sides in pixels, and mean and standard deviation of values from 0 to 1; `weights`, the
+          `kinds` that there are and the `default`; and `source`, as it is.
+        """
         return {
             "format": FORMAT,
             "task": "segmentation" if self.is_segmentor else "classification",
@@ -107,7 +118,15 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelCard":
-        """The inverse of `to_json`; raises one of `BROKEN_CARD` if `content` is no such thing."""
+        """The inverse of `to_json`.
+
+        Args:
+          content: what `json.loads` reads in a `model.json`.
+
+        Raises:
+          AttributeError, KeyError, TypeError, ValueError: it is not of this form, or contradicts
+            itself.
+        """
         if content["format"] != FORMAT:
             raise ValueError(f"format is {content['format']!r}, expected {FORMAT}")
         classes, weights = content["classes"], content["weights"]
@@ -222,6 +241,9 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
     Args:
       directory: that conversion or training wrote.
 
+    Returns:
+      A `ModelCard`.
+
     Raises:
       UserError: there is no `model.json`, or it is not one.
     """
@@ -241,6 +263,11 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
 
 def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) -> Variables:
     """The variables of one kind, as numpy arrays in the dtypes written.
+
+    Args:
+      directory: a model directory.
+      card: what `read_card` gives of it.
+      kind: one of `card.kinds`.
 
     Raises:
       UserError: they are missing, unreadable, or not those of the model that `card` names.
