@@ -3,16 +3,16 @@
     python train.py --config configs/digits.py
 
 1.2 million parameters, 40 epochs of 1,408 images. Measured on 2 cores of a shared x86 server,
-without other load: 17 s to compile (4 s from the cache), 74 to 80 s of training. Accuracy of the
-averaged weights on the 360 test images:
+beside other work: 34 to 50 s to compile, 129 to 208 s of training; the run that README.md shows had
+the cores more to itself. Accuracy of the averaged weights on the 360 test images:
 
-    --config.seed=0    98.33%
-    --config.seed=1    98.89%
-    --config.seed=2    98.33%
+    --config.seed=0    97.50%
+    --config.seed=1    98.06%
+    --config.seed=2    98.06%
 
 One image is 0.28%. These settings were chosen by the same 360 images, so a new writer's digits may
 fare a little worse. On one machine a seed gives the same weights bit for bit; another processor
-rounds differently, which moves a run about as much as another seed does (on one, seed 0 to 97.50%).
+rounds differently, which moves a run about as much as another seed does.
 """
 
 from ml_collections import ConfigDict
