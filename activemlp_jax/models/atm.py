@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
-from activemlp_jax.models.sampling import definition, dense, gather, tpu
+from activemlp_jax.models.sampling import definition, dense, gather, gpu, tpu
 
 
 class Form(NamedTuple):
@@ -40,6 +40,7 @@ FORMS = {
     "dense": Form(dense.forward, dense.backward),
     "gather_dense": Form(gather.forward, _gather_dense_backward),
     "pallas_tpu": Form(tpu.forward, tpu.backward),
+    "pallas_gpu": Form(gpu.forward, gpu.backward),
 }
 IMPLEMENTATIONS = ("definition", *FORMS)
 
@@ -48,15 +49,17 @@ IMPLEMENTATIONS = ("definition", *FORMS)
 def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
     """`part` of the form `impl`, or of that of the platform which the program is compiled for.
 
-    On GPUs additions have an order of chance, which would make runs differ in their last digits:
-    there the transpose is dense.
+    On GPUs scattered additions have an order of chance, which would make runs differ in their last
+    digits: where kernels cannot be used there, the transpose is dense.
     """
     if impl != "auto":
         return getattr(FORMS[impl], part)(*arrays, axis)
+    names = {"cpu": "gather", "tpu": "dense", "default": "gather_dense"}
     # A program for any batch size is one for several platforms too, which kernels are refused in.
-    for_kernels = arrays[1].dtype == jnp.float32 and not is_symbolic_dim(arrays[0].shape[0])
-    on_tpu = "pallas_tpu" if for_kernels else "dense"
-    names = {"cpu": "gather", "tpu": on_tpu, "default": "gather_dense"}
+    if arrays[1].dtype == jnp.float32 and not is_symbolic_dim(arrays[0].shape[0]):
+        names["tpu"] = "pallas_tpu"
+        if gpu.runs_here():
+            names["cuda"] = "pallas_gpu"
     forms = {name: partial(getattr(FORMS[form], part), axis=axis) for name, form in names.items()}
     return jax.lax.platform_dependent(*arrays, **forms)
 
@@ -91,15 +94,15 @@ def sample_axis(x: ArrayLike, offset: ArrayLike, axis: str, impl: str = "auto") 
         `g*C/G` to `(g+1)*C/G - 1`.
       axis: 'h' or 'w', the axis the offsets move along.
       impl: 'auto', the form for the platform that the program is compiled for, or one of
-        'definition', 'gather', 'dense', 'gather_dense' and 'pallas_tpu'. Only 'definition' has
-        derivatives in forward mode and second ones.
+        'definition', 'gather', 'dense', 'gather_dense', 'pallas_tpu' and 'pallas_gpu'. Only
+        'definition' has derivatives in forward mode and second ones.
 
     Returns:
       `[B, H, W, C]`, dtype of `x`; offsets and interpolation are computed in float32 or wider.
 
     Raises:
       ValueError: G does not divide C, the leading shapes differ, `axis` or `impl` is unknown, or
-        'pallas_tpu' is to compute in float64.
+        a kernel, 'pallas_tpu' or 'pallas_gpu', is to compute in float64.
 
     Source: Active Token Mixer, section 3.
     """
@@ -123,8 +126,8 @@ def sample_axis(x: ArrayLike, offset: ArrayLike, axis: str, impl: str = "auto") 
             f"sample_axis: impl is {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}"
         )
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, offset.dtype), jnp.float32)
-    if impl == "pallas_tpu" and dtype != jnp.float32:
-        raise ValueError(f"sample_axis: impl 'pallas_tpu' computes in float32, not in {dtype}")
+    if impl.startswith("pallas") and dtype != jnp.float32:
+        raise ValueError(f"sample_axis: impl {impl!r} computes in float32, not in {dtype}")
     if impl == "definition":
         return definition.sample(x, offset.astype(dtype), axis)
     return _sample(x, offset.astype(dtype), axis, impl)

@@ -1,6 +1,7 @@
 """The operator `sample_axis`: its values, gradients and edges, for every implementation."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import goldens
@@ -14,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 
 from activemlp_jax import sample_axis
 from activemlp_jax.models.atm import IMPLEMENTATIONS
+from activemlp_jax.models.sampling import gpu
 
 IMPLS = list(IMPLEMENTATIONS)
-KERNELS = ["pallas_tpu"]  # which know float32 alone; interpreted here
+KERNELS = ["pallas_tpu", "pallas_gpu"]  # which know float32 alone; interpreted here
 IN_FLOAT64 = [impl for impl in IMPLS if impl not in KERNELS]
 AXES = ["h", "w"]
 
@@ -209,9 +211,10 @@ def test_a_map_over_examples_gives_what_a_batch_does(axis: str, impl: str):
 @pytest.mark.parametrize(
     ("platform", "present", "absent"),
     [
-        ("cpu", ["gather", "scatter"], ["tpu_custom_call"]),
-        ("tpu", ["tpu_custom_call"], ["gather", "scatter"]),
-        ("cuda", ["gather"], ["scatter", "tpu_custom_call"]),
+        ("cpu", ["gather", "scatter"], ["tpu_custom_call", "triton"]),
+        ("tpu", ["tpu_custom_call"], ["gather", "scatter", "triton"]),
+        ("cuda", ["triton"], ["gather", "scatter", "tpu_custom_call"]),
+        ("rocm", ["gather"], ["scatter", "tpu_custom_call", "triton"]),
     ],
 )
 def test_a_program_has_the_form_for_its_platform(
@@ -224,6 +227,18 @@ def test_a_program_has_the_form_for_its_platform(
         assert name in text
     for name in absent:
         assert name not in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"), [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", True)]
+)
+def test_kernels_are_left_to_gpus_that_they_are_made_for(
+    capability: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+):
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert gpu.runs_here() == runs
 
 
 @pytest.mark.usefixtures("float64")
