@@ -40,7 +40,11 @@ def test_the_operator_is_timed_at_every_stage_by_every_implementation(tmp_path: 
     assert "active_tiny stage 1, 8 x 8, 64 channels, 2 an offset, along h" in result.stdout
     assert "active_tiny stage 4, 1 x 1, 512 channels, 8 an offset, along w" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 100
-    found = {(row["model"], row["what"], row["implementation"]) for row in rows_of(path)}
+    copies = [row for row in rows_of(path) if row["what"] == "copy"]
+    assert [float(row["copy_fraction"]) for row in copies] == [1] * 8  # one a table
+    rows = [row for row in rows_of(path) if row["what"] != "copy"]
+    assert all(float(row["copy_fraction"]) > 0 for row in rows)
+    found = {(row["model"], row["what"], row["implementation"]) for row in rows}
     left_out = {name for name in IMPLEMENTATIONS if f"without jax {name}" in result.stdout}
     assert found == {
         (f"active_tiny stage {stage}", f"{axis} {what}", f"jax {name}")
@@ -92,6 +96,7 @@ def test_training_is_timed_by_gradient_and_step(
         (["op", "--steps", "0"], "--steps is 0, expected at least 1"),
         (["train", "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
         (["model", "--model", "active_huge"], "no model 'active_huge', expected one of active_b"),
+        (["op", "--deviation", "-1"], "--deviation is -1.0, expected a number of pixels, at least"),
         (["op", "--image-size", "31"], "expected sides of at least 32"),
         (["model", "--csv", "no/such/place.csv"], "--csv no/such/place.csv: No such file or dir"),
         (["op", "--csv", "/"], "--csv /: Is a directory"),

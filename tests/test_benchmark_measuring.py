@@ -38,6 +38,10 @@ def in_words(line: str) -> str:
     return " ".join(line.split())
 
 
+def moving(what: str, implementation: str, traffic: float) -> Contender:
+    return contender(what, implementation, None)._replace(traffic=traffic)
+
+
 def measured() -> list[Measurement]:
     contenders = [
         contender("matmul", "jax", 8e9),
@@ -61,6 +65,15 @@ def test_the_fraction_is_of_the_matrix_products_operations_a_second():
     assert product.images_per_second is None
     assert ours.gflops == pytest.approx(20)
     assert ours.matmul_fraction == pytest.approx(0.5)
+
+
+def test_the_fraction_of_the_bandwidth_is_of_the_copys_bytes_a_second():
+    copy, ours = summarise(
+        [moving("copy", "jax", 8e9), moving("h forward", "jax", 2e9)], [[2], [1]]
+    )
+    assert (copy.gigabytes, copy.copy_fraction) == (4, 1)
+    assert (ours.gigabytes, ours.copy_fraction) == (2, 0.5)
+    assert measured()[1].copy_fraction is None
 
 
 def test_a_peer_of_half_the_rate_has_ratio_one_half():
@@ -120,7 +133,8 @@ def test_tables_fit_100_columns_and_tell_only_what_is_known():
 
 
 def test_the_operators_times_are_told_in_milliseconds():
-    found = summarise([contender("h forward", "jax gather", None)], [[0.5e-3, 1e-3, 2e-3]])
-    heading, line = figure_lines(found, in_milliseconds=True)
-    assert in_words(heading) == "ms min to max to jax MiB compile s"
-    assert in_words(line) == "h forward jax gather 1.000 0.500 to 2.000 1.00 3.0 1.5"
+    contenders = [moving("h forward", "jax gather", 2e6), moving("copy", "jax", 4e6)]
+    found = summarise(contenders, [[0.5e-3, 1e-3, 2e-3], [1e-3]])
+    heading, line, _ = figure_lines(found, in_milliseconds=True)
+    assert in_words(heading) == "ms min to max GB/s copy to jax MiB compile s"
+    assert in_words(line) == "h forward jax gather 1.000 0.500 to 2.000 2.0 50.0% 1.00 3.0 1.5"

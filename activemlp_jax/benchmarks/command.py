@@ -20,6 +20,7 @@ from activemlp_jax.benchmarks.measuring import (
 )
 from activemlp_jax.benchmarks.operator import Case, compile_operator, draw_cases
 from activemlp_jax.benchmarks.programs import (
+    compile_copy,
     compile_forward,
     compile_matmul,
     compile_training,
@@ -69,7 +70,8 @@ def figure_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> 
       in_milliseconds: whether times are told in place of images a second.
     """
     unit = "ms" if in_milliseconds else "images/s"
-    rows = [["", "", unit, "min to max", "GFLOP/s", "matmul", "to jax", "MiB", "compile s"]]
+    heading = ["", "", unit, "min to max", "GFLOP/s", "matmul", "GB/s", "copy", "to jax", "MiB"]
+    rows = [[*heading, "compile s"]]
     for found in measurements:
         rates = (
             found.images_per_second,
@@ -90,6 +92,8 @@ def figure_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> 
                 f"{low:,.{digits}f} to {high:,.{digits}f}" if middle else "",
                 f"{found.gflops:,.1f}" if found.gflops else "",
                 f"{100 * found.matmul_fraction:.1f}%" if found.matmul_fraction else "",
+                f"{found.gigabytes:,.1f}" if found.gigabytes else "",
+                f"{100 * found.copy_fraction:.1f}%" if found.copy_fraction else "",
                 f"{found.ratio_to_jax:.2f}",
                 f"{found.memory_bytes / MIB:,.1f}" if found.memory_bytes is not None else "",
                 f"{found.compile_seconds:.1f}",
@@ -211,14 +215,20 @@ def print_models(training: bool, model: Sequence[str] | None, options: Options) 
     measure_all(groups, options, in_milliseconds=False)
 
 
-def print_operator(options: Options) -> None:
+def print_operator(deviation: float, options: Options) -> None:
     """The command `op`: milliseconds of `sample_axis` by each implementation.
+
+    Args:
+      deviation: standard deviation of the offsets, in pixels.
+      options: how to measure.
 
     Raises:
       UserError: options that cannot work.
       ValueError: images that the model does not take.
     """
     prepare(options)
+    if not 0 <= deviation < float("inf"):
+        raise UserError(f"--deviation is {deviation}, expected a number of pixels, at least 0")
     deform_conv2d = None
     if options.compare:
         from activemlp_jax.benchmarks import torch_peer
@@ -226,11 +236,12 @@ def print_operator(options: Options) -> None:
         deform_conv2d = torch_peer.find_deform_conv2d(say)
 
     def contenders(case: Case) -> Iterator[Contender]:
+        yield compile_copy()
         yield from compile_operator(case, say)
         if options.compare:
             yield from torch_peer.prepare_operators(case, deform_conv2d)
 
-    cases = draw_cases(options.batch_size, options.image_size, options.dtype)
+    cases = draw_cases(options.batch_size, options.image_size, options.dtype, deviation)
     groups = ((case.title(), contenders(case)) for case in cases)
     measure_all(groups, options, in_milliseconds=True)
 
@@ -247,7 +258,11 @@ def add_commands(commands: Any) -> None:
         if name != "op":
             description += f" {of_models}."
         command = commands.add_parser(name, help=text, description=description)
-        if name != "op":
+        if name == "op":
+            command.add_argument(
+                "--deviation", type=float, default=2.0, help="of the offsets, in pixels (2)"
+            )
+        else:
             command.add_argument(
                 "--model", action="append", metavar="NAME", help="only this; may be repeated (all)"
             )
@@ -268,9 +283,9 @@ def add_commands(commands: Any) -> None:
 def run(command: str, arguments: dict[str, Any]) -> None:
     """One of the commands that `add_commands` adds, with its options by name."""
     keep_freed_memory()  # as train.py does
-    model = arguments.pop("model", None)
+    of_one = {name: arguments.pop(name) for name in ("model", "deviation") if name in arguments}
     options = Options(**arguments)
     if command == "op":
-        print_operator(options)
+        print_operator(options=options, **of_one)
     else:
-        print_models(command == "train", model, options)
+        print_models(command == "train", options=options, **of_one)

@@ -16,7 +16,7 @@ import jax
 
 from activemlp_jax.errors import UserError
 
-MATMUL = "matmul"  # what the rates of all else are a fraction of
+MATMUL, COPY = "matmul", "copy"  # what the rates of all else are fractions of
 JAX = "jax"  # the first word of the implementations that peers are compared with
 
 
@@ -24,7 +24,7 @@ class Workload(NamedTuple):
     """A model, by its name, and what it is given.
 
     `batch_size` images, square, of `image_size` pixels, and the dtype of the computation,
-    'float32' or 'bfloat16'. The matrix product has no images: both are 0.
+    'float32' or 'bfloat16'. The matrix product and the copy have no images: both are 0.
     """
 
     model: str
@@ -37,8 +37,9 @@ class Contender(NamedTuple):
     """Something to be timed, compiled and ready.
 
     `call` does it so many times and waits for the last. Contenders that do the same `what` are
-    compared. One time takes `flops` floating point operations by the model's multiply-adds, None
-    where these say nothing, and `memory` in bytes, None where nobody counts it.
+    compared. One time takes `flops` floating point operations by the model's multiply-adds, and
+    `memory` in bytes; it moves `traffic` bytes if each array is read or written once. None where
+    these say nothing, or nobody counts it.
     """
 
     what: str
@@ -48,14 +49,16 @@ class Contender(NamedTuple):
     flops: float | None
     memory: int | None
     compile_seconds: float
+    traffic: float | None = None
 
 
 class Measurement(NamedTuple):
     """One contender's figures: the columns of the CSV file, before those of the machine.
 
     Images a second are the median, the lowest and the highest of the rounds. `ratio_to_jax` is the
-    rate over that of JAX at the same, by its fastest implementation. `gflops` are a second, and
-    `matmul_fraction` is their share of the matrix product's; of the median both.
+    rate over that of JAX at the same, by its fastest implementation. `gflops` and `gigabytes` are a
+    second, and `matmul_fraction` and `copy_fraction` are their shares of the matrix product's and
+    of the copy's; of the median all.
     """
 
     what: str
@@ -70,6 +73,8 @@ class Measurement(NamedTuple):
     ratio_to_jax: float
     gflops: float | None
     matmul_fraction: float | None
+    gigabytes: float | None
+    copy_fraction: float | None
     memory_bytes: int | None
     compile_seconds: float
 
@@ -136,16 +141,19 @@ def summarise(
     """
     typical = [median(found) for found in seconds]
     fastest: dict[str, float] = {}
-    product = None
+    product = copy = None
     for contender, middle in zip(contenders, typical, strict=True):
         if contender.implementation.split()[0] == JAX:
             fastest[contender.what] = min(middle, fastest.get(contender.what, middle))
         if contender.what == MATMUL and contender.flops:
             product = contender.flops / middle
+        if contender.what == COPY and contender.traffic:
+            copy = contender.traffic / middle
     measurements = []
     for contender, middle, found in zip(contenders, typical, seconds, strict=True):
         workload = contender.workload
         flops = contender.flops / middle if contender.flops else None
+        moved = contender.traffic / middle if contender.traffic else None
 
         def rate(time: float, images: int = workload.batch_size) -> float | None:
             return images / time if images else None
@@ -164,6 +172,8 @@ def summarise(
                 fastest[contender.what] / middle,
                 flops and flops / 1e9,
                 flops and product and flops / product,
+                moved and moved / 1e9,
+                moved and copy and moved / copy,
                 contender.memory,
                 contender.compile_seconds,
             )

@@ -14,7 +14,6 @@ from activemlp_jax.models.atm import IMPLEMENTATIONS, sample_axis
 from activemlp_jax.models.backbone import VARIANTS, create_model
 
 MODEL = "active_tiny"
-DEVIATION = 2.0  # of the offsets, in pixels
 
 
 class Case(NamedTuple):
@@ -43,14 +42,26 @@ class Case(NamedTuple):
             f"{shared} an offset, along {self.axis}"
         )
 
+    def traffic(self, what: str) -> float:
+        """Bytes, if each array is read or written once.
 
-def draw_cases(batch_size: int, image_size: int, dtype: str) -> Iterator[Case]:
+        Args:
+          what: 'forward', with the result, or 'forward+backward', with both gradients too.
+        """
+        features, offset = self.features.nbytes, self.offset.nbytes
+        forward = 2.0 * features + offset
+        # The maps and offsets are read again, and the cotangent: nothing else is between.
+        return forward if what == "forward" else forward + 3.0 * features + 2.0 * offset
+
+
+def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -> Iterator[Case]:
     """Noise for every stage of `MODEL` and both axes.
 
     Args:
       batch_size: images.
       image_size: of the model's input, in pixels.
       dtype: of features.
+      deviation: standard deviation of the offsets, in pixels.
 
     Raises:
       ValueError: the model takes no images of that size.
@@ -68,7 +79,7 @@ def draw_cases(batch_size: int, image_size: int, dtype: str) -> Iterator[Case]:
         offsets = (*found.shape[:-1], found.shape[-1] // share)
         for axis in ("h", "w"):
             x, cotangent = (jnp.asarray(rng.standard_normal(found.shape), dtype) for _ in range(2))
-            offset = jnp.asarray(DEVIATION * rng.standard_normal(offsets), jnp.float32)
+            offset = jnp.asarray(deviation * rng.standard_normal(offsets), jnp.float32)
             yield Case(workload, axis, x, offset, cotangent)
 
 
@@ -101,5 +112,10 @@ def compile_operator(case: Case, say: Callable[[str], None]) -> Iterator[Contend
             ("forward+backward", both, (*arguments, case.cotangent)),
         ):
             yield compile_function(
-                f"{case.axis} {what}", f"{JAX} {name}", case.workload, function, given
+                f"{case.axis} {what}",
+                f"{JAX} {name}",
+                case.workload,
+                function,
+                given,
+                traffic=case.traffic(what),
             )

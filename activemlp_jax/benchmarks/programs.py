@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from activemlp_jax.benchmarks.measuring import JAX, MATMUL, Contender, Workload
+from activemlp_jax.benchmarks.measuring import COPY, JAX, MATMUL, Contender, Workload
 from activemlp_jax.data.order import EPOCH_MULTIPLE
 from activemlp_jax.models.backbone import create_model
 from activemlp_jax.models.counting import count_cost
@@ -70,6 +70,7 @@ def compile_function(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     flops: float | None = None,
+    traffic: float | None = None,
 ) -> Contender:
     """A function of arrays as a contender.
 
@@ -80,6 +81,7 @@ def compile_function(
       function: to be jitted.
       arguments: of it.
       flops: that it needs, by the model's multiply-adds.
+      traffic: bytes that it moves at least.
     """
     began = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
@@ -95,7 +97,7 @@ def compile_function(
         jax.block_until_ready(result)
 
     memory = count_needs(compiled, devices=1).memory
-    return Contender(what, implementation, workload, call, flops, memory, elapsed)
+    return Contender(what, implementation, workload, call, flops, memory, elapsed, traffic)
 
 
 def compile_matmul() -> Contender:
@@ -105,6 +107,14 @@ def compile_matmul() -> Contender:
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
     workload = Workload(f"{side} x {side}", 0, 0, dtype)
     return compile_function(MATMUL, JAX, workload, jnp.matmul, (square, square), 2.0 * side**3)
+
+
+def compile_copy() -> Contender:
+    """An array read and another written, of a size that no cache holds."""
+    megabytes = 128 if jax.default_backend() == "cpu" else 1024
+    array = jnp.ones((megabytes, 2**18), jnp.float32)
+    workload = Workload(f"{megabytes} MiB", 0, 0, "float32")
+    return compile_function(COPY, JAX, workload, jnp.negative, (array,), traffic=2.0 * array.nbytes)
 
 
 def compile_forward(workload: Workload, inputs: Inputs) -> Iterator[Contender]:

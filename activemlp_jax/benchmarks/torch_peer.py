@@ -172,6 +172,7 @@ def _contender(
     once: Callable[[], Any],
     flops: float | None,
     held: int,
+    traffic: float | None = None,
 ) -> Contender:
     """Runs `once` twice: to compile it, and to see what memory it takes beyond what was `held`."""
     on_gpu = jax.default_backend() != "cpu"
@@ -189,7 +190,8 @@ def _contender(
         torch.cuda.reset_peak_memory_stats()
         call(1)
         memory = torch.cuda.max_memory_allocated() - held
-    return Contender(what, f"torch {implementation}", workload, call, flops, memory, elapsed)
+    title = f"torch {implementation}"
+    return Contender(what, title, workload, call, flops, memory, elapsed, traffic)
 
 
 class Peer(NamedTuple):
@@ -329,4 +331,5 @@ def prepare_operators(
 
         for what, once in (("forward", forward), ("forward+backward", both)):
             title = f"{case.axis} {what}"
-            yield _contender(title, name, case.workload, once, None, held)
+            traffic = case.traffic(what)
+            yield _contender(title, name, case.workload, once, None, held, traffic)
