@@ -10,13 +10,15 @@ from matplotlib.figure import Figure
 from activemlp_jax.training.workdir import Record
 
 COLOURS = {"train": "#9aa0a6", "test": "#1a73e8", "ema": "#e8710a"}
-MOST_NUMBERED_CLASSES = 20
+MOST_NAMED_CLASSES = 40
+LONGEST_NAME = 24  # letters
+CELL = 0.3  # inches, at least, so that names and four digits can be read
 MOST_WRITTEN_OUT = 10_000  # of pixels there are millions
 
 
 def draw_curves(records: Sequence[Record], score: str, score_name: str, path: Path) -> None:
     """Loss, `score` and learning rate over the epochs of `metrics.jsonl`."""
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.4), dpi=110, layout="constrained")
     loss, scores, rate = figure.subplots(1, 3)
 
     def line(axes: Axes, key: str, label: str, colour: str) -> None:
@@ -38,7 +40,7 @@ def draw_curves(records: Sequence[Record], score: str, score_name: str, path: Pa
     loss.legend()
     if scores.lines:
         scores.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
 def draw_confusion(
@@ -46,19 +48,24 @@ def draw_confusion(
 ) -> None:
     """The confusion matrix `[K, K]`, label by prediction; mistakes are coloured by their share.
 
-    Where there are few classes, single counts are written as they are, shares of many in percent.
+    Up to `MOST_NAMED_CLASSES` have their names, long ones cut, in a picture that grows with their
+    number; more are numbered. Single counts are written as they are, shares of many in percent.
     """
     classes = len(class_names)
     totals = confusion.sum(axis=1, keepdims=True)
     shares = confusion / np.maximum(totals, 1)
-    figure = Figure(figsize=(6, 5.6), layout="constrained")
+    figure = Figure(figsize=(6, 5.6), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if classes <= MOST_NUMBERED_CLASSES:
-        axes.set_xticks(range(classes), class_names)
-        axes.set_yticks(range(classes), class_names)
-        if max(map(len, class_names)) > 2:
-            axes.tick_params(axis="x", rotation=45)
+    if classes <= MOST_NAMED_CLASSES:
+        names = [_shortened(name) for name in class_names]
+        axes.set_yticks(range(classes), names, parse_math=False)
+        pixels = max(label.get_window_extent().width for label in axes.get_yticklabels())
+        width, cell = pixels / figure.dpi, max(5 / classes, CELL)
+        turned = 90 if width > 0.9 * cell else 0
+        axes.set_xticks(range(classes), names, rotation=turned, parse_math=False)
+        side = cell * classes + width
+        figure.set_size_inches(side + 0.6, side + 0.9)
         in_percent = confusion.max() >= MOST_WRITTEN_OUT
         for label, prediction in np.argwhere(confusion):
             colour = "white" if shares[label, prediction] > 0.5 else "#c5221f"
@@ -66,9 +73,13 @@ def draw_confusion(
             if in_percent and share < 0.5:
                 continue
             text = f"{share:.0f}%" if in_percent else f"{count:.0f}"
-            size = 7 if in_percent else None
+            size = 7 if in_percent or classes > 12 else None
             axes.text(prediction, label, text, ha="center", va="center", color=colour, size=size)
     axes.set_title(title)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
