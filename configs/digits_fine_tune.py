@@ -1,9 +1,9 @@
 """The digits again, from weights that already know letters: half the epochs.
 
     python examples/draw_letters.py data/letters
-    python train.py --workdir runs/letters --config.epochs=20 \\
+    python train.py --workdir runs/letters_first --config.epochs=20 \\
         --config.data.name=folder:data/letters --config.data.test_split=val
-    python train.py --config configs/digits_fine_tune.py --config.init_from=runs/letters/model
+    python train.py --config configs/digits_fine_tune.py --config.init_from=runs/letters_first/model
 """
 
 from ml_collections import ConfigDict

@@ -36,6 +36,8 @@ def segment(
     Raises:
       ValueError: a model, card or image of another kind, or no images.
       UserError: OpenCV is missing, and an image must be resized.
+
+    Source: the inference of mmsegmentation 0.11, by which the original tests.
     """
     from activemlp_jax.inference.scenes import Segmenter, segment_image  # slow to import
 

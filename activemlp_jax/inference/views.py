@@ -38,6 +38,11 @@ class Protocol:
         fewer shapes to compile; 1 is exact.
       stride_share: how far apart windows that slide over the resized image are, as a share of
         their side; 0 shows the image as a whole.
+
+    Raises:
+      ValueError: a value that cannot work, named.
+
+    Source: the multi-scale and sliding test of mmsegmentation 0.11.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -45,12 +50,35 @@ class Protocol:
     size_multiple: int = 1
     stride_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"scales is {self.scales!r}, expected numbers above 0, at least one")
+        if self.size_multiple < 1:
+            raise ValueError(f"size_multiple is {self.size_multiple!r}, expected at least 1")
+        if not 0 <= self.stride_share <= 1:  # windows further apart leave gaps
+            raise ValueError(f"stride_share is {self.stride_share!r}, expected 0 to 1")
+
     def stride(self, preprocessing: ScenePreprocessing) -> int:
-        """In pixels; 0 for whole images."""
+        """From where one window begins on the resized image to where the next one does.
+
+        Args:
+          preprocessing: of the model, for the windows' side.
+
+        Returns:
+          Pixels, rounded down, along the height and the width; 0 for images that are shown whole.
+        """
         return int(self.stride_share * preprocessing.window)
 
     def describe(self, preprocessing: ScenePreprocessing) -> str:
-        """In words, what is not the published protocol named."""
+        """The protocol in words, with a note where it is not as published.
+
+        Args:
+          preprocessing: of the model, for the windows' side.
+
+        Returns:
+          One line: 'whole images' for the published protocol, or such as 'windows of 512 every 341
+          pixels, scales 0.5, 1.0, flips', in pixels of the resized image.
+        """
         stride = self.stride(preprocessing)
         windows = f"windows of {preprocessing.window} every {stride} pixels"
         parts = [windows if stride else "whole images"]

@@ -333,7 +333,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows, sorted."""
+    """Names that `create_model` knows.
+
+    Returns:
+      The five variants' names, such as 'active_tiny', in alphabetical order.
+    """
     return sorted(VARIANTS)
 
 
@@ -348,8 +352,11 @@ def create_model(
       drop_path_rate: of the last block; the rates grow linearly from 0 at the first.
       dtype: of the computation; see `ActiveMLP`.
 
+    Returns:
+      An `ActiveMLP` with the variant's fields; its `init` makes variables.
+
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, `num_classes` below 1, or `drop_path_rate` not in [0, 1).
 
     Source: the authors' release; Active Token Mixer, section 4.
     """

@@ -99,10 +99,13 @@ class ActiveSegmentor(nn.Module):
           train: whether drop path is on.
 
         Returns:
-          Four maps `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32.
+          Four maps `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32, in the
+          model's dtype; odd sides follow the convolutions' floor arithmetic.
 
         Raises:
           ValueError: images of another rank or channel count, or a side below 32.
+
+        Source: the segmentation of the authors' release, which gives each map a norm of its own.
         """
         maps = self.active_mlp.features(images, train)
         return [normalise(x) for normalise, x in zip(self.norms, maps, strict=True)]
@@ -138,8 +141,12 @@ def create_segmentor(
       drop_path_rate: of the backbone's last block; the original trains active_large with 0.2.
       dtype: of the computation; see `ActiveSegmentor`.
 
+    Returns:
+      An `ActiveSegmentor` with the variant's backbone and the original's widths of the head; its
+      `init` makes variables.
+
     Raises:
-      ValueError: an unknown name or head.
+      ValueError: an unknown name or head, `num_classes` below 1, or `drop_path_rate` not in [0, 1).
 
     Source: the authors' release; Active Token Mixer, section 4.
     """

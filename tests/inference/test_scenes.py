@@ -1,5 +1,6 @@
 """Whole, sliding and multi-scale inference against the original, and each scene counted once."""
 
+import re
 from typing import Any
 
 import goldens
@@ -22,6 +23,8 @@ from activemlp_jax.inference.scenes import (
     view_logits,
 )
 from activemlp_jax.inference.views import (
+    PUBLISHED,
+    SLIDE,
     Protocol,
     bilinear_matrix,
     plan_views,
@@ -125,6 +128,27 @@ def test_images_are_fitted_into_the_published_size(
     (view,) = plan_views(height, width, ScenePreprocessing(), protocol)
     assert view.resized == view.shape == expected
     assert ("not as published" in protocol.describe(ScenePreprocessing())) == (multiple > 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("scales", value) for value in ((), (1.0, 0.0), (-0.5,), (float("nan"),))),
+        *(("size_multiple", value) for value in (0, -32)),
+        *(("stride_share", value) for value in (-0.1, 1.5, float("nan"))),
+    ],
+)
+def test_a_protocol_that_cannot_work_is_refused(field: str, value: Any):
+    with pytest.raises(ValueError, match=f"^{field} is {re.escape(repr(value))}, expected "):
+        Protocol(**{field: value})
+
+
+def test_a_protocol_is_told_in_words():
+    assert PUBLISHED.describe(ScenePreprocessing()) == "whole images"
+    protocol = Protocol(scales=(0.5, 1.0), flip=True, stride_share=SLIDE)
+    assert protocol.stride(ScenePreprocessing()) == 341
+    words = "windows of 512 every 341 pixels, scales 0.5, 1.0, flips"
+    assert protocol.describe(ScenePreprocessing()) == words
 
 
 def test_views_are_resized_flipped_and_cut():
