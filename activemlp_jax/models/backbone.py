@@ -4,10 +4,9 @@ Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3; the varia
 those of the authors' release.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,11 +64,29 @@ class ActiveTokenMixer(nn.Module):
         return linear(channels, self.dtype, name="proj")(mixed)
 
 
+def _again(half: Callable[..., Any]) -> Callable[..., Any]:
+    """`half` of a block, which the backward pass computes anew.
+
+    A compiler would leave the products that give the parameters' gradients for the end of the
+    step, and keep what they read, of every block, until then. So a half's cotangents come all at
+    once: no block before it goes backward until its gradients are there.
+    """
+
+    def forward(block: nn.Module, *inputs: Any) -> Any:
+        return nn.vjp(half, block, *inputs)
+
+    def backward(transposed: Callable[..., Any], cotangents: Any) -> Any:
+        return jax.lax.optimization_barrier(transposed(cotangents))
+
+    return nn.remat(nn.custom_vjp(half, forward, backward))
+
+
 class Block(nn.Module):
     """One residual block: ATM, then MLP, each behind a LayerNorm and drop path.
 
     A block that makes offsets (`makes_offset`) computes them from its input and returns them for
-    the blocks behind it; the others use those they are given.
+    the blocks behind it; the others use those they are given. With `remat`, the backward pass
+    computes each half anew from its input.
     """
 
     mlp_ratio: float
@@ -77,25 +94,36 @@ class Block(nn.Module):
     makes_offset: bool
     drop_path_rate: float
     dtype: Dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(
         self, x: jax.Array, offset: jax.Array | None, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         channels = x.shape[-1]
-        if self.makes_offset:
-            offset = OffsetLayer(self.share_dim, self.dtype, name="offset_layer")(x)
-        assert offset is not None, "the first block of a stage makes offsets"
-
         # Dropout over the batch axis alone is drop path: whole samples, scaled by 1 / keep.
         drop_path = nn.Dropout(
             self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
         )
-        mixer = ActiveTokenMixer(self.dtype, name="atm")
-        mlp = Mlp(int(channels * self.mlp_ratio), channels, self.dtype, name="mlp")
-        x = x + drop_path(mixer(norm(self.dtype, name="norm1")(x), offset))
-        x = x + drop_path(mlp(norm(self.dtype, name="norm2")(x)))
-        return x, offset
+
+        def mix(
+            block: Block, x: jax.Array, offset: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array]:
+            if block.makes_offset:
+                offset = OffsetLayer(block.share_dim, block.dtype, name="offset_layer")(x)
+            assert offset is not None, "the first block of a stage makes offsets"
+            mixer = ActiveTokenMixer(block.dtype, name="atm")
+            return mixer(norm(block.dtype, name="norm1")(x), offset), offset
+
+        def transform(block: Block, x: jax.Array) -> jax.Array:
+            mlp = Mlp(int(channels * block.mlp_ratio), channels, block.dtype, name="mlp")
+            return mlp(norm(block.dtype, name="norm2")(x))
+
+        if self.remat:
+            mix, transform = _again(mix), _again(transform)
+        mixed, offset = mix(self, x, offset)
+        x = x + drop_path(mixed)
+        return x + drop_path(transform(self, x)), offset
 
 
 class Stage(nn.Module):
@@ -103,7 +131,7 @@ class Stage(nn.Module):
 
     `drop_path_rates` has one rate a block. Block j makes new offsets if `offset_interval` divides
     j and it is not the last; right before, the stage's one depthwise convolution adds position.
-    With `remat`, the backward pass computes each block anew from its input.
+    With `remat`, the backward pass computes the halves of each block anew.
     """
 
     mlp_ratio: float
@@ -115,7 +143,6 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        block_type = nn.remat(Block, static_argnums=(3,)) if self.remat else Block
         depth = len(self.drop_path_rates)
         peg = DepthwiseConv(self.dtype, name="peg")
         offset = None
@@ -123,8 +150,14 @@ class Stage(nn.Module):
             makes_offset = j % self.offset_interval == 0 and j != depth - 1
             if makes_offset:
                 x = x + peg(x)
-            block = block_type(
-                self.mlp_ratio, self.share_dim, makes_offset, rate, self.dtype, name=f"block_{j}"
+            block = Block(
+                self.mlp_ratio,
+                self.share_dim,
+                makes_offset,
+                rate,
+                self.dtype,
+                self.remat,
+                name=f"block_{j}",
             )
             x, offset = block(x, offset, train)
         return x
@@ -273,7 +306,10 @@ class ActiveMLP(nn.Module):
 
         Source: Active Token Mixer, section 3; the taps of the original's dense tasks.
         """
-        chex.assert_shape(images, (None, None, None, 3), exception_type=ValueError)
+        if images.ndim != 4 or images.shape[-1] != 3:
+            first = images.ndim == 4 and images.shape[1] == 3
+            hint = "; channels come last: images.transpose(0, 2, 3, 1)" if first else ""
+            raise ValueError(f"images have shape {images.shape}, expected [B, H, W, 3]{hint}")
         if min(images.shape[1:3]) < MIN_IMAGE_SIDE:
             raise ValueError(
                 f"images have shape {images.shape}, expected sides of at least {MIN_IMAGE_SIDE}"

@@ -197,6 +197,8 @@ def _convolve_image_backward(
     stride: int, padding: int, residuals: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
+    # A TPU's compiler would take the patches in the forward pass, and keep them until here.
+    x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     transposed = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)
     kernel_cotangent = jax.lax.platform_dependent(
         x,
@@ -290,7 +292,8 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array) -> Any:
 
 def _depthwise_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    cotangent = _written(cotangent)
+    # A TPU's compiler would make the padded map in the forward pass, and keep it until here.
+    x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     _, height, width, _ = x.shape
     padded = _written(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(kernel.dtype))
     sums = [

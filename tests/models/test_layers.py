@@ -53,3 +53,24 @@ def test_a_kernels_derivative_by_patches_is_that_of_the_convolution(size, stride
     cotangent = normal(2, *out.shape)
     found = layers.kernel_cotangent_by_patches(x, kernel, cotangent, stride, padding)
     assert_close(found, np.asarray(transposed(cotangent)[0]), 1e-12, "the kernel's derivative")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (layers.DepthwiseConv(jnp.float64), (2, 4, 5, 3)),
+        (layers.Conv(4, 7, 4, 2, jnp.float64), (1, 9, 10, 3)),
+    ],
+    ids=["depthwise", "of an image"],
+)
+def test_what_a_derivative_makes_of_the_input_waits_for_the_cotangent(layer, shape):
+    x = normal(0, *shape)
+    variables = layer.init(jax.random.key(0), x)
+    out, transposed = jax.vjp(lambda variables: layer.apply(variables, x), variables)
+    backward = jax.make_jaxpr(transposed)(out)
+    waiting = [
+        {variable.aval.shape for variable in eqn.outvars}
+        for eqn in backward.eqns
+        if eqn.primitive.name == "optimization_barrier"
+    ]
+    assert {shape, out.shape} in waiting, backward
