@@ -31,6 +31,7 @@ STEPS = 6
 DIGITS = (
     *("--config", "configs/digit_scenes.py", f"--config.steps={STEPS}"),
     *("--config.batch_size=4", "--config.log_every_steps=1", "--config.test.every_epochs=9"),
+    "--config.model.depths=(2,2,2,2)",
     *("--config.model.embed_dims=(8,16,24,32)", "--config.model.share_dims=(2,4,4,8)"),
     *("--config.head.channels=16", "--config.head.aux_channels=8", "--config.eval_batch_size=50"),
     *("--config.model.drop_path_rate=0.0", "--config.head.dropout_rate=0.0"),

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.xdist_group("train")
 
 # A model that trains in seconds; the path through the program is that of any run.
 SMALL = (
+    "--config.model.depths=(2,2,2,2)",
     "--config.model.embed_dims=(8,8,16,16)",
     "--config.model.mlp_ratios=(2.0,2.0,2.0,2.0)",
     "--config.batch_size=479",
@@ -125,6 +126,7 @@ def interrupted(
 def test_a_run_leaves_its_record_its_pictures_and_its_checkpoints(finished: tuple[Path, str]):
     workdir, output = finished
     assert "1,437 images to train, 360 to test" in output
+    assert "\n3 steps an epoch, 12 in all, learning rate up to 2.0e-03\n" in output
     assert "test images" in output
     names = {path.name for path in workdir.iterdir()}
     assert names - {".lock", "best_model"} == {
@@ -345,7 +347,7 @@ def test_help_shows_an_example_and_the_flags():
         (["--config.data.image_size=16"], ["config.data.image_size is 16, expected at least 32"]),
         (["--config.data.name=cifar"], ["no data set 'cifar', expected digits, folder:PATH, tfds"]),
         (["--config.data.test_split=val"], ["digits has the splits train, test, not 'val'"]),
-        (["--config.init_from=nowhere"], ["nowhere is no model directory: it has no model.json"]),
+        (["--config.init_from=nowhere"], ["nowhere is no model directory: there is no such"]),
         (["--config.batch_size=2000"], ["batch_size is 2000", "only 1437 images"]),
         (["--config=configs/nothing.py"], ["there is no config file configs/nothing.py"]),
         (["--config", "configs/nothing.py"], ["there is no config file configs/nothing.py"]),
