@@ -15,9 +15,10 @@ from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.transforms import eval_transform
 from activemlp_jax.inference.imagenet_names import readable_names
 from activemlp_jax.inference.images import all_pixels, list_images
+from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.models.layers import wide
-from activemlp_jax.weights.model_directory import ModelCard, check_card
+from activemlp_jax.weights.model_directory import ModelCard
 
 BATCH_SIZES = (1, 8, 32)  # each compiles once; few of them, and little padding
 T = TypeVar("T")
@@ -73,19 +74,17 @@ embeddings = jax.jit(Classifier.embeddings, static_argnums=0)
 
 
 def make_classifier(model: Any, card: ModelCard | None) -> Classifier:
-    """The model with the preprocessing that its card names, or else the published one, at 224.
+    """The model with its preprocessing; see `preprocessing_for`.
 
     Raises:
-      ValueError: it is no ActiveMLP, or the card is of another model.
+      ValueError: it is no ActiveMLP, the card is of another model, or it is missing.
     """
     if not isinstance(model, ActiveMLP):
         raise ValueError(
             f"the model is an {type(model).__name__}, expected an ActiveMLP, which has a class for "
             "each image"
         )
-    if card is not None:
-        check_card(card, model)
-    preprocessing = card.preprocessing if card else Preprocessing()
+    preprocessing = preprocessing_for(model, card)
     assert isinstance(preprocessing, Preprocessing), "as every classifier's"
     return Classifier(model, preprocessing)
 
@@ -141,15 +140,17 @@ def classify(
       variables: of the model.
       images: a Pillow image, a uint8 array `[H, W]` or `[H, W, 3]` or the path of a file; or many,
         in a sequence or an array `[B, H, W, 3]`. They are shown to the model as in evaluation.
-      card: what `read_card` gives, for the names of the classes and the preprocessing. Without it
-        the latter is the published one at 224 pixels, and a thousand classes are ImageNet's.
+      card: what `read_card` gives, for the names of the classes and the preprocessing. Only a model
+        of ImageNet's 1,000 classes does without: they are named, and the preprocessing is the
+        published one at 224 pixels.
       top: how many classes.
 
     Returns:
       `ClassProbability`s, the most probable first; of many images a list of such lists.
 
     Raises:
-      ValueError: a model, card or image of another kind, no images, or `top` below 1.
+      ValueError: a model, card or image of another kind, no card where it takes one, no images,
+        or `top` below 1.
     """
     classifier = make_classifier(model, card)
     if top < 1:
@@ -178,7 +179,7 @@ def embed_images(
       `[N, C]` float32, a row an image, also of one alone.
 
     Raises:
-      ValueError: a model, card or image of another kind, or no images.
+      ValueError: a model, card or image of another kind, no card where it takes one, or no images.
     """
     classifier = make_classifier(model, card)
     listed, _ = list_images(images)

@@ -6,9 +6,10 @@ import numpy as np
 
 from activemlp_jax.data.preprocessing import ScenePreprocessing
 from activemlp_jax.inference.images import all_pixels, list_images
+from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.views import PUBLISHED, Protocol
 from activemlp_jax.models.segmentation import ActiveSegmentor
-from activemlp_jax.weights.model_directory import ModelCard, check_card
+from activemlp_jax.weights.model_directory import ModelCard
 
 
 def segment(
@@ -27,14 +28,15 @@ def segment(
       variables: of the model.
       images: a Pillow image, a uint8 array `[H, W]` or `[H, W, 3]` or the path of a file; or many,
         in a sequence or an array `[B, H, W, 3]`.
-      card: what `read_card` gives, for the preprocessing; without it, the published one.
+      card: what `read_card` gives, for the preprocessing. Only a model of ADE20K's 150 classes does
+        without: then it is the published one.
       protocol: how label maps are asked for.
 
     Returns:
       A label map `[H, W]` int32 of the image's own size; of many images a list of them.
 
     Raises:
-      ValueError: a model, card or image of another kind, or no images.
+      ValueError: a model, card or image of another kind, no card where it takes one, or no images.
       UserError: OpenCV is missing, and an image must be resized.
 
     Source: the inference of mmsegmentation 0.11, by which the original tests.
@@ -46,9 +48,7 @@ def segment(
             f"the model is an {type(model).__name__}, expected an ActiveSegmentor, which has a "
             "class for each pixel"
         )
-    if card is not None:
-        check_card(card, model)
-    preprocessing = card.preprocessing if card else ScenePreprocessing()
+    preprocessing = preprocessing_for(model, card)
     assert isinstance(preprocessing, ScenePreprocessing), "as every segmentation model's"
     segmenter = Segmenter(model, preprocessing, protocol)
     listed, is_one = list_images(images)

@@ -19,6 +19,7 @@ from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.inference import classify
 from activemlp_jax.inference.classify import ClassProbability, ask, make_classifier
 from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
+from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.scenes import Segmenter, segment_image
 from activemlp_jax.weights.model_directory import ModelCard
 
@@ -116,9 +117,34 @@ def test_a_program_is_compiled_once_for_a_model_and_shape(variables: Any):
     assert classify.probabilities._cache_size() == programs
 
 
-def test_without_a_card_the_preprocessing_is_the_published_one():
-    assert make_classifier(CLASSIFIER, None).preprocessing == Preprocessing(224, 256 / 224)
+def test_without_a_card_a_model_of_the_published_classes_has_the_published_preprocessing():
+    published = CLASSIFIER.clone(num_classes=1000)
+    assert make_classifier(published, None).preprocessing == Preprocessing(224, 256 / 224)
+    assert preprocessing_for(SEGMENTOR.clone(num_classes=150), None) == ScenePreprocessing()
     assert make_classifier(CLASSIFIER, CARD).preprocessing == PREPROCESSING
+    assert preprocessing_for(SEGMENTOR, SCENE_CARD) == SCENE_CARD.preprocessing
+
+
+@pytest.mark.parametrize(
+    ("call", "model", "data"),
+    [
+        (am.classify, CLASSIFIER, "ImageNet's 1000"),
+        (am.classify, CLASSIFIER.clone(num_classes=150), "ImageNet's 1000"),
+        (am.embed_images, CLASSIFIER, "ImageNet's 1000"),
+        (am.inspect_offsets, CLASSIFIER, "ImageNet's 1000"),
+        (am.inspect_offsets, SEGMENTOR, "ADE20K's 150"),
+        (am.segment, SEGMENTOR, "ADE20K's 150"),
+        (am.segment, SEGMENTOR.clone(num_classes=1000), "ADE20K's 150"),
+    ],
+)
+def test_without_a_card_no_model_of_other_classes_is_shown_anything(
+    call: Any, model: Any, data: str, variables: Any
+):
+    classes = model.num_classes
+    message = f"the model has {classes} classes, not {data}, .*: pass card=am.read_card"
+    with pytest.raises(ValueError, match=message) as raised:
+        call(model, variables, PHOTOS)
+    assert "\n" not in str(raised.value)
 
 
 @given(st.integers(0, 12), st.integers(1, 5))
@@ -173,7 +199,8 @@ def test_label_maps_have_the_size_of_the_photo(scene_variables: Any):
         (lambda v: am.classify(CLASSIFIER, v, PHOTOS, CARD, top=0), "top is 0, expected at least"),
         (lambda v: am.classify(CLASSIFIER, v, [], CARD), "images is empty, expected at least one"),
         (lambda v: am.classify(CLASSIFIER, v, [np.ones((4, 4, 3))], CARD), "has dtype float64, "),
-        (lambda v: am.segment(SEGMENTOR, v, np.ones((9, 9, 2), np.uint8)), r"shape \(9, 9, 2\)"),
+        (lambda v: am.segment(SEGMENTOR, v, np.ones((9, 9, 2), np.uint8), SCENE_CARD),
+         r"shape \(9, 9, 2\)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_named(call: Any, message: str, variables: Any):

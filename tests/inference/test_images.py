@@ -1,5 +1,6 @@
 """Images of every kind become the pixels that evaluation sees; files are found and read."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -185,7 +186,8 @@ def test_links_are_followed_but_not_in_circles(
     [
         (["a.JPG", "nowhere"], "there is no file or folder nowhere"),
         ([""], "there is no file or folder "),
-        ([".trash/*.gif"], ".trash/\\*.gif has no images, expected .bmp, .gif"),
+        ([".trash/*.gif"], "no file or folder matches .trash/\\*.gif$"),
+        (["note.*"], "note.\\* has no images, expected .bmp, .gif"),
         (["empty"], "empty has no images, expected .bmp"),
         (["-", "a.JPG", "-"], "- is given 2 times, but can be read only once"),
     ],
@@ -214,6 +216,15 @@ def test_files_are_read_in_order_and_those_that_cannot_be_are_reported(
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"skipped: {tmp_path}/07.png is no readable image")
     assert second == f"skipped: {tmp_path}/11.png cannot be read: No such file or directory"
+
+
+def test_nothing_on_standard_input_is_said_to_be_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    broken: list[ImageFile] = []
+    assert list(unbroken(read_images(find_images(["-"]), np.asarray, 0), broken)) == []
+    assert (len(broken), capsys.readouterr().err) == (1, "skipped: standard input is empty\n")
 
 
 @pytest.mark.parametrize(("terminal", "total"), [(True, 9), (True, 8), (False, 9)])
