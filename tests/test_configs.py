@@ -21,6 +21,7 @@ RECIPE: dict[str, Any] = {
     "batch_size": 1024,
     "label_smoothing": 0.1,
     "ema_decay": 0.99996,
+    "ema_warmup": False,
     "random_erasing": 0.25,
     "mix.mixup_alpha": 0.8,
     "mix.cutmix_alpha": 1.0,

@@ -52,8 +52,9 @@ class SampleOrder:
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             raise UserError(
-                f"batch_size is {self.batch_size}, but an epoch of the training set has only "
-                f"{self._uncut_epoch} images"
+                f"config.batch_size is {self.batch_size}, but an epoch of the training set has "
+                f"only {self._uncut_epoch} images; lower it to a few batches an epoch, such as "
+                f"--config.batch_size={max(1, self._uncut_epoch // 4)}"
             )
 
     @property

@@ -118,6 +118,8 @@ def start(
             # absl would show every step of every checkpoint.
             flags.FLAGS["verbosity"].value = logging.WARNING
             flags.FLAGS["verbosity"].using_default_value = False
+            # orbax's advice at every save where epochs are short; saving so often is the config's.
+            logging.get_absl_logger().addFilter(lambda said: "previous save" not in str(said.msg))
         return rest
 
     def run_main(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Every setting of a run, with its default; configs change what differs from these."""
 
+import json
 import math
 from collections.abc import Callable
 from functools import reduce
@@ -56,6 +57,7 @@ def default_config() -> ConfigDict:
     config.eval_batch_size = 128
     config.label_smoothing = 0.1
     config.ema_decay = 0.99996  # 0 keeps no average
+    config.ema_warmup = False  # of the decay, for short runs; see step.make_train_step
     config.tensorboard = False
     config.log_every_steps = 50  # of an epoch
     config.profile = 0  # steps to trace, from the tenth of this process on, into WORKDIR/profile
@@ -365,8 +367,12 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Keys on which two runs' settings disagree in what the run computes, each with both values."""
-    a, b = flatten(ours), flatten(theirs)
+    """Keys on which two runs' settings disagree in what the run computes, each with both values.
+
+    A run of an earlier version lacks some keys, whose defaults are what it computed.
+    """
+    defaults = flatten(json.loads(default_config().to_json()))
+    a, b = defaults | flatten(ours), defaults | flatten(theirs)
     return [
         f"{key} ({b.get(key, 'absent')!r} there, {a.get(key, 'absent')!r} here)"
         for key in sorted(a.keys() | b.keys())

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +24,13 @@ from activemlp_jax.training.interruption import Interruption
 from activemlp_jax.training.pretrained import initial_variables
 from activemlp_jax.training.profiling import Trace
 from activemlp_jax.training.program import train_flops
-from activemlp_jax.training.reporting import Reporter, Tracker, Work
+from activemlp_jax.training.reporting import (
+    Reporter,
+    Tracker,
+    Work,
+    describe_length,
+    lagging_average,
+)
 from activemlp_jax.training.run import (
     Run,
     check_shared,
@@ -86,6 +93,7 @@ def train(
             f"{parameters:,} parameters, {len(run.train_source):,} images to train, "
             f"{len(run.test_source):,} to test, in {workdir}"
         )
+        say(describe_length(run.config, run.program.steps_per_epoch, run.last_step))
         if first_step == run.last_step:
             say(f"all {run.last_step} steps are done; give another --workdir to train again")
         elif first_step:
@@ -96,23 +104,35 @@ def train(
         epochs, batch_size = run.program.epochs, run.config.batch_size
         work = Work(first_step, run.last_step, epochs, batch_size, flops, peak)
         with Reporter(workdir if speaks else None, work, run.config, console, trackers) as reporter:
-            state, sums, seconds = _take_steps(run, restored, checkpoints, reporter, say, say_here)
+            last = _take_steps(run, restored, checkpoints, reporter, say, say_here)
 
         checkpoints.wait()
-        found = score(run, sums)
-        write_model_directory(run, "model", state, found)
+        found = score(run, last.sums)
+        write_model_directory(run, "model", last.state, found)
         best = checkpoints.best()
         if best is not None and best.step != run.last_step:
             again = checkpoints.restore(run.program.state, best.step)
             assert again is not None, f"{best} is there"
             write_model_directory(run, "best_model", again.state, best.score)
             say(f"best_model is of step {best.step}, with {best.score:.2f}%")
-        names = draw_pictures(run, state, sums)
-    *others, last = ["model", *names]
+        names = draw_pictures(run, last.state, last.sums)
+    task, images = run.program.task, len(run.test_source)
+    if lag := lagging_average(run.config, last.record, task.score, images):
+        say(lag)
+    *others, final = ["model", *names]
     say(
-        f"{run.program.task.score_name} {found:.2f}% on {len(run.test_source):,} test images, "
-        f"{seconds:.0f} s of training; see {', '.join(others)} and {last} in {workdir}"
+        f"{task.score_name} {found:.2f}% on {images:,} test images, {last.seconds:.0f} s of "
+        f"training; see {', '.join(others)} and {final} in {workdir}"
     )
+
+
+class _Last(NamedTuple):
+    """The state after the last step, its test, and the seconds that training took."""
+
+    state: TrainState
+    record: Record
+    sums: Sums
+    seconds: float
 
 
 def _speaker(console: Console) -> Callable[[str], None]:
@@ -126,16 +146,16 @@ def _take_steps(
     reporter: Reporter,
     say: Callable[[str], None],
     say_here: Callable[[str], None],
-) -> tuple[TrainState, Sums, float]:
-    """From the restored step to the last; the last state, its test, and the seconds it took."""
+) -> _Last:
+    """From the restored step to the last."""
     config, epoch_steps = run.config, run.program.steps_per_epoch
     state, losses = restored
     first_step = int(state.step)
     started = time.perf_counter()
     if first_step == run.last_step or config.test.every_epochs == 1:
-        _, sums = test(run, state)  # compiles it, and is all that a finished run needs
+        found, sums = test(run, state)  # compiles it, and is all that a finished run needs
     if first_step == run.last_step:
-        return state, sums, 0.0
+        return _Last(state, found, sums, 0.0)
     train_step = run.program.train_step.lower(run.program.state, run.program.batch).compile()
     say(f"compiled in {time.perf_counter() - started:.0f} s")
 
@@ -186,7 +206,7 @@ def _take_steps(
                 reached, done = None, step + 1
                 if done == end:
                     settle(most=0)
-                    found: Record = {}
+                    found = {}
                     if epoch % config.test.every_epochs == 0 or done == run.last_step:
                         found, sums = test(run, state)
                         check_finite(step, {key: found[key] for key in found if "loss" in key})
@@ -213,4 +233,4 @@ def _take_steps(
                 if stop:
                     checkpoints.wait()
                     raise Interrupted(f"stopped after step {done}", interruption.status)
-    return state, sums, time.perf_counter() - started
+    return _Last(state, found, sums, time.perf_counter() - started)

@@ -96,6 +96,7 @@ def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
         optimizer,
         config.ema_decay,
         config.seed,
+        ema_warmup=config.ema_warmup,
         inputs=task.inputs,
         accumulation=config.accumulation,
         gather=gather,

@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or lines, JSON lines, TensorBoard, other trackers."""
 
 import datetime
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.progress import (
 )
 
 from activemlp_jax.training.hardware import GIB, memory_in_use
+from activemlp_jax.training.schedules import peak_learning_rate
 from activemlp_jax.training.workdir import EPOCHS, STEPS, Record, append_record
 
 Tracker = Callable[[Record], None]
@@ -31,6 +33,46 @@ PRINTED = (
     ("ema_test_mean_iou", "averaged weights {:.2f}%"),
     ("images_per_second", "{:.0f} images/s"),
 )
+
+
+LAG = 5.0  # percentage points by which an average that follows its weights is never worse
+
+
+def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str:
+    """How long a run is and the highest learning rate that its schedule aims at, in one line.
+
+    Args:
+      config: of the run.
+      steps_per_epoch: of the run.
+      steps: of the whole run.
+
+    Returns:
+      Such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
+    """
+    peak = peak_learning_rate(config.optimizer, config.batch_size)
+    return f"{steps_per_epoch:,} steps an epoch, {steps:,} in all, learning rate up to {peak:.1e}"
+
+
+def lagging_average(config: ConfigDict, record: Record, score: str, images: int) -> str | None:
+    """What to say of a run whose averaged weights are far worse than those of the last step.
+
+    Args:
+      config: of the run.
+      record: of its last test.
+      score: the key of the figure in percent.
+      images: of the test; one of them more or less is no difference.
+
+    Returns:
+      The line, or None where there is nothing to say.
+    """
+    raw, averaged = record[f"test_{score}"], record.get(f"ema_test_{score}", math.inf)
+    if raw - averaged <= max(LAG, 100 / images):
+        return None
+    warm = "" if config.ema_warmup else "set --config.ema_warmup=True, or "
+    return (
+        f"the averaged weights lag behind: {averaged:.2f}%, those of the last step {raw:.2f}%; "
+        f"{warm}lower config.ema_decay, which is {config.ema_decay}, or train for longer"
+    )
 
 
 class Work(NamedTuple):

@@ -38,10 +38,16 @@ class TrainState(struct.PyTreeNode):
         return cls(jnp.zeros((), jnp.int32), variables, ema, optimizer.init(variables["params"]))
 
 
-def _average(new: jax.Array, old: jax.Array, step_size: float) -> jax.Array:
+def _decay(limit: float, step: jax.Array) -> jax.Array:
+    """Of the average at the step numbered `step`, from 0, where it warms up to `limit`."""
+    return jnp.minimum(limit, (1.0 + step) / (10.0 + step))
+
+
+def _average(new: jax.Array, old: jax.Array, step_size: float | jax.Array) -> jax.Array:
     if jnp.issubdtype(new.dtype, jnp.integer):  # a count
         return new
-    return optax.incremental_update(new, old, step_size)
+    # The step size of a warm-up is an array, whose dtype may be wider than the weights'.
+    return optax.incremental_update(new, old, step_size).astype(old.dtype)
 
 
 def _identity(tree: Any) -> Any:
@@ -72,6 +78,7 @@ def make_train_step(
     ema_decay: float,
     seed: int,
     *,
+    ema_warmup: bool = False,
     inputs: Callable[[Batch, jax.Array], Inputs] = _same_inputs,
     accumulation: int = 1,
     gather: Callable[[Variables], Variables] = _identity,
@@ -86,6 +93,8 @@ def make_train_step(
       optimizer: that turns gradients into updates.
       ema_decay: of the average; 0 where the state has none.
       seed: of the run.
+      ema_warmup: whether step t, from 0, decays by (1 + t) / (10 + t) where that is less, so that
+        the average follows a short run, too.
       inputs: what the loss takes, from a batch and a key; made for the whole batch at once.
       accumulation: equal parts to take the inputs in, one after the other; their mean gradient is
         the whole batch's, unless the loss moves anything, which needs 1.
@@ -95,6 +104,8 @@ def make_train_step(
     Returns:
       The function. Its figures are `loss`, before the update, `gradient_norm`, and
       `parameter_norm`, after it: norms over all parameters together.
+
+    Source: the warm-up of the average, `num_updates` of TensorFlow's ExponentialMovingAverage.
     """
 
     def gradient(
@@ -129,7 +140,8 @@ def make_train_step(
         params = optax.apply_updates(state.variables["params"], updates)
         variables, ema = {**state.variables, **moved, "params": params}, state.ema
         if ema is not None:
-            ema = jax.tree.map(partial(_average, step_size=1 - ema_decay), variables, ema)
+            decay = _decay(ema_decay, state.step) if ema_warmup else ema_decay
+            ema = jax.tree.map(partial(_average, step_size=1 - decay), variables, ema)
         metrics = {
             "loss": value,
             "gradient_norm": optax.tree.norm(gradients),

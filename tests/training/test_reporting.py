@@ -10,7 +10,12 @@ from rich.console import Console
 
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.hardware import CHIPS, peak_flops
-from activemlp_jax.training.reporting import Reporter, Work
+from activemlp_jax.training.reporting import (
+    Reporter,
+    Work,
+    describe_length,
+    lagging_average,
+)
 
 
 def report(workdir: Path | None, peak: float | None = None) -> tuple[list[dict[str, Any]], str]:
@@ -54,6 +59,50 @@ def test_mfu_is_the_share_of_what_the_devices_can_do(tmp_path: Path):
     assert "MFU" in printed
     assert peak_flops("TPU v5 lite", 16) == 16 * CHIPS["TPU v5 lite"].flops
     assert peak_flops("cpu", 16) is None
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "reference", "peak"),
+    [(8, 0, "1.0e-04"), (16, 64, "2.5e-05"), (64, 32, "2.0e-04")],
+)
+def test_a_run_tells_its_length_and_the_learning_rate_after_scaling(
+    batch_size: int, reference: int, peak: str
+):
+    config = default_config()
+    config.batch_size = batch_size
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.reference_batch_size = reference
+    expected = f"8 steps an epoch, 2,000 in all, learning rate up to {peak}"
+    assert describe_length(config, 8, 2000) == expected
+
+
+@pytest.mark.parametrize(
+    ("raw", "averaged", "images", "lags"),
+    [
+        (75.0, 50.0, 12, True),
+        (58.3, 50.0, 12, False),  # one image
+        (97.5, 92.0, 360, True),
+        (97.5, 93.0, 360, False),
+        (50.0, 75.0, 12, False),
+        (75.0, None, 12, False),  # no average is kept
+    ],
+)
+def test_an_average_that_is_far_worse_than_its_weights_is_told(
+    raw: float, averaged: float | None, images: int, lags: bool
+):
+    config = default_config()
+    record = {"test_accuracy": raw}
+    if averaged is not None:
+        record["ema_test_accuracy"] = averaged
+    line = lagging_average(config, record, "accuracy", images)
+    assert (line is not None) == lags
+    if line is not None:
+        assert f"{averaged:.2f}%, those of the last step {raw:.2f}%; set --config.ema_warm" in line
+        config.ema_warmup = True
+        warm = lagging_average(config, record, "accuracy", images)
+        assert warm is not None
+        assert "ema_warmup" not in warm
+        assert "; lower config.ema_decay, which is 0.99996" in warm
 
 
 def test_a_host_that_does_not_speak_leaves_nothing(tmp_path: Path):

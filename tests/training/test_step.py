@@ -85,6 +85,35 @@ def test_no_average_is_kept_where_the_decay_is_zero():
     np.testing.assert_array_equal(state.variables["params"]["w"], [0.5, 0.5])
 
 
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
+def test_an_average_that_warms_up_follows_from_the_first_steps(decay: float):
+    """Against a loop over numbers; the weight goes down by 1 a step, from 3."""
+    optimizer = optax.sgd(1.0)
+    state = TrainState.create({"params": {"w": jnp.full((), 3.0)}}, optimizer, decay)
+    step = jax.jit(make_train_step(sum_of("w"), optimizer, decay, seed=0, ema_warmup=True))
+    average = 3.0
+    for number in range(40):
+        state, _ = step(state, {})
+        kept = min(decay, (1 + number) / (10 + number))
+        average = kept * average + (1 - kept) * (2.0 - number)
+        assert state.ema is not None
+        ours = state.ema["params"]["w"]
+        assert float(ours) == pytest.approx(average, rel=1e-5, abs=1e-5), f"step {number}"
+    lag = float(ours - state.variables["params"]["w"])
+    assert lag < 9, f"{lag:.1f} steps behind"
+
+
+@pytest.mark.usefixtures("float64")
+def test_an_average_that_warms_up_has_the_dtype_of_the_weights():
+    optimizer = optax.sgd(1.0)
+    variables = {"params": {"w": jnp.ones(2, jnp.float32)}}
+    state = TrainState.create(variables, optimizer, 0.9)
+    step = make_train_step(sum_of("w"), optimizer, 0.9, seed=0, ema_warmup=True)
+    state, _ = step(state, {})
+    assert state.ema is not None
+    assert state.ema["params"]["w"].dtype == jnp.float32
+
+
 def sum_of(name: str) -> Any:
     """The loss that is the sum of a parameter."""
     return lambda variables, *_: (variables["params"][name].sum(), {})

@@ -43,6 +43,22 @@ def test_the_same_run_may_come_back_with_what_does_not_change_its_results(tmp_pa
     claim(tmp_path, config(**{"tensorboard": True, "data.num_threads": 5}))
 
 
+@pytest.mark.parametrize("warmup", [False, True])
+def test_a_setting_that_a_run_of_an_earlier_version_lacks_has_its_default(
+    warmup: bool, tmp_path: Path
+):
+    claim(tmp_path, config())
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["ema_warmup"]
+    path.write_text(json.dumps(settings))
+    if warmup:
+        with pytest.raises(UserError, match=r"settings: ema_warmup \(False there, True here\)"):
+            claim(tmp_path, config(ema_warmup=True))
+    else:
+        claim(tmp_path, config())
+
+
 def test_a_directory_of_another_run_is_left_alone_and_every_difference_named(tmp_path: Path):
     claim(tmp_path, config())
     append_record(tmp_path / EPOCHS, {"epoch": 1, "step": 11})
