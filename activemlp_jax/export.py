@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.errors import UserError, exit_with, install_command
 from activemlp_jax.exporting.description import describe, write_readme
 from activemlp_jax.exporting.onnx import write_onnx
 from activemlp_jax.exporting.stablehlo import write_stablehlo
 from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
+from activemlp_jax.outputs import check_output
 from activemlp_jax.weights.convert import NAMES
 from activemlp_jax.weights.model_directory import (
     ModelCard,
@@ -38,8 +39,8 @@ from activemlp_jax.weights.torch_names import to_torch
 
 FORMATS = ("stablehlo", "safetensors", "onnx")
 USUAL = ("stablehlo", "safetensors")
-# Packages that a format needs and that installing JAX does not bring.
-NEEDED = {"stablehlo": ("flatbuffers",), "onnx": ("torch", "onnx", "onnxscript")}
+# Packages that a format needs, of the extra of its name.
+NEEDED = {"onnx": ("torch", "onnx", "onnxscript")}
 CONFIG, README = "config.json", "README.md"  # as model hubs call them
 
 
@@ -71,7 +72,7 @@ def check_packages(formats: Iterable[str]) -> None:
         ]
         if missing:
             raise UserError(
-                f"--format {name} needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+                f"--format {name} needs {' and '.join(missing)}: {install_command(name)}"
             )
 
 
@@ -83,7 +84,8 @@ def _write(
         return write_stablehlo(path, card.model, variables, image_size)
     if name == "onnx":
         return write_onnx(path, card, variables, image_size)
-    write_checkpoint(path, {"model": to_torch(variables)}, card.to_json())
+    described = replace(card, kinds=(card.default_kind,)).to_json()
+    write_checkpoint(path, {"model": to_torch(variables)}, described)
     return {"names": "of the original's PyTorch release"}
 
 
@@ -112,6 +114,7 @@ def export_model(
     target = Path(output)
     if os.path.lexists(target):
         raise UserError(f"{target} is already there; give another place")
+    check_output(target)
     check_packages(formats)
     variables = read_weights(directory, card, card.default_kind)
     found = describe(card, variables)

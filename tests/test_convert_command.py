@@ -24,6 +24,7 @@ from activemlp_jax.weights.model_directory import (
     whole_or_nothing,
     write_model,
 )
+from activemlp_jax.weights.torch_files import sha256
 
 ROOT = Path(__file__).parents[1]
 
@@ -135,10 +136,39 @@ def test_safetensors_go_both_ways(micro: tuple[Path, str], tmp_path: Path):
     path = tmp_path / "micro.safetensors"
     converted(micro[0], path, "--to-torch")
     output = converted(path, tmp_path / "again")
-    assert "raw, float32; epoch unknown" in output
+    assert "weights: averaged (EMA), float32; epoch 3" in output
     _, ours = am.load_pretrained(tmp_path / "again")
     _, expected = am.load_pretrained(micro[0])
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+@pytest.mark.parametrize("kind", ["ema", "model"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_weights_are_and_where_they_come_from_is_known_after_the_way_back(
+    suffix: str, kind: str, micro: tuple[Path, str], tmp_path: Path, run_here: Any
+):
+    path = tmp_path / f"micro{suffix}"
+    run_here(micro[0], path, "--to-torch", "--weights", kind)
+    output = run_here(path, tmp_path / "again")
+    card, digest = read_card(tmp_path / "again"), sha256(path)
+    assert output.startswith(f"{path}: SHA-256 {digest}\n")
+    assert (card.kinds, card.default_kind) == ((kind,), kind)
+    assert card.source == {
+        **read_card(micro[0]).source,
+        "copied_from": path.name,
+        "copied_from_sha256": digest,
+    }
+    _, ours = am.load_pretrained(tmp_path / "again", kind)
+    _, expected = am.load_pretrained(micro[0], kind)
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
+def test_a_file_with_both_kinds_gives_both_back(
+    micro: tuple[Path, str], tmp_path: Path, run_here: Any
+):
+    run_here(micro[0], tmp_path / "both.pth", "--to-torch")
+    run_here(tmp_path / "both.pth", tmp_path / "again")
+    assert read_card(tmp_path / "again").kinds == ("ema", "model")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -248,11 +278,35 @@ BROKEN: dict[str, tuple[Any, str]] = {
         {"model": state_dict(), "activemlp_jax": "{}"},
         "has a broken description of its model: 'format'",
     ),
+    "a description whose source is no dict": (
+        {
+            "model": state_dict(),
+            "activemlp_jax": json.dumps(
+                ModelCard(
+                    am.ActiveMLP(**goldens.MICRO), Preprocessing(), ("model",), "model"
+                ).to_json()
+                | {"source": "the web"}
+            ),
+        },
+        "has a broken description of its model: dictionary update",
+    ),
     "a description that is no JSON": (
         {"model": state_dict(), "activemlp_jax": "{"},
         "has a broken description of its model",
     ),
 }
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command in this process, which is quicker; gives what it printed."""
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert_torch_weights.py", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture
@@ -315,21 +369,29 @@ def test_a_process_refuses_in_one_line_and_runs_nothing(save: Any, tmp_path: Pat
     [
         ([MICRO_CHECKPOINT, "OUT", "--num-classes", "7"], "the model expects (7,)"),
         ([MICRO_CHECKPOINT, "OUT", "--num-classes", "0"], "num_classes is 0"),
-        ([MICRO_CHECKPOINT, "OUT", "--model", "active_tiny"], "depths (2, 3, 10, 3)"),
+        (
+            [MICRO_CHECKPOINT, "OUT", "--model", "active_tiny"],
+            "the weights are of an ActiveMLP of no published variant (depths (2, 3, 4, 2), "
+            "embed_dims (8, 16, 24, 32)), expected active_tiny (depths (2, 3, 10, 3), ",
+        ),
         ([MICRO_CHECKPOINT, "OUT", "--image-size", "8"], "image_size is 8, expected at least 32"),
         ([MICRO_CHECKPOINT, "OUT", "--weights", "average"], "invalid choice: 'average'"),
         ([MICRO_CHECKPOINT, "."], ". is already there; give another place"),
         (["nothing.pth", "OUT"], "there is no file nothing.pth"),
-        ([".", "OUT"], "there is no file ."),
-        ([MICRO_CHECKPOINT, "OUT", "--to-torch"], "is no model directory"),
+        ([".", "OUT"], ". is a folder, expected a .pth or .safetensors file"),
+        (["MODEL", "OUT"], "is a model directory, expected a file; --to-torch writes one of it"),
+        (["MODEL", "OUT", "--to-torch"], "out, expected a name that ends in .pth or .pt or .safet"),
+        (["MODEL", "OUT.bin", "--to-torch"], "OUT is OUT.bin, expected a name that ends in .pth"),
+        ([MICRO_CHECKPOINT, "OUT.pth", "--to-torch"], "is no model directory: it is a file; conv"),
+        ([MICRO_CHECKPOINT, f"{MICRO_CHECKPOINT}/out"], "micro_checkpoint.pth is no folder"),
         ([".", "OUT", "--to-torch", "--verify"], "--verify does not go with --to-torch"),
     ],
 )
 def test_a_wrong_command_line_is_said_clearly(
-    arguments: list[Any], message: str, refuse: Any, tmp_path: Path
+    arguments: list[Any], message: str, refuse: Any, micro: tuple[Path, str], tmp_path: Path
 ):
-    out = tmp_path / "out"
-    errors = refuse(*[out if argument == "OUT" else argument for argument in arguments])
+    places = {"OUT": tmp_path / "out", "MODEL": micro[0]}
+    errors = refuse(*[places.get(argument, argument) for argument in arguments])
     assert message in errors.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
 

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import photo
+from PIL import Image
 from processes import COMPILE_QUICKLY
 
 import activemlp_jax as am
 from activemlp_jax import export
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.errors import one_line
+from activemlp_jax.errors import install_command, one_line
 from activemlp_jax.exporting import stablehlo
-from activemlp_jax.exporting.description import write_readme
+from activemlp_jax.exporting.description import describe, write_readme
 from activemlp_jax.weights import convert
 from activemlp_jax.weights.model_directory import (
     ModelCard,
@@ -111,10 +115,43 @@ def readme_program(folder: Path, format_name: str) -> str:
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
 
 
+PHOTO = "photo.jpg"
+
+
+def with_photo(folder: Path) -> Path:
+    """`folder` with the photo that the README opens: no multiple of anything, and upright."""
+    photo(1, 301, 427).save(folder / PHOTO, quality=95)
+    return folder
+
+
+def assert_answer(output: str, directory: Path, file: Path) -> None:
+    """What the README's program prints is what the package makes of the photo."""
+    card, (model, variables) = am.read_card(directory), am.load_pretrained(directory)
+    found = [line.rsplit(" ", 1) for line in output.splitlines()]
+    if isinstance(card.preprocessing, Preprocessing):
+        expected = am.classify(model, variables, file, card)
+        assert [name for name, _ in found] == [one.name for one in expected]
+        shares = [one.probability for one in expected]
+    else:
+        side = card.preprocessing.window
+        with Image.open(file) as whole:
+            left, top = ((length - side) // 2 for length in whole.size)
+            pixels = np.asarray(whole)[top : top + side, left : left + side]
+        mean, std = map(np.float32, (card.preprocessing.mean, card.preprocessing.std))
+        images = ((pixels / np.float32(255) - mean) / std)[None]
+        labels = np.argmax(jax.jit(model.apply)(variables, images), axis=-1)
+        present, counts = np.unique(labels, return_counts=True)
+        assert [name for name, _ in found] == list(map(str, present))
+        shares = list(counts / counts.sum())
+    for (_, percent), share in zip(found, shares, strict=True):
+        assert float(percent.removesuffix("%")) == pytest.approx(100 * share, abs=0.06)
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_stablehlo_runs_as_the_readme_says_without_this_package_and_flax(
-    name: str, answers: Answers, exported: Path, tmp_path: Path
+    name: str, models: Path, answers: Answers, exported: Path, tmp_path: Path
 ):
+    folder = with_photo(shutil.copytree(exported / name, tmp_path / name))
     images, logits = answers[name]
     np.save(tmp_path / "images.npy", images)
     program = f"""
@@ -128,10 +165,11 @@ for batch in (1, 7):
 """
     environment = {**os.environ, **COMPILE_QUICKLY, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=exported / name, env=environment, text=True,
+        [sys.executable, "-c", program], cwd=folder, env=environment, text=True,
         capture_output=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert_answer(done.stdout, models / name, folder / PHOTO)
     for batch in (1, 7):
         assert_equal_logits(np.load(tmp_path / f"{batch}.npy"), logits[:batch])
 
@@ -149,16 +187,23 @@ def test_one_stablehlo_program_is_for_three_platforms_and_any_batch(name: str, e
 
 @pytest.mark.parametrize("name", CARDS)
 def test_onnx_gives_the_same_numbers_as_the_readme_says(
-    name: str, models: Path, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    models: Path,
+    answers: Answers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     images, logits = answers[name]
     folder = tmp_path / "exported"
     export.export_model(str(models / name), str(folder), ["onnx"])
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(with_photo(folder))
     names: dict[str, Any] = {}
+    capsys.readouterr()
     exec(readme_program(folder, "onnx"), names)
+    assert_answer(capsys.readouterr().out, models / name, folder / PHOTO)
     for batch in (1, 7):
         (found,) = names["session"].run(["logits"], {"images": images[:batch]})
         assert_equal_logits(found, logits[:batch])
@@ -181,13 +226,17 @@ def call(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_a_model_directory_made_of_safetensors_knows_all_but_the_source(
+def test_a_model_directory_made_of_safetensors_knows_all(
     name: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     call(convert.main, monkeypatch, exported / name / "model.safetensors", tmp_path / "again")
     ours, again = CARDS[name].to_json(), read_card(tmp_path / "again").to_json()
-    for content in (ours, again):
-        del content["source"], content["weights"]
+    kind = CARDS[name].default_kind
+    assert again.pop("weights") == {"kinds": (kind,), "default": kind}
+    source = again.pop("source")
+    assert source | ours.pop("source") == source
+    assert ("copied_from" if name == "classifier" else "file") in source
+    del ours["weights"]
     assert json.dumps(again) == json.dumps(ours)
 
 
@@ -217,7 +266,6 @@ def test_the_readme_says_what_training_measured(exported: Path):
         "metrics": [{"type": "accuracy", "name": "accuracy", "value": 97.54}],
     }
     assert found == {
-        "license": "apache-2.0",
         "library_name": "activemlp_jax",
         "pipeline_tag": "image-classification",
         "tags": [*("activemlp", "active-token-mixer", "jax", "flax"), "stablehlo", "safetensors"],
@@ -241,6 +289,7 @@ def test_any_name_of_a_data_set_fits_into_the_readme(tmp_path_factory: Any, name
     )  # fmt: skip
     found = {
         "architecture": {}, "parameters": 1, "multiply_adds": 1, "files": {},
+        "classes": {"number": 3, "names": None},
         "input": {"name": "images", "shape": ["batch", 32, 32, 3], "dtype": "float32"},
         "output": {"name": "logits", "shape": ["batch", 3], "dtype": "float32"},
     }  # fmt: skip
@@ -249,6 +298,40 @@ def test_any_name_of_a_data_set_fits_into_the_readme(tmp_path_factory: Any, name
     (result,) = front_matter(folder)["model-index"][0]["results"]
     assert result["dataset"]["name"] == one_line(name)
     assert (folder / "README.md").read_text(encoding="utf-8").count("\n## ") == 6
+
+
+@pytest.mark.parametrize(
+    ("source", "condition"),
+    [
+        ({}, ""),
+        ({"trained_on": "digits"}, " It depends on the data, `digits`."),
+        (
+            {"trained_on": "folder:pets", "init_from": "models/tiny"},
+            " It depends on the data, `folder:pets` and the weights that training started from, "
+            "`models/tiny`.",
+        ),
+        ({"file": "a.pth"}, " It depends on the file that they were converted from, `a.pth`."),
+    ],
+)
+def test_no_licence_is_claimed_for_the_weights(
+    source: dict[str, Any], condition: str, tmp_path: Path
+):
+    card = replace(CARDS["segmentor"], source=source)
+    variables = jax.eval_shape(card.model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    write_readme(tmp_path / "README.md", card, describe(card, variables))
+    assert "license" not in front_matter(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"is for those to say who made them.{condition} Before you publish" in text
+
+
+def test_a_thousand_classes_without_names_get_imagenets_names():
+    model = CLASSIFIER.clone(num_classes=1000)
+    card = ModelCard(model, Preprocessing(image_size=32), ("model",), "model")
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert describe(card, variables)["classes"]["names"][:2] == ("tench", "goldfish")
+    names = (*(f"n{label:08}" for label in range(999)), "n01440764")
+    found = describe(replace(card, class_names=names), variables)["classes"]["names"]
+    assert found[998:] == ("n00000998", "tench (n01440764)")
 
 
 def test_another_image_size_is_exported_and_described(
@@ -297,15 +380,14 @@ def test_a_failed_export_leaves_jax_as_it_was():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing", "OUT"], "nothing is no model directory: it has no model.json"),
+        (["nothing", "OUT"], "nothing is no model directory: there is no such folder"),
         (["MODEL", "OUT", "--image-size", "31"], "--image-size is 31, expected at least 32"),
         (["MODEL", "THERE"], "THERE is already there; give another place"),
         (["MODEL", "THERE/file"], "THERE/file is already there; give another place"),
-        (["MODEL", "THERE/file/out", "--format", "safetensors"], "THERE/file"),
-        (["MODEL", "OUT"], "--format stablehlo needs flatbuffers: pip install flatbuffers"),
+        (["MODEL", "THERE/file/out"], "THERE/file/out cannot be written: THERE/file is no folder"),
         (
             ["MODEL", "OUT", "--format", "onnx"],
-            "--format onnx needs onnx and onnxscript: pip install onnx onnxscript",
+            f"--format onnx needs onnx and onnxscript: {install_command('onnx')}",
         ),
     ],
 )
@@ -322,7 +404,7 @@ def test_what_cannot_be_exported_is_one_clear_line(
     places = {"MODEL": models / "classifier", "OUT": tmp_path / "out"}
     places |= {"THERE": tmp_path / "there", "THERE/file": tmp_path / "there" / "file"}
     places |= {"THERE/file/out": tmp_path / "there" / "file" / "out"}
-    for package in ("flatbuffers", "onnx", "onnxscript"):
+    for package in ("onnx", "onnxscript"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stopped:
         call(export.main, monkeypatch, *(places.get(value, value) for value in arguments))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.errors import one_line
 from activemlp_jax.exporting.usage import USAGE
+from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
 from activemlp_jax.models.counting import count_cost
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.weights.convert import NAMES
@@ -46,6 +47,9 @@ def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     logits = jax.eval_shape(card.model.apply, variables, images)
     cost = count_cost(card.model, side, side)
+    number = card.model.num_classes
+    if not card.is_segmentor and (card.class_names or number == len(imagenet_names())):
+        content["classes"]["names"] = readable_names(card.class_names, number)
     kept = ("task", "name", "architecture", "classes", "preprocessing", "source")
     return {
         **{key: content[key] for key in kept},
@@ -87,7 +91,7 @@ def _front_matter(card: ModelCard, files: Sequence[str]) -> str:
     task = "image-segmentation" if card.is_segmentor else "image-classification"
     tags = ["activemlp", "active-token-mixer", "jax", "flax"]
     tags += [Path(file).suffix[1:] for file in files]
-    lines = ["license: apache-2.0", "library_name: activemlp_jax", f"pipeline_tag: {task}"]
+    lines = ["library_name: activemlp_jax", f"pipeline_tag: {task}"]
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
     measured = _measured(card)
     if measured:
@@ -105,13 +109,13 @@ def _front_matter(card: ModelCard, files: Sequence[str]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _classes(card: ModelCard) -> str:
+def _classes(card: ModelCard, found: dict[str, Any]) -> str:
     number = f"{card.model.num_classes:,}"
-    if not card.class_names:
+    if not found["classes"]["names"]:
         return f"{number}, without names"
-    if len(card.class_names) > SHOWN_CLASSES:
+    if card.model.num_classes > SHOWN_CLASSES:
         return f"{number}, named in `config.json`"
-    return f"{number}: {', '.join(map(_code, card.class_names))}"
+    return f"{number}: {', '.join(map(_code, found['classes']['names']))}"
 
 
 def _numbers(card: ModelCard, found: dict[str, Any]) -> str:
@@ -124,7 +128,7 @@ def _numbers(card: ModelCard, found: dict[str, Any]) -> str:
         ("parameters", f"{found['parameters']:,}"),
         ("multiply-adds", f"{found['multiply_adds'] / 1e9:.3g} G for {side} by {side} pixels"),
         ("weights", NAMES[card.default_kind]),
-        ("classes", _classes(card)),
+        ("classes", _classes(card, found)),
     ]
     for way in ("input", "output"):
         name, shape, dtype = found[way]["name"], found[way]["shape"], found[way]["dtype"]
@@ -202,6 +206,22 @@ def _quality(card: ModelCard) -> str:
     return f"{name} {value:.2f}% on the {number}test images of {data}, measured {when}."
 
 
+def _licence(card: ModelCard) -> str:
+    """What is known of it; that of the weights is not for this package to say."""
+    source = card.source
+    fits = [f"the data, {_code(source['trained_on'])}"] if "trained_on" in source else []
+    if "init_from" in source:
+        fits.append(f"the weights that training started from, {_code(source['init_from'])}")
+    elif "file" in source:
+        fits.append(f"the file that they were converted from, {_code(source['file'])}")
+    condition = f" It depends on {' and '.join(fits)}." if fits else ""
+    return (
+        "The code that wrote these files is Apache-2.0. The licence of the weights is for those to "
+        f"say who made them.{condition} Before you publish this folder, say it here and, as "
+        "`license:`, at the top."
+    )
+
+
 def write_readme(path: Path, card: ModelCard, found: dict[str, Any]) -> None:
     """Write the model card.
 
@@ -225,8 +245,7 @@ def write_readme(path: Path, card: ModelCard, found: dict[str, Any]) -> None:
         "## Use",
         *(USAGE[Path(file).suffix[1:]](found) for file in found["files"]),
         "## Licence",
-        "Apache-2.0, as the code that wrote these files. Where the data, or the weights that these "
-        "come from, ask for another, say so here and at the top.",
+        _licence(card),
         "## Citation",
         f"```bibtex\n{CITATION}\n```",
     ]

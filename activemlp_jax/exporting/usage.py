@@ -4,29 +4,65 @@ from collections.abc import Callable
 from typing import Any
 
 GUARANTEES = "https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees"
-# What is done with `images`, from the line that loads a file to its `logits`.
+# From a photo to the names of what is seen in it.
 PROGRAM = """\
 ```python
 import json
 from pathlib import Path
 
 {imports}
+from PIL import Image
 
 config = json.loads(Path("config.json").read_text())
+shown, names = config["preprocessing"], config["classes"]["names"]
 {load}
 
-pixels = np.zeros((1, {side}, {side}, 3), np.uint8)  # [batch, height, width, RGB]
-mean, std = (np.float32(config["preprocessing"][name]) for name in ("mean", "std"))
-images = (pixels.astype(np.float32) / 255 - mean) / std
+photo = Image.open("photo.jpg").convert("RGB")
+side = {side}
+{fit}
+box = left, top, left + side, top + side
+pixels = np.asarray(photo.crop(box), np.float32)[None]  # [batch, height, width, RGB]
+images = (pixels / 255 - np.float32(shown["mean"])) / np.float32(shown["std"])
 {run}  # [{shape}]
-labels = np.argmax(logits, axis=-1)
+{answer}
 ```"""
+# How a photo is resized and where it is cut, by task.
+WHOLE = """\
+short = int(shown["resize_factor"] * side)
+width, height = (int(short * length / min(photo.size)) for length in photo.size)
+photo = photo.resize((width, height), Image.Resampling.BICUBIC)
+left, top = round((width - side) / 2), round((height - side) / 2)"""
+FITTED = """\
+factor = min(shown["long_side"] / max(photo.size), shown["short_side"] / min(photo.size))
+width, height = (round(factor * length) for length in photo.size)
+photo = photo.resize((width, height), Image.Resampling.BILINEAR)
+"""
+WINDOW = "left, top = ((length - side) // 2 for length in photo.size)  # one window of many"
+BEST = """\
+scores = np.exp(logits[0] - np.max(logits[0]))
+for label in np.argsort(-scores)[:5]:
+    print({name}, f"{{scores[label] / scores.sum():.1%}}")"""
+SHARES = """\
+labels, counts = np.unique(np.argmax(logits[0], axis=-1), return_counts=True)
+for label, count in zip(labels, counts):
+    print({name}, f"{{count / counts.sum():.1%}}")"""
 
 
 def _program(found: dict[str, Any], imports: str, load: str, run: str) -> str:
-    shape = ", ".join(map(str, found["output"]["shape"]))
-    side = found["input"]["shape"][1]
-    return PROGRAM.format(imports=imports, load=load, run=run, shape=shape, side=side)
+    shown = found["preprocessing"]
+    if found["task"] == "segmentation":
+        fit, answer = (FITTED if shown["long_side"] else "") + WINDOW, SHARES
+    else:
+        fit, answer = WHOLE, BEST
+    return PROGRAM.format(
+        imports=imports,
+        load=load,
+        run=run,
+        side='shown["window"]' if found["task"] == "segmentation" else 'shown["image_size"]',
+        fit=fit,
+        shape=", ".join(map(str, found["output"]["shape"])),
+        answer=answer.format(name="names[label]" if found["classes"]["names"] else "label"),
+    )
 
 
 def _stablehlo(found: dict[str, Any]) -> str:
@@ -42,8 +78,8 @@ def _stablehlo(found: dict[str, Any]) -> str:
 ### `model.stablehlo`
 
 The function with its weights inside, for batches of any size on {", ".join(facts["platforms"])}. It
-needs `pip install jax flatbuffers` and no other package. It was written by jax {facts["jax"]}, and
-JAX says [for how long others read it]({GUARANTEES}).
+needs `pip install jax flatbuffers`, and to open photos `pillow`. It was written by jax
+{facts["jax"]}, and JAX says [for how long others read it]({GUARANTEES}).
 
 {program}"""
 
@@ -59,7 +95,8 @@ def _onnx(found: dict[str, Any]) -> str:
 ### `model.onnx`
 
 The function with its weights inside, for batches of any size, in opset
-{found["files"]["model.onnx"]["opset"]}.
+{found["files"]["model.onnx"]["opset"]}. It needs `pip install onnxruntime`, and to open photos
+`pillow`.
 
 {program}"""
 

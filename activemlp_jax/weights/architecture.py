@@ -5,11 +5,35 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from activemlp_jax.models.backbone import ActiveMLP
+import jax.numpy as jnp
+
+from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
 from activemlp_jax.models.segmentation import ActiveSegmentor
 
 Model = ActiveMLP | ActiveSegmentor
 Shapes = Mapping[str, Any]  # PyTorch names to what has a shape
+
+
+def backbone(model: Model) -> ActiveMLP:
+    """The backbone that `model` is, or has under its head."""
+    return ActiveMLP(**model.backbone) if isinstance(model, ActiveSegmentor) else model
+
+
+def variant_name(model: Model) -> str | None:
+    """The published variant that `model` is or has under its head, at any number of classes."""
+    there = backbone(model)
+    plain = there.clone(drop_path_rate=0.0, dtype=jnp.float32, remat_stages=())
+    same = (name for name in list_models() if create_model(name, there.num_classes) == plain)
+    return next(same, None)
+
+
+def describe_architecture(model: Model) -> str:
+    """The variant, the shape and the head of a model, for errors."""
+    there = backbone(model)
+    name = variant_name(model) or "an ActiveMLP of no published variant"
+    head = f" under {model.head}" if isinstance(model, ActiveSegmentor) else ""
+    depths, dims = tuple(there.depths), tuple(there.embed_dims)
+    return f"{name}{head} (depths {depths}, embed_dims {dims})"
 
 
 def is_segmentor(state_dict: Shapes) -> bool:

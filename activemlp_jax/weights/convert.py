@@ -10,16 +10,17 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.errors import UserError, exit_with, install_command
 from activemlp_jax.models.backbone import VARIANTS, list_models
 from activemlp_jax.models.segmentation import ActiveSegmentor
-from activemlp_jax.weights.architecture import Model, infer_model, list_keys
+from activemlp_jax.outputs import check_output
+from activemlp_jax.weights.architecture import Model, backbone, infer_model, list_keys
 from activemlp_jax.weights.model_directory import (
     BROKEN_CARD,
     ModelCard,
-    backbone,
     read_card,
     read_weights,
     whole_or_nothing,
@@ -36,6 +37,7 @@ from activemlp_jax.weights.torch_files import (
 from activemlp_jax.weights.torch_names import COUNT, from_torch, to_torch
 
 NAMES = {"ema": "averaged (EMA)", "model": "raw"}
+TORCH_ENDINGS = (".pth", ".pt", ".safetensors")  # of what --to-torch writes
 STATISTICS = ("running_mean", "running_var", COUNT)  # of batch norm: not parameters
 
 
@@ -82,11 +84,19 @@ def main() -> None:
     try:
         if os.path.lexists(target):
             raise UserError(f"{target} is already there; give another place")
+        check_output(target)
         if arguments.to_torch:
             for option in ("model", "num_classes", "image_size", "verify"):
                 if getattr(arguments, option) not in (None, False):
                     raise UserError(f"--{option.replace('_', '-')} does not go with --to-torch")
+            if target.suffix not in TORCH_ENDINGS:
+                endings = " or ".join(TORCH_ENDINGS)
+                raise UserError(f"OUT is {target}, expected a name that ends in {endings}")
             _to_torch(source, target, arguments.weights)
+        elif (source / "model.json").is_file():
+            raise UserError(
+                f"{source} is a model directory, expected a file; --to-torch writes one of it"
+            )
         else:
             _from_torch(source, target, arguments)
     except UserError as error:
@@ -110,7 +120,8 @@ def _described(source: Path, checkpoint: TorchCheckpoint) -> ModelCard | None:
     if checkpoint.description is None:
         return None
     try:
-        return ModelCard.from_json(checkpoint.description)
+        card = ModelCard.from_json(checkpoint.description)
+        return dataclasses.replace(card, source=dict(card.source))
     except BROKEN_CARD as error:
         raise UserError(f"{source} has a broken description of its model: {error}") from error
 
@@ -148,13 +159,13 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
         }
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    origin = {"file": source.name, "sha256": sha256(source), "epoch": checkpoint.epoch}
-    if checkpoint.iteration is not None:
-        origin["iteration"] = checkpoint.iteration
+    digest = sha256(source)
     names = (described.class_names if described else None) or checkpoint.class_names
     class_names = names if names and len(names) == model.num_classes else None
+    origin = _origin(source.name, digest, checkpoint, described)
     card = ModelCard(model, preprocessing, tuple(variables), default, class_names, origin)
-    _print_found(source, card, checkpoint)
+    print(f"{source}: SHA-256 {digest}")
+    _print_found(card, checkpoint)
     with whole_or_nothing(target) as place:
         write_model(place, card, variables)
         if arguments.verify:
@@ -162,7 +173,19 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
     print(f"wrote {target}; the {NAMES[default]} weights are its default")
 
 
-def _print_found(source: Path, card: ModelCard, checkpoint: TorchCheckpoint) -> None:
+def _origin(
+    name: str, digest: str, checkpoint: TorchCheckpoint, described: ModelCard | None
+) -> dict[str, Any]:
+    """Where the weights of the file `name` come from: what it says itself, or else the file."""
+    if described and described.source:
+        return {**described.source, "copied_from": name, "copied_from_sha256": digest}
+    origin = {"file": name, "sha256": digest, "epoch": checkpoint.epoch}
+    if checkpoint.iteration is not None:
+        origin["iteration"] = checkpoint.iteration
+    return origin
+
+
+def _print_found(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
     arrays = {
         key: array
         for key, array in checkpoint.weights[card.default_kind].items()
@@ -179,15 +202,15 @@ def _print_found(source: Path, card: ModelCard, checkpoint: TorchCheckpoint) -> 
         classes += f" ({list_keys(list(card.class_names), 3)})"
     elif checkpoint.class_names:
         classes += f"; the file names {len(checkpoint.class_names)}, which are left out"
-    if checkpoint.iteration is not None:
-        moment = f"iteration {checkpoint.iteration}"
+    if card.source.get("iteration") is not None:
+        moment = f"iteration {card.source['iteration']}"
     else:
-        moment = f"epoch {'unknown' if checkpoint.epoch is None else checkpoint.epoch}"
+        epoch = card.source.get("epoch")
+        moment = f"epoch {'unknown' if epoch is None else epoch}"
     if isinstance(scenes, ScenePreprocessing):
         images = f"resized into {scenes.long_side} x {scenes.short_side} pixels"
     else:
         images = f"{scenes.image_size} pixels"
-    print(f"{source}: SHA-256 {card.source['sha256']}")
     print(f"  model:   {name}, {parameters:,} parameters, {classes}")
     print(f"  weights: {' and '.join(NAMES[kind] for kind in card.kinds)}, {types}; {moment}")
     print(f"  images:  {images}")
@@ -197,7 +220,7 @@ def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
     try:
         from activemlp_jax.weights.verify import BOUND, largest_difference
     except ImportError as error:
-        raise UserError("--verify needs PyTorch: pip install 'activemlp-jax[torch]'") from error
+        raise UserError(f"--verify needs PyTorch: {install_command('torch')}") from error
     for kind, difference in largest_difference(directory, checkpoint.weights).items():
         line = f"{NAMES[kind]} weights: PyTorch and flax differ by {difference:.1e} of the logits"
         if not difference <= BOUND:
@@ -214,6 +237,8 @@ def _to_torch(source: Path, target: Path, only: str | None) -> None:
         kinds = {card.default_kind: "model"}
     else:
         kinds = {kind: kind for kind in card.kinds}
+    default = card.default_kind if card.default_kind in kinds else next(iter(kinds))
+    card = dataclasses.replace(card, kinds=tuple(kinds), default_kind=default)
     weights = {key: to_torch(read_weights(source, card, kind)) for kind, key in kinds.items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(target, weights, card.to_json(), card.class_names)

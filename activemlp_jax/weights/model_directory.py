@@ -28,9 +28,9 @@ from flax import traverse_util
 from activemlp_jax.data.examples import check_same_classes
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import UserError
-from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
+from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.models.segmentation import ActiveSegmentor
-from activemlp_jax.weights.architecture import Model, list_keys
+from activemlp_jax.weights.architecture import Model, backbone, list_keys, variant_name
 from activemlp_jax.weights.torch_files import choose_kind
 from activemlp_jax.weights.torch_names import variable_shapes
 
@@ -153,11 +153,6 @@ class ModelCard:
         )
 
 
-def backbone(model: Model) -> ActiveMLP:
-    """The backbone that `model` is, or has under its head."""
-    return ActiveMLP(**model.backbone) if isinstance(model, ActiveSegmentor) else model
-
-
 def architecture(model: Model) -> dict[str, Any]:
     """The fields of a model's type that say its shape, but for the number of classes."""
     fields = {field: getattr(backbone(model), field) for field in ARCHITECTURE}
@@ -175,12 +170,13 @@ def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_classes(card: ModelCard, class_names: tuple[str, ...], what: str) -> None:
     """Raises UserError if a data set, `what`, has other classes than the model was made for."""
+    if len(class_names) != card.model.num_classes:
+        raise UserError(
+            f"{what} has {len(class_names)} classes, but the model has {card.model.num_classes}; "
+            "fine-tune it on them first"
+        )
     if card.class_names:
         check_same_classes(card.class_names, class_names, what)
-    elif len(class_names) != card.model.num_classes:
-        raise UserError(
-            f"{what} has {len(class_names)} classes, but the model has {card.model.num_classes}"
-        )
 
 
 def check_card(card: object, model: Model) -> None:
@@ -190,14 +186,6 @@ def check_card(card: object, model: Model) -> None:
     ours, theirs = (f"{type(m).__name__} of {m.num_classes} classes" for m in (model, card.model))
     if ours != theirs:
         raise ValueError(f"card is of an {theirs}, but the model is an {ours}")
-
-
-def variant_name(model: Model) -> str | None:
-    """The published variant that `model` is or has under its head, at any number of classes."""
-    there = backbone(model)
-    plain = there.clone(drop_path_rate=0.0, dtype=jnp.float32, remat_stages=())
-    same = (name for name in list_models() if create_model(name, there.num_classes) == plain)
-    return next(same, None)
 
 
 @contextlib.contextmanager
@@ -247,18 +235,27 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
     Raises:
       UserError: there is no `model.json`, or it is not one.
     """
-    path = Path(directory).expanduser() / "model.json"
+    place = Path(directory).expanduser()
+    path = place / "model.json"
     if not path.is_file():
-        raise UserError(
-            f"{directory} is no model directory: it has no model.json; convert_torch_weights.py "
-            "and train.py write such directories"
-        )
+        raise UserError(f"{directory} is no model directory: {_missing_card(place)}")
     try:
         return ModelCard.from_json(json.loads(path.read_text()))
     except BROKEN_CARD as error:
         raise UserError(
             f"{path} is no description of a model: {type(error).__name__}: {error}"
         ) from error
+
+
+def _missing_card(place: Path) -> str:
+    """Why there is no `model.json` in `place`, and what there is to do."""
+    if not place.exists():
+        return "there is no such folder"
+    if place.is_file():
+        return "it is a file; convert_torch_weights.py makes a model directory of PyTorch's files"
+    if (place / "model" / "model.json").is_file():
+        return f"it is that of a run, whose model is {place / 'model'}"
+    return "it has no model.json; convert_torch_weights.py and train.py write such directories"
 
 
 def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) -> Variables:

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from activemlp_jax.errors import UserError
+from activemlp_jax.errors import UserError, install_command
 from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
 from activemlp_jax.weights.architecture import Model, is_segmentor
 from activemlp_jax.weights.torch_names import COUNT, as_numpy, from_torch
@@ -84,16 +84,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
     Source: the checkpoints of the authors' release.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, expected a .pth or .safetensors file")
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
     read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     content = dict(read(path))
-    description = content.pop(DESCRIPTION, None)
+    description = _parsed(content.pop(DESCRIPTION, None), path)
+    found = _with_own_kind(_find_weights(content, path), description)
     weights = {
         kind: _checked(state_dict, f"{path}: {kind}: ", path.stat().st_size)
-        for kind, state_dict in _find_weights(content, path).items()
+        for kind, state_dict in found.items()
     }
     epoch, meta = content.get("epoch"), content.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
@@ -103,10 +106,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
         weights,
         epoch if isinstance(epoch, int) else None,
         image_size if isinstance(image_size, int) and image_size >= MIN_IMAGE_SIDE else None,
-        _parsed(description, path),
+        description,
         iteration if isinstance(iteration, int) else None,
         _class_names(meta.get("CLASSES")),
     )
+
+
+def _with_own_kind(
+    weights: dict[str, Mapping[str, Any]], description: Any
+) -> dict[str, Mapping[str, Any]]:
+    """One set alone is under the key of raw weights; what it is, the description says."""
+    try:
+        (kind,) = description["weights"]["kinds"]
+        (state_dict,) = weights.values()
+        return {kind: state_dict} if kind in KINDS else weights
+    except (KeyError, TypeError, ValueError):
+        return weights
 
 
 def _class_names(found: object) -> tuple[str, ...] | None:
@@ -200,8 +215,7 @@ def _import_torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} needs PyTorch: install the extra, pip install 'activemlp-jax[torch]', or use "
-            "a .safetensors file"
+            f"{path} needs PyTorch: {install_command('torch')}, or use a .safetensors file"
         ) from error
     return torch
 

@@ -15,9 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from activemlp_jax.models.backbone import ActiveMLP
-from activemlp_jax.models.segmentation import ActiveSegmentor
-from activemlp_jax.weights.architecture import Model, count_depths, infer_model, list_keys
+from activemlp_jax.weights.architecture import (
+    Model,
+    backbone,
+    count_depths,
+    describe_architecture,
+    infer_model,
+    list_keys,
+)
 
 # (flax path, PyTorch name) of modules; LAST is the last block of the stage.
 NAMES = (
@@ -57,6 +62,8 @@ LEAVES = {
     ("batch_stats", "count"): "num_batches_tracked",
 }
 COUNT = "num_batches_tracked"  # the one that is an integer, of 64 bits there and 32 here
+
+NAMED = 3  # keys in an error
 
 Path = tuple[str, ...]  # the collection first
 
@@ -138,18 +145,19 @@ def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dic
 
     Source: the keys of the authors' released checkpoints.
     """
-    model = infer_model(state_dict) if model is None else model
-    backbone = ActiveMLP(**model.backbone) if isinstance(model, ActiveSegmentor) else model
+    if model is None:
+        model = infer_model(state_dict)
+    else:
+        _check_architecture(state_dict, model)
     shapes = variable_shapes(model)
-    names = {path: torch_name(path, backbone.depths) for path in shapes}
+    names = {path: torch_name(path, backbone(model).depths) for path in shapes}
     missing = [name for name in names.values() if name not in state_dict]
     unknown = sorted(set(state_dict) - set(names.values()))
     if missing or unknown:
-        detail = [f"{len(missing)} missing ({list_keys(missing)})"] if missing else []
-        detail += [f"{len(unknown)} unknown ({list_keys(unknown)})"] if unknown else []
+        detail = [f"{len(missing)} missing ({list_keys(missing, NAMED)})"] if missing else []
+        detail += [f"{len(unknown)} unknown ({list_keys(unknown, NAMED)})"] if unknown else []
         raise ValueError(
-            f"the state dict does not fit the model with depths {tuple(backbone.depths)} and "
-            f"embed_dims {tuple(backbone.embed_dims)}: keys {', '.join(detail)}"
+            f"the state dict does not fit {describe_architecture(model)}: keys {', '.join(detail)}"
         )
     flat = {}
     for path, name in names.items():
@@ -159,6 +167,16 @@ def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dic
             raise ValueError(f"{name} has shape {value.shape}, the model expects {expected}")
         flat[path] = _to_flax_layout(path, value)
     return traverse_util.unflatten_dict(flat)
+
+
+def _check_architecture(state_dict: Mapping[str, Any], expected: Model) -> None:
+    """Raises ValueError if the weights are those of another model, as far as they tell."""
+    try:
+        found = describe_architecture(infer_model(state_dict))
+    except ValueError:
+        return  # incomplete: which keys are missing says more
+    if found != describe_architecture(expected):
+        raise ValueError(f"the weights are of {found}, expected {describe_architecture(expected)}")
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

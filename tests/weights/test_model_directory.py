@@ -15,6 +15,7 @@ from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import UserError
 from activemlp_jax.weights.model_directory import (
     ModelCard,
+    check_classes,
     read_card,
     read_weights,
     variant_name,
@@ -149,9 +150,29 @@ def test_a_card_that_is_wrong_is_named(copied: Path, changes: Any, message: str)
     assert "\n" not in str(error.value)
 
 
-def test_a_directory_that_is_incomplete_is_named(copied: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"nothing is no model directory: it has no model\.json"):
-        am.load_pretrained(tmp_path / "nothing")
+def test_what_is_no_model_directory_is_told_apart(copied: Path, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    copied.rename(tmp_path / "run" / "model")
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    for name, message in (
+        ("nothing", "there is no such folder"),
+        ("weights.pth", r"it is a file; convert_torch_weights\.py makes a model directory of"),
+        ("run", f"it is that of a run, whose model is {tmp_path}/run/model"),
+        ("run/model/weights", r"it has no model\.json; convert_torch_weights\.py and train\.py"),
+    ):
+        with pytest.raises(UserError, match=f"{name} is no model directory: {message}"):
+            am.load_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize("names", [NAMES, None])
+def test_another_number_of_classes_is_said_to_be_the_data_sets(names: tuple[str, ...] | None):
+    card = ModelCard(MODEL, Preprocessing(), ("model",), "model", names)
+    message = "^folder:pets has 2 classes, but the model has 10; fine-tune it on them first$"
+    with pytest.raises(UserError, match=message):
+        check_classes(card, ("cat", "dog"), "folder:pets")
+
+
+def test_a_directory_that_is_incomplete_is_named(copied: Path):
     with pytest.raises(UserError, match=r"copied has no 'average' weights, only 'ema', 'model'"):
         am.load_pretrained(copied, "average")
     shutil.rmtree(copied / "weights" / "ema")

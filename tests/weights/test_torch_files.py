@@ -85,7 +85,7 @@ def test_safetensors_are_read_without_pytorch(tmp_path: Path, monkeypatch: pytes
     save_file({key: value.numpy() for key, value in weights.items()}, path)
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     assert_holds(read_checkpoint(path).weights["model"], weights)
-    with pytest.raises(UserError, match=r"needs PyTorch: install the extra"):
+    with pytest.raises(UserError, match=r"needs PyTorch: pip install -c .*'\.\[torch\]', or"):
         read_checkpoint(MICRO_CHECKPOINT)
 
 
@@ -105,6 +105,21 @@ def test_what_is_written_is_read_back_bit_for_bit(suffix: str, dtype: str, tmp_p
         assert found[key].dtype == value.dtype
         assert found[key].tobytes() == value.tobytes(), key
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [(["ema"], "ema"), (["model"], "model"), (["ema", "model"], "model"), (["best"], "model"),
+     ([["ema"]], "model"), (None, "model")],
+)  # fmt: skip
+def test_one_set_of_weights_is_what_the_description_says(
+    kinds: Any, expected: str, suffix: str, tmp_path: Path
+):
+    arrays = {key: value.numpy() for key, value in micro_state_dict().items()}
+    path = tmp_path / f"weights{suffix}"
+    write_checkpoint(path, {"model": arrays}, {"weights": {"kinds": kinds}})
+    assert list(read_checkpoint(path).weights) == [expected]
 
 
 def test_pytorch_reads_what_is_written_for_it(tmp_path: Path):
@@ -173,6 +188,7 @@ def test_a_namespace_may_not_smuggle_in_another_class(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("none.pth", None, "there is no file"),
+        (".", None, "is a folder, expected a .pth or .safetensors file"),
         ("empty.pth", b"", "is empty"),
         ("text.pth", b"these are no weights\n", "is no PyTorch checkpoint, or a broken"),
         ("start.pth", b"PK\x03\x04", "is no PyTorch checkpoint, or a broken"),
@@ -190,7 +206,7 @@ def test_a_broken_file_is_one_clear_line(
     with pytest.raises(UserError, match=message) as error:
         read_checkpoint(tmp_path / name)
     assert "\n" not in str(error.value)
-    assert name in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
 
 
 def broken(key: str, value: Any) -> dict[str, Any]:

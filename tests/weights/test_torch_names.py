@@ -98,11 +98,28 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_key(changes: Any, message:
         am.from_torch(change(micro_state_dict(), **changes))
 
 
+def test_of_many_keys_that_do_not_fit_a_few_are_named():
+    weights = micro_state_dict()
+    renamed = {key.replace("norm1", "norm_1"): value for key, value in weights.items()}
+    renamed |= {key: value for key, value in weights.items() if "0.norm1." in key}
+    with pytest.raises(ValueError, match=r"keys 14 missing .* and 11 more\), 22 unknown") as error:
+        am.from_torch(renamed, am.ActiveMLP(**goldens.MICRO))
+    assert str(error.value).count("norm") == 6
+    assert "an ActiveMLP of no published variant (depths (2, 3, 4, 2)" in str(error.value)
+
+
 def test_weights_of_another_model_are_refused():
     shapes = goldens.official_shapes("active_xtiny")
     state_dict = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
-    with pytest.raises(ValueError, match=r"depths \(2, 3, 10, 3\).*keys \d+ missing \(.*more\)"):
+    dims = r"embed_dims \(64, 128, 320, 512\)"
+    message = (
+        rf"^the weights are of active_xtiny \(depths \(2, 2, 4, 2\), {dims}\), expected "
+        rf"active_tiny \(depths \(2, 3, 10, 3\), {dims}\)$"
+    )
+    with pytest.raises(ValueError, match=message):
         am.from_torch(state_dict, am.create_model("active_tiny"))
+    with pytest.raises(ValueError, match="expected active_xtiny under fpn"):
+        am.from_torch(state_dict, am.create_segmentor("active_xtiny", "fpn"))
     with pytest.raises(ValueError, match=r"head\.bias has shape \(1000,\).*expects \(10,\)"):
         am.from_torch(state_dict, am.create_model("active_xtiny", num_classes=10))
     with pytest.raises(ValueError, match=r"empty"):
