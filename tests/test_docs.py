@@ -96,8 +96,7 @@ def check_pip(arguments: list[str]) -> None:
 def check_command(words: list[str], parse: Callable[..., None], has_arguments: bool) -> None:
     """Raises if a command of the documentation would not be accepted."""
     program, *rest = words
-    for word in rest:
-        path = word.rpartition("=")[2]
+    for path in (path for word in rest for path in word.rpartition("=")[2].split()):
         assert not path.startswith(OWN_FOLDERS) or (ROOT / path).exists(), f"there is no {path}"
     if program.endswith("make"):
         subprocess.run(["make", "-n", *rest], cwd=ROOT, check=True, capture_output=True)
@@ -194,7 +193,7 @@ def place_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_classifier(place / name)
     save_segmentor(place / "models" / "scenes")
     shutil.copy(ROOT / "tests" / "data" / "micro_checkpoint.pth", place / "activemlp_tiny.pth")
-    save_photos(place, "photo.jpg", "holiday/1.jpg")
+    save_photos(place, "photo.jpg", "holiday/1.jpg", "digits/3.png")
     return place
 
 
@@ -215,7 +214,14 @@ def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("shapes_alone")
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/converting.md", "docs/faq.md", "docs/segmentation.md"]
+    "page",
+    [
+        "README.md",
+        "docs/converting.md",
+        "docs/faq.md",
+        "docs/first_steps.md",
+        "docs/segmentation.md",
+    ],
 )
 def test_python_in_pages_runs(page: str, place_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(place_of_a_reader)
