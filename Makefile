@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12   another Python than python3 (3.11 to 3.13)
 #   PIP_FLAGS=...       more flags for pip, such as an index with a CPU build of torch
-#   DEMO_FLAGS=...      more flags for the demo's train.py
+#   DEMO_FLAGS=...      more flags for the demo's train.py, such as --workdir=runs/again
 #   TEST_FLAGS=...      more flags for pytest, such as -n 0 for one process instead of two
 
 PYTHON ?= python3

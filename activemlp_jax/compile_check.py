@@ -22,7 +22,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from activemlp_jax.errors import UserError, one_line
+from activemlp_jax.errors import UserError, install_command, one_line
 from activemlp_jax.training import sharding
 from activemlp_jax.training.command import chosen_config, start
 from activemlp_jax.training.compiled import Bounds, Needs, count_bounds, count_needs
@@ -82,8 +82,8 @@ def open_topology(name: str) -> list[Any]:
         raise UserError(f"--topology is {name!r}, expected a TPU slice as v5e:4x4, or cpu:8")
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError(
-            "the compiler for TPUs is not installed; "
-            "`pip install -c constraints.txt -e '.[tpu]'` brings it (Linux on x86)"
+            f"the compiler for TPUs is not installed; `{install_command('tpu')}` brings it (Linux "
+            "on x86)"
         )
     from jax.experimental import topologies
 
@@ -247,10 +247,12 @@ def _main() -> None:
 def main() -> None:
     """The command line."""
     flags.DEFINE_string("topology", None, "A TPU slice, chips by chips, as v5e:4x4; or cpu:8.")
-    flags.DEFINE_integer(
-        "images", None, "In the training set; the config's, or ImageNet's if it is not here.", 1
-    )
-    flags.DEFINE_integer("classes", None, "Of the training set; the same.", 2)
+    for name, least in (("images", 1), ("classes", 2)):
+        text = (
+            f"Number of {name} of the training set; default: that of the config's, or of ImageNet "
+            "or ADE20K where it is not here."
+        )
+        flags.DEFINE_integer(name, None, text, least)
     start(_main, ("topology", "images", "classes"))
 
 

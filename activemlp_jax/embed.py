@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.errors import UserError, exit_with, install_command
 from activemlp_jax.inference.classify import ask, choose_batch_size, embeddings, make_classifier
 from activemlp_jax.inference.files import (
     IMAGES_HELP,
@@ -35,6 +35,7 @@ from activemlp_jax.inference.files import (
     watched,
 )
 from activemlp_jax.inference.scene_evaluation import keep_compiled_programs
+from activemlp_jax.outputs import check_output_file
 from activemlp_jax.weights.model_directory import read_card, read_weights
 
 Write = Callable[[IO[bytes], Sequence[str], np.ndarray], None]
@@ -67,13 +68,11 @@ def find_writer(output: Path) -> Write:
         raise UserError(
             f"--output is {output}, expected a name that ends in {' or '.join(WRITERS)}"
         )
-    if output.is_dir():
-        raise UserError(f"--output is {output}, which is a folder")
     if writer is _write_parquet:
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as error:
-            raise UserError("Parquet files need pyarrow: pip install pyarrow") from error
+            raise UserError(f"Parquet files need pyarrow: {install_command('parquet')}") from error
     return writer
 
 
@@ -87,7 +86,7 @@ def name_images(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
 
 def embed(
     directory: str, paths: Sequence[str], output: str, broken: list[ImageFile]
-) -> tuple[list[str], np.ndarray]:
+) -> tuple[str, list[str], np.ndarray]:
     """Write the embeddings of images.
 
     Args:
@@ -97,7 +96,8 @@ def embed(
       broken: images that cannot be read are added to it.
 
     Returns:
-      What was written: the names of the images, and `[N, C]` float32.
+      'wrote' or 'replaced', for what was done to the file; and what is in it: the names of the
+      images, and `[N, C]` float32.
 
     Raises:
       UserError: an unusable directory or output, or no image that can be read.
@@ -111,8 +111,8 @@ def embed(
         )
     target = Path(output)
     write = find_writer(target)
+    done = check_output_file(target)
     files = find_images(paths)
-    target.parent.mkdir(parents=True, exist_ok=True)
     keep_compiled_programs()
     classifier = make_classifier(card.model, card)
     weights = read_weights(directory, card, card.default_kind)
@@ -123,11 +123,12 @@ def embed(
         raise UserError(f"none of the {len(files)} images can be read; {target} is not written")
     names = name_images(paths, [file for file, _ in found])
     rows = np.stack([row for _, row in found]).astype(np.float32)
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     with open(partial, "wb") as file:
         write(file, names, rows)
     partial.replace(target)
-    return names, rows
+    return done, names, rows
 
 
 def main() -> None:
@@ -145,12 +146,12 @@ def main() -> None:
     arguments: dict[str, Any] = vars(parser.parse_args())
     output, broken = arguments["output"], list[ImageFile]()
     try:
-        names, rows = embed(arguments["directory"], arguments["images"], output, broken)
+        done, names, rows = embed(arguments["directory"], arguments["images"], output, broken)
     except UserError as error:
         exit_with(error)
     except OSError as error:
         exit_with(f"{error.filename or output}: {error.strerror or error}")
-    print(f"wrote {output}: {len(names)} images, {rows.shape[1]} numbers each")
+    print(f"{done} {output}: {len(names)} images, {rows.shape[1]} numbers each")
     sys.exit(1 if broken else 0)
 
 

@@ -22,6 +22,11 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
         self.status = status
 
 
+def install_command(extra: str) -> str:
+    """What installs an extra in the project's folder, for messages; the pages say the same."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def one_line(message: object) -> str:
     """Fit to be printed: names out of files may hold anything."""
     line = " ".join(str(message).split())

@@ -195,7 +195,8 @@ def main() -> None:
         "sizes to compile, and not quite the published protocol",
     )
     for name, parse, default, text in HOST_OPTIONS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=parse, default=default, help=text)
+        spelt = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))  # train.py's as well
+        parser.add_argument(*spelt, type=parse, default=default, help=text)
     arguments = vars(parser.parse_args())
     keep_freed_memory()
     hosts = sharding.Hosts(**{name: arguments.pop(name) for name, *_ in HOST_OPTIONS})
@@ -265,9 +266,8 @@ def _report_images(arguments: dict[str, Any]) -> list[Any]:
     lines = []
     for kind, values in found.metrics.items():
         acc1, acc5 = values["accuracy"], values["accuracy_top5"]
-        lines.append(
-            f"[{kind}] accuracy on {images} test images: {acc1:.3f}% acc@1 | {acc5:.3f}% acc@5"
-        )
+        among_five = f" | {acc5:.3f}% acc@5" if len(found.class_names) > 5 else ""
+        lines.append(f"[{kind}] accuracy on {images} test images: {acc1:.3f}% acc@1{among_five}")
         hardest = hardest_classes(found.confusion[kind], found.class_names)
         record[kind] = {"acc1": acc1, "acc5": acc5, "loss": values["loss"], "hardest": hardest}
     kind = next(iter(found.metrics))

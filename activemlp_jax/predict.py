@@ -53,6 +53,7 @@ from activemlp_jax.inference.overlays import class_shares, draw_overlay
 from activemlp_jax.inference.scene_evaluation import keep_compiled_programs, open_segmenter
 from activemlp_jax.inference.scenes import segment_image
 from activemlp_jax.inference.views import PUBLISHED, Protocol, make_protocol
+from activemlp_jax.outputs import check_output_file
 from activemlp_jax.weights.model_directory import ModelCard, Variables, read_card, read_weights
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # what is written has these after its name
@@ -142,17 +143,14 @@ def label_files(
       labels: whether to write the label maps too, a class index a pixel.
 
     Yields:
-      For each file that can be read, the names of `image` and `overlay`, and by class name the
-      `shares` of the pixels of those that occur, the largest first.
+      For each file that can be read, the names of `image` and `overlay`, whether that `replaced` an
+      older one, and by class name the `shares` of the pixels of those that occur, the largest
+      first.
 
     Raises:
-      UserError: an unusable directory or option.
+      UserError: an unusable directory, or two overlays of one name.
     """
     card, segmenter = open_segmenter(directory, protocol)
-    if not 0 <= opacity <= 1:
-        raise UserError(f"--opacity is {opacity}, expected 0 to 1")
-    if output:
-        Path(output).mkdir(parents=True, exist_ok=True)
     targets = dict(zip(files, name_overlays(files, Path(output) if output else None), strict=True))
     variables = load_variables(directory, card)
     names = card.class_names or tuple(map(str, range(card.model.num_classes)))
@@ -161,23 +159,32 @@ def label_files(
         found = segment_image(segmenter, variables, image)
         target = targets[file]
         target.parent.mkdir(parents=True, exist_ok=True)
+        replaced = target.exists()
         draw_overlay(image, found, names, opacity).save(target)
         if labels:
             picture = Image.fromarray(found.astype(np.uint8))
             picture.save(target.with_name(f"{file.inside.stem}{LABELS}"))
         shares = {names[label]: share for label, share in class_shares(found)}
-        yield {"image": file.path, "overlay": str(target), "shares": shares}
+        yield {
+            "image": file.path,
+            "overlay": str(target),
+            "replaced": replaced,
+            "shares": shares,
+        }
 
 
 def fractions(text: str) -> tuple[float, float]:
-    """A place of a picture from `X,Y`; what argparse takes for a type raises ValueError."""
-    x, y = map(float, text.split(","))
+    """A place of a picture from `X,Y`, as argparse takes it for a type."""
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected X,Y such as 0.3,0.6") from None
     return x, y
 
 
 def show_offsets(
     directory: str, files: Sequence[ImageFile], output: str, tokens: Sequence[Point]
-) -> None:
+) -> str:
     """Draw where the model looks in an image.
 
     Args:
@@ -186,21 +193,26 @@ def show_offsets(
       output: the file to write; its ending says the format.
       tokens: from where it looks, (x, y) in fractions of the picture; a few of its own if empty.
 
+    Returns:
+      What was done, for people.
+
     Raises:
       UserError: an unusable directory, image, token or output, or more than one image.
     """
     if len(files) > 1:
         raise UserError(f"--show-offsets is for one image, but there are {len(files)}")
-    path, tokens = files[0].path, check_tokens(tokens)
+    path, tokens, target = files[0].path, check_tokens(tokens), Path(output)
     if path == STDIN:
         raise UserError(f"--show-offsets needs a file, not {STDIN}")
-    ending = Path(output).suffix
-    if ending.lower() not in Image.registered_extensions():
+    if target.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--show-offsets is {output}, expected a picture's ending such as .png")
+    done = check_output_file(target)
     card = read_card(directory)
     seen = show_to_model(card.model, path, card)
     blocks = inspect_offsets(card.model, load_variables(directory, card), path, card)
-    draw_offsets(seen[0], blocks, tokens or None).save(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draw_offsets(seen[0], blocks, tokens or None).save(target)
+    return f"{done} {output}: where the model looks in {path}"
 
 
 def class_table(records: Sequence[Record]) -> Table:
@@ -222,7 +234,8 @@ def describe_labels(record: Record) -> str:
     """What `label_files` found of an image, for people."""
     shares = [f"{name} {100 * share:.1f}%" for name, share in record["shares"].items()]
     more = f" and {len(shares) - SHOWN} more" if len(shares) > SHOWN else ""
-    return f"{record['image']}: {', '.join(shares[:SHOWN])}{more}; see {record['overlay']}"
+    place = f"see {record['overlay']}{', replaced' * record['replaced']}"
+    return f"{record['image']}: {', '.join(shares[:SHOWN])}{more}; {place}"
 
 
 def as_json(record: Record) -> str:
@@ -241,29 +254,39 @@ def predict(arguments: dict[str, Any]) -> list[ImageFile]:
         option = f"--{given[0].replace('_', '-')}"
         raise UserError(f"{option} is for segmentation models, but {directory} has a classifier")
     files = find_images(arguments["images"], (OVERLAY, LABELS) if to_label else ())
+    opacity = OPACITY if arguments["opacity"] is None else arguments["opacity"]
+    if not 0 <= opacity <= 1:
+        raise UserError(f"--opacity is {opacity}, expected 0 to 1")
+    if to_label:
+        output = Path(arguments["output"]) if arguments["output"] else None
+        for target in name_overlays(files, output):
+            check_output_file(target)
     keep_compiled_programs()
+    looks, shown = "", dict[str, str]()
     if arguments["show_offsets"]:
-        show_offsets(directory, files, arguments["show_offsets"], arguments["token"])
+        looks = show_offsets(directory, files, arguments["show_offsets"], arguments["token"])
+        shown = {"offsets": arguments["show_offsets"]}
     elif arguments["token"]:
         raise UserError("--token says what --show-offsets shows, which is missing")
     if to_label:
-        opacity = arguments["opacity"]
         records = label_files(
             directory,
             files,
             broken,
             protocol=make_protocol(arguments["multi_scale"], arguments["slide"]),
             output=arguments["output"],
-            opacity=OPACITY if opacity is None else opacity,
+            opacity=opacity,
             labels=arguments["labels"],
         )
     else:
         records = classify_files(directory, files, broken)
     if to_json or to_label:
         for record in records:
-            print(as_json(record) if to_json else describe_labels(record), flush=True)
+            print(as_json(record | shown) if to_json else describe_labels(record), flush=True)
     elif found := list(records):
         Console().print(class_table(found))
+    if looks and not to_json:
+        print(looks)
     return broken
 
 
@@ -286,7 +309,8 @@ def main() -> None:
         action="append",
         type=fractions,
         default=[],
-        help="from there, in fractions of what the model sees; may be repeated (three places)",
+        help="a place to look from, in fractions of what the model sees from its top left, such as "
+        "0.3,0.6; may be repeated (three places that are well apart)",
     )
     scenes = parser.add_argument_group("segmentation models")
     scenes.add_argument("--output", metavar="DIR", help="for the overlays (beside the images)")

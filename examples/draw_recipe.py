@@ -7,8 +7,8 @@ over two groups of six, cropped, flipped and changed by RandAugment; the second 
 random erasing; the third after cutmix in the one group and mixup in the other.
 """
 
+import argparse
 import contextlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,11 @@ from activemlp_jax.training.recipe import imagenet_config
 
 def main() -> None:
     """Draw the first batch of a run with seed 0."""
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} OUT.jpg")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("picture", help="the file to write")
+    target = parser.parse_args().picture
     config = imagenet_config("active_tiny")
     config.batch_size = 12
     config.mix.group_size = 6
@@ -53,7 +56,8 @@ def main() -> None:
         axis.imshow(np.concatenate(spaced, axis=1))
         axis.set_title(title, fontsize=9, loc="left")
         axis.axis("off")
-    figure.savefig(sys.argv[1], dpi=100)
+    figure.savefig(target, dpi=100)
+    print(f"drew {target}")
 
 
 if __name__ == "__main__":

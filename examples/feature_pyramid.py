@@ -11,6 +11,7 @@ Source: Lin et al., "Feature Pyramid Networks for Object Detection" (CVPR 2017);
 as in Tian et al., "FCOS" (ICCV 2019).
 """
 
+import argparse
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -89,6 +90,9 @@ class Detector(nn.Module):
 
 def main() -> None:
     """Show what comes out, on an image of noise."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     model = am.create_model("active_xtiny")  # or am.load_pretrained(DIRECTORY)
     detector = Detector(num_classes=80)
     images = jax.random.normal(jax.random.key(0), (1, 256, 320, 3))

@@ -126,3 +126,5 @@ def test_help_shows_examples():
     output = check("--help").stdout
     assert "--config configs/active_tiny.py --topology v5e:4x4" in output
     assert "--topology: A TPU slice" in output
+    for name in ("images", "classes"):
+        assert f"--{name}: Number of {name} of the training set; default:" in output

@@ -11,6 +11,7 @@ from small_models import run, save_classifier, save_photos, save_segmentor
 
 import activemlp_jax as am
 from activemlp_jax import embed
+from activemlp_jax.errors import install_command
 from activemlp_jax.inference import classify
 
 pytestmark = pytest.mark.xdist_group("predict")
@@ -65,6 +66,8 @@ def test_a_folder_becomes_names_in_it_and_a_row_for_each(
     np.testing.assert_allclose(rows, expected_rows(classifier, photos), atol=1e-5)
     assert np.ptp(rows, axis=0).max() > 0.1, "photos differ"
     assert [file.name for file in Path("new").iterdir()] == ["features.npz"]
+    _, output, _ = call(classifier, "val/dog", "--output", "new/features.npz")
+    assert output == "replaced new/features.npz: 2 images, 16 numbers each\n"
 
 
 def test_parquet_has_the_same_and_several_paths_keep_their_names(
@@ -97,10 +100,10 @@ def test_an_image_that_cannot_be_read_has_no_row(call: Any, classifier: Path, ph
     ("arguments", "message"),
     [
         (("MODEL", "val", "--output", "features.csv"), "expected a name that ends in .npz or"),
-        (("MODEL", "val", "--output", "folder.npz"), "--output is folder.npz, which is a folder"),
+        (("MODEL", "val", "--output", "folder.npz"), "folder.npz cannot be written: it is a"),
         (("MODEL", "nowhere", "--output", "a.npz"), "there is no file or folder nowhere"),
         (("MODEL", "bad.png", "--output", "a.npz"), "none of the 1 images can be read; a.npz"),
-        (("MODEL", "val", "--output", "bad.png/a.npz"), "bad.png: File exists"),
+        (("MODEL", "val", "--output", "bad.png/a.npz"), "a.npz cannot be written: bad.png is no"),
         (("SEGMENTOR", "val", "--output", "a.npz"), "has a segmentation model, which sees"),
         (("val", "val", "--output", "a.npz"), "val is no model directory"),
     ],
@@ -128,7 +131,7 @@ def test_where_pyarrow_is_missing_parquet_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     status, _, errors = call(classifier, "val", "--output", "features.parquet")
     assert status == 2
-    assert "Parquet files need pyarrow: pip install pyarrow" in errors
+    assert f"Parquet files need pyarrow: {install_command('parquet')}" in errors
 
 
 def test_help_shows_examples(call: Any):

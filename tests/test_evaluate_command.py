@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from processes import free_address
 
-from activemlp_jax import ActiveMLP
+from activemlp_jax import ActiveMLP, evaluate
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.data.transforms import eval_transform
@@ -153,8 +153,9 @@ def test_each_image_counts_once_on_any_number_of_devices(
 def test_each_image_counts_once_on_two_hosts(
     odd_number: tuple[str, ...], odd_number_on_one_device: str
 ):
-    hosts = (f"--coordinator={free_address()}", "--num-processes=2")
-    processes = [start(*odd_number, *hosts, f"--process-id={host}", devices=2) for host in (0, 1)]
+    address = f"--coordinator={free_address()}"
+    hosts = [("--num-processes=2", "--process-id=0"), ("--num_processes=2", "--process_id=1")]
+    processes = [start(*odd_number, address, *options, devices=2) for options in hosts]
     outputs = [finish(process) for process in processes]
     assert_same(outputs[0], odd_number_on_one_device)
     assert "accuracy" not in outputs[1], "the first host speaks for all"
@@ -187,6 +188,18 @@ def test_the_hardest_classes_are_printed_and_recorded(on_one_device: str):
         assert f"{row['class']} ({row['accuracy']:.1f}% of {row['images']}" in line
 
 
+def test_of_two_classes_nothing_is_said_of_five_guesses(monkeypatch: pytest.MonkeyPatch):
+    metrics = {"ema": {"accuracy": 75.0, "accuracy_top5": 100.0, "loss": 0.5}}
+    confusion = {"ema": np.array([[2, 0], [1, 1]])}
+    found = evaluate.Evaluation(4, metrics, confusion, ("cat", "dog"))
+    monkeypatch.setattr(evaluate, "evaluate_directory", lambda **_: found)
+    options = ("directory", "data", "split", "num_threads", "batch_size", "image_size")
+    scenes = ("multi_scale", "slide", "size_multiple")
+    first, *_, last = evaluate._report_images(dict.fromkeys((*options, *scenes)))
+    assert first == "[ema] accuracy on 4 test images: 75.000% acc@1"
+    assert json.loads(last)["ema"]["acc5"] == 100
+
+
 def test_another_image_size_just_works(model: Path):
     output = finish(start(*MODULE, str(model), "--data", "digits", "--image-size", "48"))
     assert "[ema] accuracy on 360 test images" in output
@@ -198,13 +211,16 @@ def test_another_image_size_just_works(model: Path):
         (["MODEL", "--data", "digit"], "no data set 'digit', expected digits, folder:PATH, tfds"),
         (["MODEL", "--data", "digits", "--split", "val"], "has the splits train, test, not 'val'"),
         (["MODEL", "--data", "folder:nowhere"], "there is no folder nowhere"),
-        (["MODEL", "--data", "folder:FOLDER"], "folder:FOLDER has 2 classes, expected 10"),
+        (
+            ["MODEL", "--data", "folder:FOLDER"],
+            "has 2 classes, but the model has 10",
+        ),
         (["MODEL", "--data", "digits", "--image-size", "8"], "image_size is 8, expected"),
         (
             ["MODEL", "--data", "digits", "--batch-size", "0"],
             "--batch-size is 0, expected",
         ),
-        (["nothing", "--data", "digits"], "nothing is no model directory: it has no model.json"),
+        (["nothing", "--data", "digits"], "nothing is no model directory: there is no such folder"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_clear_line(

@@ -152,6 +152,7 @@ def test_a_segmentation_model_writes_overlays_with_a_legend(
     assert [record["image"] for record in records] == [f"./{name}" for name in named]
     model, variables = am.load_pretrained(segmentor)
     for record, name in zip(records, named, strict=True):
+        assert record["replaced"] is False
         assert record["overlay"] == f"out/{name.removesuffix('.png')}_overlay.png"
         assert form(record["overlay"])[1][0] > 384
         file = f"out/{name.removesuffix('.png')}_labels.png"
@@ -167,11 +168,12 @@ def test_overlays_are_beside_the_images_and_not_taken_for_photos(
 ):
     stdin = io.TextIOWrapper(io.BytesIO(Path(photos[1]).read_bytes()))
     monkeypatch.setattr(sys, "stdin", stdin)
-    for _ in range(2):
+    for end in ("_overlay.png", "_overlay.png, replaced"):
         status, output, errors = call(segmentor, "x", "--labels", "--opacity", "0")
         assert (status, errors) == (0, "")
         assert [line.split(":")[0] for line in output.splitlines()] == photos[::2]
-    assert "%; see x/0_overlay.png" in output or "more; see x/0_overlay.png" in output
+        for line, name in zip(output.splitlines(), photos[::2], strict=True):
+            assert line.endswith(f"; see {name.removesuffix('.png')}{end}")
     status, output, errors = call(segmentor, "-")
     assert (status, errors) == (0, "")
     assert output.startswith("-: ")
@@ -185,7 +187,7 @@ def test_overlays_are_beside_the_images_and_not_taken_for_photos(
         (("CLASSIFIER", "nowhere.png"), "there is no file or folder nowhere.png"),
         (("CLASSIFIER", "x", "-", "-"), "- is given 2 times, but can be read only once"),
         (("CLASSIFIER", "empty"), "empty has no images, expected .bmp"),
-        (("CLASSIFIER", "*.tiff"), "*.tiff has no images, expected .bmp"),
+        (("CLASSIFIER", "*.tiff"), "no file or folder matches *.tiff"),
         (("CLASSIFIER", "x", "--labels"), "--labels is for segmentation models, but"),
         (("CLASSIFIER", "x", "--multi-scale"), "--multi-scale is for segmentation models, but"),
         (("CLASSIFIER", "x", "--opacity", "0"), "--opacity is for segmentation models, but"),
@@ -195,11 +197,13 @@ def test_overlays_are_beside_the_images_and_not_taken_for_photos(
         (("CLASSIFIER", "x", "--token", "0.5,0.5"), "--token says what --show-offsets shows"),
         (("CLASSIFIER", "x/0.png", "--show-offsets", "o.png", "--token", "2,0"), "token (2.0,"),
         (("CLASSIFIER", "x/0.png", "--show-offsets", "o.what"), "is o.what, expected a picture"),
-        (("CLASSIFIER", "x/0.png", "--show-offsets", "none/o.png"), "none/o.png: No such file"),
+        (("CLASSIFIER", "x/0.png", "--show-offsets", "x/0.png/o.png"), "x/0.png is no folder"),
+        (("CLASSIFIER", "x/0.png", "--show-offsets", "f.png"), "f.png cannot be written: it is a"),
         (("x", "x"), "x is no model directory: it has no model.json"),
         (("SEGMENTOR", "x", "--opacity", "2"), "--opacity is 2.0, expected 0 to 1"),
         (("SEGMENTOR", "x/0.png", "x/0.jpg"), "x/0.png and x/0.jpg would both be written to x"),
-        (("SEGMENTOR", "x", "--output", "x/0.png"), "x/0.png: File exists"),
+        (("SEGMENTOR", "y", "--output", "x/0.png"), "x/0.png is no folder"),
+        (("SEGMENTOR", "y", "--show-offsets", "o.png"), "is for one image, but there are 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_clear_line(
@@ -207,6 +211,7 @@ def test_what_cannot_work_is_one_clear_line(
     photos: list[str],
 ):  # fmt: skip
     Path("empty").mkdir()
+    Path("f.png").mkdir()
     Path("x/0.jpg").touch()
     places = {"CLASSIFIER": str(classifier), "SEGMENTOR": str(segmentor)}
     status, output, errors = call(*[places.get(argument, argument) for argument in arguments])
@@ -221,23 +226,27 @@ def test_a_picture_shows_where_the_model_looks(
     kind: str, call: Any, photos: list[str], request: pytest.FixtureRequest
 ):
     directory = request.getfixturevalue(kind)
-    status, output, errors = call(
-        directory, photos[0], "--show-offsets", "looks.png", "--token", "0.2,0.7"
-    )
+    arguments = (directory, photos[0], "--show-offsets", "new/looks.png", "--token", "0.2,0.7")
+    status, output, errors = call(*arguments)
     assert (status, errors) == (0, "")
-    assert photos[0] in output  # and what it is as ever
+    *others, last = output.splitlines()
+    assert photos[0] in "".join(others)  # and what it is as ever
+    assert last == f"wrote new/looks.png: where the model looks in {photos[0]}"
+    assert call(*arguments)[1].splitlines()[-1] == last.replace("wrote", "replaced")
+    (record,) = map(json.loads, call(*arguments, "--json")[1].splitlines())
+    assert (record["image"], record["offsets"]) == (photos[0], "new/looks.png")
     card, (model, variables) = am.read_card(directory), am.load_pretrained(directory)
     blocks = am.inspect_offsets(model, variables, photos[0], card)
     seen = show_to_model(model, photos[0], card)[0]
     expected = am.draw_offsets(seen, blocks, [(0.2, 0.7)])
-    assert Image.open("looks.png").tobytes() == expected.tobytes()
+    assert Image.open("new/looks.png").tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("token", ["0.5", "a,b", "0.1,0.2,0.3"])
 def test_a_token_is_two_numbers(token: str, call: Any, classifier: Path, photos: list[str]):
     status, _, errors = call(classifier, photos[0], "--show-offsets", "o.png", "--token", token)
     assert status == 2
-    assert f"argument --token: invalid fractions value: '{token}'" in errors
+    assert f"argument --token: '{token}', expected X,Y such as 0.3,0.6" in errors
 
 
 def test_help_shows_examples(call: Any):

@@ -62,6 +62,8 @@ def find_images(paths: Sequence[str], leave_out: tuple[str, ...] = ()) -> list[I
         elif os.path.exists(place):
             files.append(ImageFile(place, Path(Path(place).name)))
         elif glob.has_magic(place):
+            if not glob.glob(place, recursive=True):
+                raise UserError(f"no file or folder matches {path}")
             files += _expected(_match(place, leave_out), path)
         else:
             raise UserError(f"there is no file or folder {path}")
@@ -122,7 +124,10 @@ def read_images(
         file = files[index]
         try:
             if file.path == STDIN:
-                return file, prepare(decode(sys.stdin.buffer.read(), "standard input"))
+                data = sys.stdin.buffer.read()
+                if not data:
+                    raise BrokenImageError("standard input is empty")
+                return file, prepare(decode(data, "standard input"))
             return file, prepare(read_image(file.path))
         except BrokenImageError as error:
             return file, error

@@ -20,8 +20,8 @@ INK, FAINT = (32, 33, 36), (95, 99, 104)
 
 WIDTH, MARGIN = 1100, 24
 PANEL = 384  # the longer side of a picture
-BAND = 18  # around a picture with dots, for those outside the map
-GAP = 40  # between rows
+BAND = 21  # around a picture with dots, for those outside the map
+GAP = 42  # between rows
 TEXT, TEXT_HEIGHT = WIDTH - 2 * PANEL - 4 * MARGIN, 320  # of a stage's figures
 SIZE, LINE = 16, 22  # of letters and lines
 FINER = 3  # dots are drawn so much larger and made smaller, for smooth edges
@@ -37,13 +37,14 @@ EXPLANATION = (
     "counts."
 )
 SHARES_AT = 0, 74, 168  # where they are written
-LEGEND = (
-    ("own", "the token itself"),
-    ("row", "read in its row"),
-    ("column", "read in its column"),
-    ("outside", "outside the map: reads zero"),
+# Marks, by what they are of and whether it is outside the map; and what they mean.
+LEGEND: tuple[tuple[tuple[tuple[str, bool], ...], str], ...] = (
+    ((("own", False),), "the token itself"),
+    ((("row", False),), "read in its row"),
+    ((("column", False),), "read in its column"),
+    ((("row", True), ("column", True)), "outside the map: reads zero"),
 )
-HEADINGS = ("Where the marked tokens read", "How far each token reads on average")
+HEADINGS = ("Where the marked tokens read", "Mean reach in row and column, by token")
 
 
 class Stage(NamedTuple):
@@ -142,8 +143,8 @@ def draw_offsets(
 
     Returns:
       An RGB image, 1100 pixels wide and as high as its stages need. Dots are of the last block of
-      the stage that makes offsets; the map and the figures are means over the stage's blocks, with
-      distances in pixels of `image`.
+      the stage that makes offsets; the map and the figures are means over the stage's blocks, the
+      map's over row and column as well, with distances in pixels of `image`.
 
     Raises:
       UserError: a token outside the picture, an image that the blocks are not of, blocks of many
@@ -324,30 +325,32 @@ def _header() -> Image.Image:
     """Title, explanation, legend, and what the columns are."""
     lines = _wrapped(EXPLANATION, WIDTH - 2 * MARGIN, SIZE)
     legend_y = 58 + len(lines) * LINE + 12
-    page = Image.new("RGB", (WIDTH, legend_y + 86), "white")
+    page = Image.new("RGB", (WIDTH, legend_y + 90), "white")
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, 14), TITLE, fill=INK, font=_font(26))
     for number, line in enumerate(lines):
         draw.text((MARGIN, 58 + number * LINE), line, fill=INK, font=_font(SIZE))
     x = MARGIN
-    for mark, text in LEGEND:
-        page.paste(_mark(mark), (x, legend_y))
-        draw.text((x + 26, legend_y), text, fill=INK, font=_font(SIZE))
-        x += 26 + round(_font(SIZE).getlength(text)) + 32
+    for marks, text in LEGEND:
+        for kind, outside in marks:
+            page.paste(_mark(kind, outside), (x, legend_y))
+            x += 20
+        draw.text((x + 6, legend_y), text, fill=INK, font=_font(SIZE))
+        x += 6 + round(_font(SIZE).getlength(text)) + 32
     for column, text in enumerate(HEADINGS):
         place = MARGIN + column * (PANEL + MARGIN), legend_y + 46
         draw.text(place, text, fill=INK, font=_font(18))
     return page
 
 
-def _mark(kind: str) -> Image.Image:
+def _mark(kind: str, outside: bool = False) -> Image.Image:
     """A mark of the legend, 20 by 20 pixels."""
     page = Image.new("RGB", (20 * FINER, 20 * FINER), "white")
     draw, middle = ImageDraw.Draw(page, "RGBA"), (10 * FINER, 10 * FINER)
     if kind == "own":
         _square(draw, middle, 0.6)
     else:
-        _dot(draw, middle, 0.6, COLORS["column" if kind == "column" else "row"], kind == "outside")
+        _dot(draw, middle, 0.6, COLORS[kind], outside)
     return page.resize((20, 20), Image.Resampling.BOX)
 
 

@@ -12,10 +12,10 @@ from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.data.transforms import eval_transform
 from activemlp_jax.errors import UserError
 from activemlp_jax.inference.images import all_pixels, list_images
+from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.views import PUBLISHED, plan_views, show
-from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.weights.architecture import Model
-from activemlp_jax.weights.model_directory import ModelCard, Variables, backbone, check_card
+from activemlp_jax.weights.model_directory import ModelCard, Variables, backbone
 
 STRIDES = (4, 8, 16, 32)  # of the four stages
 
@@ -61,19 +61,19 @@ def inspect_offsets(
       images: a Pillow image, a uint8 array `[H, W]` or `[H, W, 3]` or the path of a file; or many
         that the model sees at one size, in a sequence or an array `[B, H, W, 3]`. Floating arrays
         `[B, H, W, 3]` are taken as normalised, and shown as they are.
-      card: what `read_card` gives, for the preprocessing; without it, the published one.
+      card: what `read_card` gives, for the preprocessing; as for `classify` and `segment`, models
+        of a published number of classes do without.
 
     Returns:
       A `BlockOffsets` for each block, those of the first stage first. It has the stage's tokens of
       all B images: offsets in tokens, mixing weights as shares of 1, numpy arrays in float32.
 
     Raises:
-      ValueError: a card or images of another kind or shape, no images, or images that the model
-        sees at several sizes.
+      ValueError: a card or images of another kind or shape, no card where it takes one, no images,
+        or images that the model sees at several sizes.
 
     Source: Active Token Mixer, section 3.
     """
-    preprocessing = _preprocessing(model, card)
     if _is_floating(images):
         inputs = jnp.asarray(images)
         if inputs.ndim != 4 or inputs.shape[-1] != 3 or min(inputs.shape) < 1:
@@ -82,6 +82,7 @@ def inspect_offsets(
             )
     else:
         shown = show_to_model(model, images, card)
+        preprocessing = preprocessing_for(model, card)
         inputs = normalise(jnp.asarray(shown), preprocessing.mean, preprocessing.std)
     stages = _run(model, variables, inputs)
     found = []
@@ -102,15 +103,16 @@ def show_to_model(model: Model, images: Any, card: ModelCard | None = None) -> n
     Args:
       model: a classifier or a segmentation model.
       images: as `inspect_offsets` takes them, but for floating ones.
-      card: what `read_card` gives, for the preprocessing; without it, the published one.
+      card: as `inspect_offsets` takes it.
 
     Returns:
       `[B, H, W, 3]` uint8, red, green and blue, also of one image alone.
 
     Raises:
-      ValueError: a card or images of another kind, no images, or of several sizes to the model.
+      ValueError: a card or images of another kind, no card where it takes one, no images, or of
+        several sizes to the model.
     """
-    preprocessing = _preprocessing(model, card)
+    preprocessing = preprocessing_for(model, card)
     listed, _ = list_images(images)
     shown = [_shown(pixels, preprocessing) for pixels in all_pixels(listed)]
     sizes = sorted({f"{width} x {height}" for height, width, _ in (part.shape for part in shown)})
@@ -137,13 +139,6 @@ def mean_reach(block: BlockOffsets) -> np.ndarray:
     weights = group_weights(block)[:, None, None, :, :2]
     distances = np.abs(np.stack((block.offset_w, block.offset_h), -1))
     return block.stride * (weights * distances).sum((-2, -1)) / weights.sum((-2, -1))
-
-
-def _preprocessing(model: Model, card: ModelCard | None) -> Preprocessing | ScenePreprocessing:
-    if card is not None:
-        check_card(card, model)
-        return card.preprocessing
-    return ScenePreprocessing() if isinstance(model, ActiveSegmentor) else Preprocessing()
 
 
 def _is_floating(images: Any) -> bool:

@@ -212,7 +212,7 @@ def test_images_of_another_kind_are_refused_in_one_line(
 
 
 def test_scenes_that_the_model_sees_at_two_sizes_are_refused():
-    segmentor = am.ActiveSegmentor(**goldens.SEG_MICRO["fpn"])
+    segmentor = am.ActiveSegmentor(**goldens.SEG_MICRO["fpn"]).clone(num_classes=150)
     scenes = [np.zeros((50, 70, 3), np.uint8), np.zeros((50, 50, 3), np.uint8)]
     with pytest.raises(UserError, match=r"512 x 512, 717 x 512 \(width x height\)"):
         show_to_model(segmentor, scenes)
@@ -306,6 +306,25 @@ def test_places_outside_the_map_are_rings_around_the_photo():
     for name in ("row", "column"):
         x, y = np.round(colored(picture)[name].mean(0)).astype(int)
         assert picture.getpixel((x, y)) == (255, 255, 255), "a ring is white inside"
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_no_ring_is_cut_off_however_much_it_counts(sign: int):
+    for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)):
+        block = block_of(w=50.0 * sign, h=50.0 * sign, weights=weights)
+        pixels = np.asarray(draw_reads(GREY.resize((384, 384)), block, [(0.5, 0.5)]))
+        for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+            assert (edge == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["row", "column"])
+def test_the_legend_has_a_ring_of_each_colour(kind: str):
+    (marks,) = (marks for marks, text in pictures.LEGEND if "outside" in text)
+    assert (kind, True) in marks
+    mark = pictures._mark(kind, outside=True)
+    found = {name for name, places in colored(mark).items() if len(places)}
+    assert found == {kind}
+    assert mark.getpixel((10, 10)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(("axis", "number"), [("h", 1), ("w", 2)])

@@ -274,8 +274,8 @@ def test_fields_that_fit_no_model_are_named(changes: dict[str, Any], message: st
     ("shape", "message"),
     [
         ((1, 31, 64, 3), r"\(1, 31, 64, 3\), expected sides of at least 32"),
-        ((1, 64, 64, 1), r"shape \(1, 64, 64, 1\), expected \[B, H, W, 3\]$"),
-        ((64, 64, 3), r"shape \(64, 64, 3\), expected \[B, H, W, 3\]$"),
+        ((1, 64, 64, 1), r"shape \(1, 64, 64, 1\), expected \[B, H, W, 3\](\n|$)"),
+        ((64, 64, 3), r"shape \(64, 64, 3\), expected \[B, H, W, 3\](\n|$)"),
         ((1, 3, 64, 64), r"expected \[B, H, W, 3\]; channels come last: images\.transpose\("),
     ],
 )
