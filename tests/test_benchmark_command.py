@@ -114,5 +114,5 @@ def test_a_missing_pytorch_or_compiler_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and there is no no-such-comp"):
         command.check_peer()
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match=r"install the extra, pip install -e '\.\[torch\]'"):
+    with pytest.raises(UserError, match=r"PyTorch: pip install -c .* -e '\.\[torch\]'"):
         command.check_peer()

@@ -26,7 +26,7 @@ from activemlp_jax.benchmarks.programs import (
     compile_training,
     draw_inputs,
 )
-from activemlp_jax.errors import UserError
+from activemlp_jax.errors import UserError, install_command
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
 from activemlp_jax.training.hardware import keep_freed_memory
@@ -48,9 +48,7 @@ def check_peer() -> None:
     try:
         import torch
     except ImportError as error:
-        raise UserError(
-            "--compare needs PyTorch: install the extra, pip install -e '.[torch]'"
-        ) from error
+        raise UserError(f"--compare needs PyTorch: {install_command('torch')}") from error
     backend = jax.default_backend()
     if backend != "cpu" and not (backend == "gpu" and torch.cuda.is_available()):
         raise UserError(f"--compare: JAX computes on {backend}, which this PyTorch does not")

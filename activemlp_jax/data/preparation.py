@@ -24,7 +24,7 @@ from activemlp_jax.data.array_records import (
 )
 from activemlp_jax.data.examples import check_same_classes
 from activemlp_jax.data.sources import FolderSource
-from activemlp_jax.errors import UserError
+from activemlp_jax.errors import UserError, install_command
 
 IMAGENET_TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
@@ -228,8 +228,7 @@ def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
         if error.name != "tensorflow":
             raise
         raise UserError(
-            f"tensorflow-datasets needs TensorFlow to prepare {name}: "
-            "pip install -c constraints.txt -e '.[prepare]'"
+            f"tensorflow-datasets needs TensorFlow to prepare {name}: {install_command('prepare')}"
         ) from error
     except Exception as error:  # its kinds of error share no base
         reason = str(error).strip().split("\n")[0]

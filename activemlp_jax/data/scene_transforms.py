@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from activemlp_jax.errors import UserError
+from activemlp_jax.errors import UserError, install_command
 
 IGNORED = 255  # the label of a pixel that counts neither in training nor in evaluation
 CROP_TRIES = 10
@@ -25,9 +25,7 @@ def load_opencv() -> Any:
     try:
         import cv2  # an extra, and only segmentation needs it
     except ImportError as error:
-        raise UserError(
-            "segmentation needs OpenCV: pip install 'activemlp-jax[segmentation]'"
-        ) from error
+        raise UserError(f"segmentation needs OpenCV: {install_command('segmentation')}") from error
     cv2.setNumThreads(0)  # the pipeline's threads are the parallelism
     return cv2
 

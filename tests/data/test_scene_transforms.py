@@ -357,6 +357,6 @@ def test_neither_image_nor_mask_is_altered_even_where_they_are_read_only():
 def test_missing_opencv_is_said_to_be_an_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     scene_transforms.load_opencv.cache_clear()
-    message = r"segmentation needs OpenCV: pip install 'activemlp-jax\[segmentation\]'"
+    message = r"segmentation needs OpenCV: pip install -c constraints.txt -e '\.\[segmentation\]'"
     with pytest.raises(UserError, match=message):
         resize_mask(np.zeros((4, 4), np.uint8), (2, 2))
