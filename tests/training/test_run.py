@@ -81,16 +81,19 @@ def test_the_exported_card_names_recipe_measurement_licence_and_citation(
 ):
     export_model(str(directory), str(tmp_path / "exported"), ["safetensors"])
     text = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
+    start = run.config.init_from
     recipe, table = section(text, "Where the weights come from").split("\n\n")
     assert recipe == (
         "Trained by the config `digits` on 1,437 images of `digits` for 40 epochs, from the "
-        f"weights in `{run.config.init_from}`."
+        f"weights in `{start}`."
     )
     assert "| `test_images` | `360` |" in table
     assert section(text, "Quality") == (
         "accuracy 97.50% on the 360 test images of `digits`, measured after 40 epochs."
     )
-    assert section(text, "Licence").startswith("Apache-2.0")
+    licence = section(text, "Licence")
+    assert licence.startswith("The code that wrote these files is Apache-2.0.")
+    assert f"the data, `digits` and the weights that training started from, `{start}`" in licence
     assert "title     = {Active Token Mixer}" in section(text, "Citation")
     (result,) = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
     assert result["dataset"] == {"name": "digits", "type": "digits", "split": "test"}
