@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from activemlp_jax.models.sampling.definition import first_index, split_offset
-from activemlp_jax.models.sampling.kernels import batched
+from activemlp_jax.models.sampling.kernels import as_form
 
 BLOCK = 1024  # elements of a program
 CHANNELS = 64  # of them neighbours, at most
@@ -217,17 +217,4 @@ def _backward(
     return tuple(_call(_backward_kernel, axis, [0, 1], x, offset, cotangent, reach))
 
 
-FORWARD = {axis: batched(partial(_forward, axis)) for axis in "hw"}
-BACKWARD = {axis: batched(partial(_backward, axis)) for axis in "hw"}
-
-
-def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
-    """The operator; offsets in float32."""
-    return FORWARD[axis](x, offset)
-
-
-def backward(
-    x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str
-) -> tuple[jax.Array, jax.Array]:
-    """Cotangents of `x` and `offset`."""
-    return BACKWARD[axis](x, offset, cotangent)
+forward, backward = as_form(_forward, _backward)

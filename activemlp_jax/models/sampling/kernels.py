@@ -1,13 +1,14 @@
 """What kernels need to be used as any function is."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def batched(function: Callable[..., Any]) -> Callable[..., Any]:
+def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` of batches of maps, for several devices and under `jax.vmap`.
 
     The compiler cannot divide a kernel among devices. Where the program says for which mesh it is
@@ -34,3 +35,28 @@ def batched(function: Callable[..., Any]) -> Callable[..., Any]:
         return split, jax.tree.map(lambda _: True, split)
 
     return jax.jit(run)  # which traces a kernel once for all blocks of a shape
+
+
+def as_form(
+    forward: Callable[..., Any], backward: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two functions of a form, of batches, from kernels that take the axis first.
+
+    Args:
+      forward: of an axis, maps and offsets.
+      backward: of an axis, maps, offsets and cotangents.
+    """
+    forwards, backwards = (
+        {axis: _batched(partial(function, axis)) for axis in "hw"}
+        for function in (forward, backward)
+    )
+
+    def run_forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
+        return forwards[axis](x, offset)
+
+    def run_backward(
+        x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str
+    ) -> tuple[jax.Array, jax.Array]:
+        return backwards[axis](x, offset, cotangent)
+
+    return run_forward, run_backward

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from activemlp_jax.models.sampling.kernels import batched
+from activemlp_jax.models.sampling.kernels import as_form
 
 # Offsets are cut to +-FAR, which is outside any map; those that are not finite become NOT_FINITE,
 # as zero times NaN would spread in the product.
@@ -200,17 +200,4 @@ def _backward(
     return tuple(_call(_backward_w, 2, axis, [0, 1], x, offset, cotangent))
 
 
-FORWARD = {axis: batched(partial(_forward, axis)) for axis in "hw"}
-BACKWARD = {axis: batched(partial(_backward, axis)) for axis in "hw"}
-
-
-def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
-    """The operator; offsets in float32."""
-    return FORWARD[axis](x, offset)
-
-
-def backward(
-    x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str
-) -> tuple[jax.Array, jax.Array]:
-    """Cotangents of `x` and `offset`."""
-    return BACKWARD[axis](x, offset, cotangent)
+forward, backward = as_form(_forward, _backward)
