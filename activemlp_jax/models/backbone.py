@@ -12,56 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.models.atm import sample_axis
 from activemlp_jax.models.layers import DepthwiseConv, Dtype, Mlp, conv, linear, norm, wide
+from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
 
 MIN_IMAGE_SIDE = 32  # the four stages reduce by 32
-
-
-class OffsetLayer(nn.Module):
-    """Offsets in pixels for both axes: `[B, H, W, C]` to `[B, H, W, 2 * C / share_dim]`.
-
-    The first half moves along the width, the second along the height. The linear layer runs in
-    float32 or wider also under bfloat16, whose spacing at 32 pixels would be a quarter pixel.
-    """
-
-    share_dim: int
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        groups = x.shape[-1] // self.share_dim
-        x = norm(wide(self.dtype), name="norm")(x)
-        return linear(2 * groups, wide(self.dtype), name="linear")(x)
-
-
-class ActiveTokenMixer(nn.Module):
-    """The ATM layer: tokens from the row, from the column and the own one, mixed by content.
-
-    Args of the call: `x` `[B, H, W, C]`, normalised; `offset` `[B, H, W, 2G]` of `OffsetLayer`.
-    Returns `[B, H, W, C]`. Where the collection 'intermediates' is mutable, the call leaves
-    `offset` and the mixing weights, `weight` `[B, 1, 1, C, 3]`, there.
-
-    Source: Active Token Mixer, section 3.
-    """
-
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, offset: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        offset_w, offset_h = jnp.split(offset, 2, axis=-1)
-        w = linear(channels, self.dtype, name="atm_w")(sample_axis(x, offset_w, "w"))
-        h = linear(channels, self.dtype, name="atm_h")(sample_axis(x, offset_h, "h"))
-        c = linear(channels, self.dtype, use_bias=False, name="atm_c")(x)
-
-        summary = (w + h + c).mean(axis=(1, 2), keepdims=True)
-        fusion = Mlp(channels // 4, 3 * channels, self.dtype, name="fusion")(summary)
-        weight = nn.softmax(fusion.reshape(*fusion.shape[:-1], channels, 3), axis=-1)
-        self.sow("intermediates", "offset", offset)
-        self.sow("intermediates", "weight", weight)
-        mixed = w * weight[..., 0] + h * weight[..., 1] + c * weight[..., 2]
-        return linear(channels, self.dtype, name="proj")(mixed)
 
 
 def _again(half: Callable[..., Any]) -> Callable[..., Any]:

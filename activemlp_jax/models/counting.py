@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from activemlp_jax.models.layers import LayerNorm
+from activemlp_jax.models.layers import LayerNorm, LinearParameters
 
 NORM_COST = 5  # operations the published counter adds for every element that passes a LayerNorm
 
@@ -39,7 +39,9 @@ def count_cost(model: nn.Module, height: int, width: int) -> Cost:
         output = next_method(*args, **kwargs)
         module = context.module
         if context.method_name == "__call__" and module.has_variable("params", "kernel"):
-            positions = math.prod(output.shape[:-1])
+            # What has a layer's parameters for several to be combined counts as the layer.
+            of = args[0] if isinstance(module, LinearParameters) else output
+            positions = math.prod(of.shape[:-1])
             macs += positions * module.get_variable("params", "kernel").size
         elif context.method_name == "__call__" and isinstance(module, LayerNorm):
             normalised += output.size

@@ -76,6 +76,23 @@ def _matmul_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, j
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+Affine = tuple[jax.Array, jax.Array | None]  # kernel `[I, O]` and bias `[O]` of a linear layer
+
+
+def _affine_parameters(
+    module: nn.Module, shape: tuple[int, int], bias: bool, dtype: Dtype
+) -> Affine:
+    kernel = module.param("kernel", linear_init, shape, dtype)
+    return kernel, module.param("bias", nn.initializers.zeros, shape[1:], dtype) if bias else None
+
+
+def affine(x: jax.Array, layer: Affine) -> jax.Array:
+    """`[.., I]` to `[.., O]`, in the dtype of `x`."""
+    kernel, bias = layer
+    out = _matmul(x, kernel.astype(x.dtype))
+    return out if bias is None else out + _along_last(bias.astype(x.dtype), out.ndim)
+
+
 class Linear(nn.Module):
     """A linear layer on the last axis: `[.., I]` to `[.., features]`."""
 
@@ -85,13 +102,22 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape, dtype = (x.shape[-1], self.features), wide(self.dtype)
-        kernel = self.param("kernel", linear_init, shape, dtype)
-        out = _matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-        if not self.use_bias:
-            return out
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-        return out + _along_last(bias.astype(self.dtype), out.ndim)
+        shape = (x.shape[-1], self.features)
+        layer = _affine_parameters(self, shape, self.use_bias, wide(self.dtype))
+        return affine(x.astype(self.dtype), layer)
+
+
+class LinearParameters(nn.Module):
+    """Kernel and bias of a linear layer on the last axis of `x` `[.., I]`, to combine layers."""
+
+    features: int
+    use_bias: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Affine:
+        shape = (x.shape[-1], self.features)
+        return _affine_parameters(self, shape, self.use_bias, wide(self.dtype))
 
 
 def linear(features: int, dtype: Dtype, use_bias: bool = True, name: str | None = None) -> Linear:
