@@ -1,10 +1,13 @@
 """What is known of the machine, and how its memory is used."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from activemlp_jax.training.hardware import CHOICES
 
 FAULTS = """
 import ctypes, resource, sys
@@ -23,10 +26,23 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+glibc_alone = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt"
+)
+
+
+def faults(how: str, **choice: str) -> int:
+    own = {name: value for name, value in os.environ.items() if name not in CHOICES}
+    command = [sys.executable, "-c", FAULTS, how]
+    return int(subprocess.check_output(command, env={**own, **choice}))
+
+
+@glibc_alone
 def test_memory_that_was_freed_is_not_asked_of_the_system_again():
-    faults = {
-        how: int(subprocess.check_output([sys.executable, "-c", FAULTS, how]))
-        for how in ("kept", "returned")
-    }
-    assert faults["kept"] < 1000 < faults["returned"], faults
+    kept, returned = faults("kept"), faults("returned")
+    assert kept < 1000 < returned, (kept, returned)
+
+
+@glibc_alone
+def test_what_the_environment_chooses_stays():
+    assert faults("kept", MALLOC_ARENA_MAX="16") > 1000
