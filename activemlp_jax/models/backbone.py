@@ -97,7 +97,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         depth = len(self.drop_path_rates)
-        keep = self._draw_drop_path(len(x)) if train and any(self.drop_path_rates) else None
+        keep = self._draw_drop_path(x.shape[0]) if train and any(self.drop_path_rates) else None
         peg = DepthwiseConv(self.dtype, name="peg")
         offset = None
         for j in range(depth):

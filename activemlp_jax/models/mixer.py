@@ -3,7 +3,7 @@
 Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -41,18 +41,38 @@ class OffsetLayer(nn.Module):
         return linear(2 * groups, wide(self.dtype), name="linear")(x)
 
 
+def _with_bias(layer: Affine) -> jax.Array:
+    """Kernel and bias as one matrix `[C + 1, C]`, for tokens with a one behind."""
+    kernel, bias = layer
+    row = jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
+    return jnp.concatenate([kernel, row[None]])
+
+
 def _map_at_once(
-    tokens: Sequence[jax.Array], layers: Sequence[Affine], weight: jax.Array, proj: Affine
+    tokens: Sequence[jax.Array],
+    layers: Sequence[Affine],
+    proj: Affine,
+    weigh: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """`[B, H, W, C]`: the tokens mapped, weighted, summed and mapped again, by one product."""
-    weights = jnp.moveaxis(weight[:, 0, 0], -1, 1)  # [B, 3, C]
-    kernels = jnp.stack([kernel for kernel, _ in layers]).astype(weights.dtype)
-    biases = jnp.stack([jnp.zeros_like(k[0]) if b is None else b for k, b in layers])
-    maps = affine(kernels[None] * weights[:, :, None], (proj[0], None))  # [B, 3, C, C]
-    bias = affine((biases[None].astype(weights.dtype) * weights).sum(axis=1), proj)
-    read = jnp.concatenate(tokens, axis=-1)
-    out = jnp.einsum("bhwi,bio->bhwo", read, maps.reshape(len(maps), -1, maps.shape[-1]))
-    return out + bias[:, None, None]
+    """`[B, H, W, C]`: the tokens mapped, weighted, summed and mapped again, by one product.
+
+    All that an image does to a layer meets in one matrix of its own, so that devices which share
+    a batch sum one gradient for each parameter.
+    """
+    batch, dtype = tokens[0].shape[0], tokens[0].dtype
+    kernel, bias = proj
+    assert bias is not None, "as the original's"
+    stacked = jnp.stack([_with_bias(layer) for layer in layers]).astype(dtype)
+    own = jnp.broadcast_to(stacked[None], (batch, *stacked.shape))  # [B, 3, C + 1, C]
+    means = jnp.stack([token.mean(axis=(1, 2)) for token in tokens], axis=1)
+    means = jnp.concatenate([means, jnp.ones((*means.shape[:2], 1), dtype)], axis=-1)
+    weight = weigh(jnp.einsum("bji,bjio->bo", means, own)[:, None, None])
+    weighted = own * jnp.moveaxis(weight[:, 0, 0], -1, 1)[:, :, None]
+    maps = affine(weighted, (kernel, None))
+    constant = maps[:, :, -1].sum(axis=1)[:, None, None]
+    maps = maps[:, :, :-1].reshape(batch, -1, maps.shape[-1])
+    out = jnp.einsum("bhwi,bio->bhwo", jnp.concatenate(tokens, axis=-1), maps)
+    return out + (constant + bias.astype(dtype).reshape(1, 1, 1, -1))
 
 
 class ActiveTokenMixer(nn.Module):
@@ -84,16 +104,17 @@ class ActiveTokenMixer(nn.Module):
         )
         layers = (atm_w, atm_h, atm_c)
 
-        means = (token.mean(axis=(1, 2), keepdims=True) for token in tokens)
-        w, h, c = map(affine, means, layers)
-        fusion = Mlp(channels // 4, 3 * channels, self.dtype, name="fusion")(w + h + c)
-        weight = nn.softmax(fusion.reshape(*fusion.shape[:-1], channels, 3), axis=-1)
-        self.sow("intermediates", "offset", offset)
-        self.sow("intermediates", "weight", weight)
+        def weigh(summary: jax.Array) -> jax.Array:
+            fusion = Mlp(channels // 4, 3 * channels, self.dtype, name="fusion")(summary)
+            weight = nn.softmax(fusion.reshape(*fusion.shape[:-1], channels, 3), axis=-1)
+            self.sow("intermediates", "offset", offset)
+            self.sow("intermediates", "weight", weight)
+            return weight
 
         # The maps cost C^3 multiply-adds each to make, and save C^2 a position.
         if height * width > len(tokens) * channels:
-            return _map_at_once(tokens, layers, weight, proj)
+            return _map_at_once(tokens, layers, proj, weigh)
         w, h, c = map(affine, tokens, layers)
+        weight = weigh((w + h + c).mean(axis=(1, 2), keepdims=True))
         mixed = w * weight[..., 0] + h * weight[..., 1] + c * weight[..., 2]
         return affine(mixed, proj)
