@@ -44,8 +44,6 @@ def peak_flops(device_kind: str, devices: int) -> float | None:
     return None if chip is None else chip.flops * devices
 
 
-CHOICES = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX")
-
 # Parameters of glibc's mallopt, from its malloc.h.
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
@@ -56,13 +54,13 @@ def keep_freed_memory() -> None:
     On a CPU each call of a compiled program asks for all of its temporary memory, which the C
     library would return to the system after it, and the system clears every page of it anew: a
     quarter of the time of a train step. Instead there is one heap that is never trimmed. On
-    accelerators, and with another C library than glibc, this changes nothing that counts. It does
-    nothing where the environment chooses how memory is had (`CHOICES`).
+    accelerators, and with another C library than glibc, this changes nothing that counts.
 
     One heap for all threads has its price: compiling leaves it in pieces, and takes longer itself.
-    Another allocator has neither; docs/performance.md says how to use one.
+    Where the environment sets MALLOC_ARENA_MAX, glibc's own number of heaps, nothing is done.
+    Another allocator needs neither; docs/performance.md says how to use one.
     """
-    if any(os.environ.get(name) for name in CHOICES):
+    if "MALLOC_ARENA_MAX" in os.environ:
         return
     # elsewhere there is no mallopt; OSError: no C library under this name
     with contextlib.suppress(AttributeError, OSError, TypeError):

@@ -42,14 +42,15 @@ def test_values_and_gradients_are_the_formulas(sides: tuple[int, int], dtype: st
         offset = jnp.asarray(2 * normal(1, "offset", (2, *sides, 2 * GROUPS)), dtype)
         cotangent = jnp.asarray(normal(1, "cotangent", x.shape), dtype)
         mixer = ActiveTokenMixer(jnp.dtype(dtype))
-        keys = jax.random.split(jax.random.key(0), 32)
-        variables = jax.eval_shape(mixer.init, keys[0], x, offset)
-        leaves, tree = jax.tree.flatten(variables)
+        variables = jax.eval_shape(mixer.init, jax.random.key(0), x, offset)
         # Biases too: they start at zero, where a mistake in them would not show.
-        leaves = [
-            jax.random.normal(k, leaf.shape, dtype) for k, leaf in zip(keys, leaves, strict=False)
-        ]
-        arguments = (jax.tree.unflatten(tree, leaves), x, offset)
+        variables = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jnp.asarray(
+                normal(1, jax.tree_util.keystr(path), leaf.shape), dtype
+            ),
+            variables,
+        )
+        arguments = (variables, x, offset)
 
         @partial(jax.jit, static_argnums=0)
         def value_and_cotangents(function: Any, *arguments: Any) -> Any:
