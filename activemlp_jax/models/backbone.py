@@ -39,25 +39,26 @@ class Block(nn.Module):
     """One residual block: ATM, then MLP, each behind a LayerNorm and drop path.
 
     A block that makes offsets (`makes_offset`) computes them from its input and returns them for
-    the blocks behind it; the others use those they are given. `keep` `[2, B]` has what drop path
-    multiplies each sample's halves with, if it is on. With `remat`, the backward pass computes
-    each half anew from its input.
+    the blocks behind it; the others use those they are given. With `remat`, the backward pass
+    computes each half anew from its input.
     """
 
     mlp_ratio: float
     share_dim: int
     makes_offset: bool
+    drop_path_rate: float
     dtype: Dtype = jnp.float32
     remat: bool = False
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, offset: jax.Array | None, keep: jax.Array | None
+        self, x: jax.Array, offset: jax.Array | None, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         channels = x.shape[-1]
-
-        def drop_path(branch: jax.Array, half: int) -> jax.Array:
-            return branch if keep is None else branch * keep[half].reshape(-1, 1, 1, 1)
+        # Dropout over the batch axis alone is drop path: whole samples, scaled by 1 / keep.
+        drop_path = nn.Dropout(
+            self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
+        )
 
         def mix(
             block: Block, x: jax.Array, offset: jax.Array | None
@@ -75,8 +76,8 @@ class Block(nn.Module):
         if self.remat:
             mix, transform = _again(mix), _again(transform)
         mixed, offset = mix(self, x, offset)
-        x = x + drop_path(mixed, 0)
-        return x + drop_path(transform(self, x), 1), offset
+        x = x + drop_path(mixed)
+        return x + drop_path(transform(self, x)), offset
 
 
 class Stage(nn.Module):
@@ -97,10 +98,9 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         depth = len(self.drop_path_rates)
-        keep = self._draw_drop_path(x.shape[0]) if train and any(self.drop_path_rates) else None
         peg = DepthwiseConv(self.dtype, name="peg")
         offset = None
-        for j in range(depth):
+        for j, rate in enumerate(self.drop_path_rates):
             makes_offset = j % self.offset_interval == 0 and j != depth - 1
             if makes_offset:
                 x = x + peg(x)
@@ -108,22 +108,13 @@ class Stage(nn.Module):
                 self.mlp_ratio,
                 self.share_dim,
                 makes_offset,
+                rate,
                 self.dtype,
                 self.remat,
                 name=f"block_{j}",
             )
-            x, offset = block(x, offset, None if keep is None else keep[j])
+            x, offset = block(x, offset, train)
         return x
-
-    def _draw_drop_path(self, batch_size: int) -> jax.Array:
-        """`[depth, 2, B]`: 0 for the samples that a half of a block leaves out, else 1 / keep.
-
-        Drawn at once: to compile a draw takes longer than all that is done with it.
-        """
-        keep = 1 - jnp.asarray(self.drop_path_rates, jnp.float32).reshape(-1, 1, 1)
-        shape = len(keep), 2, batch_size
-        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
-        return (kept / keep).astype(self.dtype)
 
 
 def check_architecture(
