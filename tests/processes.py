@@ -15,10 +15,9 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[1]
 
-# These processes run what they compile a few times only. LLVM's optimisation takes a third of the
-# time to compile (XLA's own passes are those of any run), and one heap for all threads a fifth:
-# glibc's own number of heaps is 8 a core.
-COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "MALLOC_ARENA_MAX": "16"}
+# These processes run what they compile a few times only, and LLVM's optimisation takes a third of
+# the time to compile. XLA's own passes are those of any run.
+COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 def free_address() -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import os
 import resource
 from typing import NamedTuple
 
@@ -45,7 +44,7 @@ def peak_flops(device_kind: str, devices: int) -> float | None:
 
 
 # Parameters of glibc's mallopt, from its malloc.h.
-TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
+TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
@@ -53,19 +52,16 @@ def keep_freed_memory() -> None:
 
     On a CPU each call of a compiled program asks for all of its temporary memory, which the C
     library would return to the system after it, and the system clears every page of it anew: a
-    quarter of the time of a train step. Instead there is one heap that is never trimmed. On
+    quarter of the time of a train step. The heap of the main thread can be kept, those of other
+    threads hold no pieces of that size. So JAX is to run a CPU's programs in the thread that calls
+    them, which it reads when it first looks for devices, and that heap is never trimmed. On
     accelerators, and with another C library than glibc, this changes nothing that counts.
-
-    One heap for all threads has its price: compiling leaves it in pieces, and takes longer itself.
-    Where the environment sets MALLOC_ARENA_MAX, glibc's own number of heaps, nothing is done.
-    Another allocator needs neither; docs/performance.md says how to use one.
     """
-    if "MALLOC_ARENA_MAX" in os.environ:
-        return
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # elsewhere there is no mallopt; OSError: no C library under this name
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
+        for parameter, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
             mallopt(parameter, value)
 
 
