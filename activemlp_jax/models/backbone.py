@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.models.layers import DepthwiseConv, Dtype, Mlp, conv, linear, norm, wide
+from activemlp_jax.models.convolutions import DepthwiseConv, conv
+from activemlp_jax.models.layers import Dtype, Mlp, linear, norm, wide
 from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
 
 MIN_IMAGE_SIDE = 32  # the four stages reduce by 32

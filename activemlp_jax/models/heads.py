@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from activemlp_jax.models.layers import Dtype, conv_init, wide
+from activemlp_jax.models.convolutions import conv_init
+from activemlp_jax.models.layers import Dtype, wide
 from activemlp_jax.models.resizing import pool_adaptive, resize_bilinear, resize_nearest
 
 BATCH_NORM_MOMENTUM = 0.1

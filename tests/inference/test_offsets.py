@@ -19,7 +19,8 @@ from activemlp_jax.inference import offset_pictures as pictures
 from activemlp_jax.inference import offsets as module
 from activemlp_jax.inference.offset_pictures import draw_offsets, draw_reach, draw_reads
 from activemlp_jax.inference.offsets import BlockOffsets, inspect_offsets, mean_reach, show_to_model
-from activemlp_jax.models.layers import DepthwiseConv, Mlp
+from activemlp_jax.models.convolutions import DepthwiseConv
+from activemlp_jax.models.layers import Mlp
 from activemlp_jax.models.sampling import definition
 from activemlp_jax.weights.model_directory import ModelCard
 

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import assert_close
 from jax.test_util import check_grads
 
-from activemlp_jax.models import layers
+from activemlp_jax.models import convolutions, layers
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +25,9 @@ def normal(seed: int, *shape: int) -> jax.Array:
         (layers.Linear(5, True, jnp.float64), (2, 3, 4)),
         (layers.Linear(3, True, jnp.float64), (2, 3, 4)),  # fewer out than in
         (layers.LayerNorm(jnp.float64), (2, 3, 6)),
-        (layers.DepthwiseConv(jnp.float64), (2, 4, 5, 3)),
-        (layers.Conv(4, 7, 4, 2, jnp.float64), (1, 9, 10, 3)),  # of an image
-        (layers.Conv(4, 3, 2, 1, jnp.float64), (1, 5, 4, 16)),
+        (convolutions.DepthwiseConv(jnp.float64), (2, 4, 5, 3)),
+        (convolutions.Conv(4, 7, 4, 2, jnp.float64), (1, 9, 10, 3)),  # of an image
+        (convolutions.Conv(4, 3, 2, 1, jnp.float64), (1, 5, 4, 16)),
         (layers.Mlp(6, 4, jnp.float64), (2, 3, 5)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, layers.nn.Module) else "",
@@ -37,40 +36,3 @@ def test_derivatives_by_input_and_parameters_are_those_of_differences(layer, sha
     x = normal(0, *shape)
     variables = jax.tree.map(lambda leaf: normal(1, *leaf.shape), layer.init(jax.random.key(0), x))
     check_grads(layer.apply, (variables, x), order=1, modes=["rev"])
-
-
-@pytest.mark.parametrize("sides", [(32, 32), (37, 50)])
-@pytest.mark.parametrize(("size", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])
-def test_a_kernels_derivative_by_patches_is_that_of_the_convolution(size, stride, padding, sides):
-    x, kernel = normal(0, 2, *sides, 3), normal(1, size, size, 3, 8)
-
-    def convolve(kernel):
-        return jax.lax.conv_general_dilated(
-            x, kernel, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=layers.NHWC
-        )
-
-    out, transposed = jax.vjp(convolve, kernel)
-    cotangent = normal(2, *out.shape)
-    found = layers.kernel_cotangent_by_patches(x, kernel, cotangent, stride, padding)
-    assert_close(found, np.asarray(transposed(cotangent)[0]), 1e-12, "the kernel's derivative")
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        (layers.DepthwiseConv(jnp.float64), (2, 4, 5, 3)),
-        (layers.Conv(4, 7, 4, 2, jnp.float64), (1, 9, 10, 3)),
-    ],
-    ids=["depthwise", "of an image"],
-)
-def test_what_a_derivative_makes_of_the_input_waits_for_the_cotangent(layer, shape):
-    x = normal(0, *shape)
-    variables = layer.init(jax.random.key(0), x)
-    out, transposed = jax.vjp(lambda variables: layer.apply(variables, x), variables)
-    backward = jax.make_jaxpr(transposed)(out)
-    waiting = [
-        {variable.aval.shape for variable in eqn.outvars}
-        for eqn in backward.eqns
-        if eqn.primitive.name == "optimization_barrier"
-    ]
-    assert {shape, out.shape} in waiting, backward

@@ -1,0 +1,56 @@
+"""Convolutions by other means, held against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from goldens import assert_close
+
+from activemlp_jax.models import convolutions
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (37, 50)])
+@pytest.mark.parametrize(("size", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])
+def test_a_kernels_derivative_by_patches_is_that_of_the_convolution(size, stride, padding, sides):
+    x, kernel = normal(0, 2, *sides, 3), normal(1, size, size, 3, 8)
+
+    def convolve(kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride,) * 2, ((padding,) * 2,) * 2, dimension_numbers=convolutions.NHWC
+        )
+
+    out, transposed = jax.vjp(convolve, kernel)
+    cotangent = normal(2, *out.shape)
+    found = convolutions.kernel_cotangent_by_patches(x, kernel, cotangent, stride, padding)
+    assert_close(found, np.asarray(transposed(cotangent)[0]), 1e-12, "the kernel's derivative")
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (convolutions.DepthwiseConv(jnp.float64), (2, 4, 5, 3)),
+        (convolutions.Conv(4, 7, 4, 2, jnp.float64), (1, 9, 10, 3)),
+    ],
+    ids=["depthwise", "of an image"],
+)
+def test_what_a_derivative_makes_of_the_input_waits_for_the_cotangent(layer, shape):
+    x = normal(0, *shape)
+    variables = layer.init(jax.random.key(0), x)
+    out, transposed = jax.vjp(lambda variables: layer.apply(variables, x), variables)
+    backward = jax.make_jaxpr(transposed)(out)
+    waiting = [
+        {variable.aval.shape for variable in eqn.outvars}
+        for eqn in backward.eqns
+        if eqn.primitive.name == "optimization_barrier"
+    ]
+    assert {shape, out.shape} in waiting, backward
