@@ -35,58 +35,106 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, sides, dimension_numbers=NHWC)
 
 
-def _kernel_cotangent(
-    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int, padding: int
-) -> jax.Array:
-    transposed = jax.linear_transpose(lambda k: _convolve(x, k, stride, padding), kernel)
-    return transposed(cotangent)[0]
+def _patches(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
+    """`[B, H', W', size * size * C]`: what a convolution reads for each place.
 
-
-def kernel_cotangent_by_patches(
-    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int, padding: int
-) -> jax.Array:
-    """The derivative by the kernel as one product of patches, what is read for a place each.
-
-    As a convolution, with the cotangent for a kernel, it would take a TPU's compiler three quarters
-    of a minute. Patches are worth their memory for few channels only.
+    A row of `stride` neighbouring pixels is one row of numbers, so that few slices are enough.
     """
+    batch, height, width, channels = x.shape
+    blocks = -(-size // stride)  # such rows, or parts of one, that a line of a patch touches
+    out_height, out_width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
+    rows, columns = out_height + blocks - 1, out_width + blocks - 1
+    behind = (rows * stride - height - padding, columns * stride - width - padding)
+    sides = [(0, 0, 0), *((padding, side, 0) for side in behind), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), sides)
+    x = x.reshape(batch, rows, stride, columns, stride * channels)
+    parts = []
+    for i in range(size):
+        line = x[:, i // stride : i // stride + out_height, i % stride]
+        for j in range(blocks):
+            read = min(stride, size - j * stride) * channels
+            parts.append(line[:, :, j : j + out_width, :read])
+    return jnp.concatenate(parts, axis=-1)
+
+
+def convolve_by_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """`convolve` as one product of patches."""
+    patches = _patches(x, len(kernel), stride, padding)
+    flat = kernel.reshape(-1, kernel.shape[-1])
+    return jax.lax.dot_general(patches, flat, (((3,), (0,)), ((), ())))
+
+
+POSITIONS = (((0, 1, 2), (0, 1, 2)), ((), ()))  # to sum a product over
+
+
+def cotangent_by_slices(
+    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int, padding: int
+) -> jax.Array:
+    """The derivative of `convolve` by the kernel, as one product of patches."""
+    patches = _patches(x, len(kernel), stride, padding)
+    # A CPU transposes the first operand: let that be the smaller one.
+    return jax.lax.dot_general(cotangent, patches, POSITIONS).T.reshape(kernel.shape)
+
+
+def cotangent_by_filters(
+    x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int, padding: int
+) -> jax.Array:
+    """The derivative of `convolve` by the kernel, as one product of patches that filters cut."""
     size, _, channels, features = kernel.shape
     patches = jax.lax.conv_general_dilated_patches(
         x, (size,) * 2, (stride,) * 2, ((padding, padding),) * 2, dimension_numbers=NHWC
     )
-    positions = (((0, 1, 2), (0, 1, 2)), ((), ()))
-    products = jax.lax.dot_general(patches, cotangent, positions)
+    products = jax.lax.dot_general(patches, cotangent, POSITIONS)
     return products.reshape(channels, size, size, features).transpose(1, 2, 0, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve_image(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """A convolution of few channels: `[B, H, W, C]` by `[k, k, C, features]`."""
-    return _convolve(x, kernel, stride, padding)
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """A convolution, `[B, H, W, C]` by `[size, size, C, features]`.
+
+    CPUs are faster at one product of patches, which a stride of 2 or more makes few of. A TPU's
+    compiler takes three quarters of a minute for the derivative by the kernel of an image's
+    convolution, as one with the cotangent for a kernel: there that is a product of patches, too.
+    """
+    return jax.lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(convolve_by_patches, stride=stride, padding=padding),
+        default=functools.partial(_convolve, stride=stride, padding=padding),
+    )
 
 
-def _convolve_image_forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> Any:
-    return _convolve(x, kernel, stride, padding), (x, kernel)
+def _convolve_forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> Any:
+    return convolve(x, kernel, stride, padding), (x, kernel)
 
 
-def _convolve_image_backward(
+def _convolve_backward(
     stride: int, padding: int, residuals: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    # A TPU's compiler would take the patches in the forward pass, and keep them until here.
-    x, cotangent = jax.lax.optimization_barrier((x, cotangent))
-    transposed = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)
+    of_image = x.shape[-1] < FEW_CHANNELS
+    if of_image:
+        # A TPU's compiler would take the patches in the forward pass, and keep them until here.
+        x, cotangent = jax.lax.optimization_barrier((x, cotangent))
+
+    def by_convolution(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
+        transposed = jax.linear_transpose(lambda k: _convolve(x, k, stride, padding), kernel)
+        return transposed(cotangent)[0]
+
+    by_filters = functools.partial(cotangent_by_filters, stride=stride, padding=padding)
     kernel_cotangent = jax.lax.platform_dependent(
         x,
         kernel,
         cotangent,
-        tpu=functools.partial(kernel_cotangent_by_patches, stride=stride, padding=padding),
-        default=functools.partial(_kernel_cotangent, stride=stride, padding=padding),
+        cpu=functools.partial(cotangent_by_slices, stride=stride, padding=padding),
+        tpu=by_filters if of_image else by_convolution,
+        default=by_convolution,
     )
+    transposed = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)
     return transposed(cotangent)[0], kernel_cotangent
 
 
-convolve_image.defvjp(_convolve_image_forward, _convolve_image_backward)
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv(nn.Module):
@@ -107,7 +155,6 @@ class Conv(nn.Module):
         shape = (self.size, self.size, channels, self.features)
         kernel = self.param("kernel", conv_init(), shape, dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-        convolve = convolve_image if channels < FEW_CHANNELS else _convolve
         out = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
         return out + along_last(bias.astype(self.dtype), out.ndim)
 

@@ -19,9 +19,9 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-@pytest.mark.parametrize("sides", [(32, 32), (37, 50)])
+@pytest.mark.parametrize("sides", [(32, 32), (37, 50), (38, 51)])
 @pytest.mark.parametrize(("size", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])
-def test_a_kernels_derivative_by_patches_is_that_of_the_convolution(size, stride, padding, sides):
+def test_products_of_patches_are_the_convolution_and_its_derivative(size, stride, padding, sides):
     x, kernel = normal(0, 2, *sides, 3), normal(1, size, size, 3, 8)
 
     def convolve(kernel):
@@ -30,9 +30,12 @@ def test_a_kernels_derivative_by_patches_is_that_of_the_convolution(size, stride
         )
 
     out, transposed = jax.vjp(convolve, kernel)
+    found = convolutions.convolve_by_patches(x, kernel, stride, padding)
+    assert_close(found, np.asarray(out), 1e-12, "the convolution")
     cotangent = normal(2, *out.shape)
-    found = convolutions.kernel_cotangent_by_patches(x, kernel, cotangent, stride, padding)
-    assert_close(found, np.asarray(transposed(cotangent)[0]), 1e-12, "the kernel's derivative")
+    for form in (convolutions.cotangent_by_slices, convolutions.cotangent_by_filters):
+        found = form(x, kernel, cotangent, stride, padding)
+        assert_close(found, np.asarray(transposed(cotangent)[0]), 1e-12, form.__name__)
 
 
 @pytest.mark.parametrize(
