@@ -1,6 +1,7 @@
 """Settings every test runs under: strict shapes, warnings as errors, fast tests first."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -15,6 +16,9 @@ CACHE_SIZE = os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(8 * 2**
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_compilation_cache_max_size", int(CACHE_SIZE))
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A script's background jobs ignore Ctrl-C, and so would the processes that tests start and stop.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
