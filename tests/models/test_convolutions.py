@@ -4,25 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from goldens import assert_close
+from goldens import assert_close, normal
 
 from activemlp_jax.models import convolutions
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("sides", [(32, 32), (37, 50), (38, 51)])
 @pytest.mark.parametrize(("size", "stride", "padding"), [(7, 4, 2), (3, 2, 1)])
 def test_products_of_patches_are_the_convolution_and_its_derivative(size, stride, padding, sides):
-    x, kernel = normal(0, 2, *sides, 3), normal(1, size, size, 3, 8)
+    x = jnp.asarray(normal(0, "input", (2, *sides, 3)))
+    kernel = jnp.asarray(normal(0, "kernel", (size, size, 3, 8)))
 
     def convolve(kernel):
         return jax.lax.conv_general_dilated(
@@ -32,7 +25,7 @@ def test_products_of_patches_are_the_convolution_and_its_derivative(size, stride
     out, transposed = jax.vjp(convolve, kernel)
     found = convolutions.convolve_by_patches(x, kernel, stride, padding)
     assert_close(found, np.asarray(out), 1e-12, "the convolution")
-    cotangent = normal(2, *out.shape)
+    cotangent = jnp.asarray(normal(0, "cotangent", out.shape))
     for form in (convolutions.cotangent_by_slices, convolutions.cotangent_by_filters):
         found = form(x, kernel, cotangent, stride, padding)
         assert_close(found, np.asarray(transposed(cotangent)[0]), 1e-12, form.__name__)
@@ -47,7 +40,7 @@ def test_products_of_patches_are_the_convolution_and_its_derivative(size, stride
     ids=["depthwise", "of an image"],
 )
 def test_what_a_derivative_makes_of_the_input_waits_for_the_cotangent(layer, shape):
-    x = normal(0, *shape)
+    x = jnp.asarray(normal(0, "input", shape))
     variables = layer.init(jax.random.key(0), x)
     out, transposed = jax.vjp(lambda variables: layer.apply(variables, x), variables)
     backward = jax.make_jaxpr(transposed)(out)

@@ -2,21 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from goldens import normal
 from jax.test_util import check_grads
 
 from activemlp_jax.models import convolutions, layers
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    with jax.enable_x64(True):
-        yield
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize(
@@ -33,6 +25,8 @@ def normal(seed: int, *shape: int) -> jax.Array:
     ids=lambda value: type(value).__name__ if isinstance(value, layers.nn.Module) else "",
 )
 def test_derivatives_by_input_and_parameters_are_those_of_differences(layer, shape):
-    x = normal(0, *shape)
-    variables = jax.tree.map(lambda leaf: normal(1, *leaf.shape), layer.init(jax.random.key(0), x))
+    x = jnp.asarray(normal(0, "input", shape))
+    variables = jax.tree.map(
+        lambda leaf: jnp.asarray(normal(0, "weights", leaf.shape)), layer.init(jax.random.key(0), x)
+    )
     check_grads(layer.apply, (variables, x), order=1, modes=["rev"])
