@@ -13,7 +13,7 @@ import activemlp_jax as am
 from activemlp_jax.training.classification import soft_cross_entropy
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.optimizer import decay_mask, make_optimizer
-from activemlp_jax.training.step import TrainState, make_train_step
+from activemlp_jax.training.step import TrainState, make_train_step, norm_over_all
 
 
 def micro(**changes: Any) -> am.ActiveMLP:
@@ -160,6 +160,13 @@ def test_random_numbers_follow_from_seed_and_step_alone():
 
     assert losses(0, 0)[1:] == losses(0, 1)[:2]
     assert len({*losses(0, 0), *losses(1, 0)}) == 6
+
+
+def test_the_norm_over_all_leaves_of_a_model():
+    params = goldens.rule_variables(micro())["params"]
+    everything = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
+    expected, found = np.linalg.norm(everything.astype(np.float64)), norm_over_all(params)
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_step_tells_the_norms_of_gradient_and_weights():
