@@ -20,6 +20,7 @@ from activemlp_jax.benchmarks.measuring import (
 )
 from activemlp_jax.benchmarks.operator import Case, compile_operator, draw_cases
 from activemlp_jax.benchmarks.programs import (
+    TRAINING,
     compile_copy,
     compile_forward,
     compile_matmul,
@@ -182,8 +183,13 @@ def measure_all(
             write_csv(file, measurements, machine)
 
 
-def print_models(training: bool, model: Sequence[str] | None, options: Options) -> None:
-    """The commands `model` and `train`: images a second of classifiers, all if `model` is None.
+def print_models(whats: Sequence[str], model: Sequence[str] | None, options: Options) -> None:
+    """The commands `model` and `train`: images a second of classifiers.
+
+    Args:
+      whats: out of `TRAINING`, or nothing, for the forward pass.
+      model: their names, or None for all.
+      options: how to measure.
 
     Raises:
       UserError: options that cannot work.
@@ -199,7 +205,12 @@ def print_models(training: bool, model: Sequence[str] | None, options: Options) 
         yield compile_matmul()
         inputs = draw_inputs(workload)
         ours = []
-        for contender in (compile_training if training else compile_forward)(workload, inputs):
+        compiling = (
+            compile_training(workload, inputs, whats)
+            if whats
+            else compile_forward(workload, inputs)
+        )
+        for contender in compiling:
             ours.append(contender)
             yield contender
         if options.compare:
@@ -264,6 +275,8 @@ def add_commands(commands: Any) -> None:
             command.add_argument(
                 "--model", action="append", metavar="NAME", help="only this; may be repeated (all)"
             )
+        if name == "train":
+            command.add_argument("--only", choices=TRAINING, help="not the other (both)")
         command.add_argument("--batch-size", type=int, default=8, help="images (8)")
         command.add_argument("--image-size", type=int, default=224, help="side in pixels (224)")
         command.add_argument(
@@ -281,9 +294,12 @@ def add_commands(commands: Any) -> None:
 def run(command: str, arguments: dict[str, Any]) -> None:
     """One of the commands that `add_commands` adds, with its options by name."""
     keep_freed_memory()  # as train.py does
-    of_one = {name: arguments.pop(name) for name in ("model", "deviation") if name in arguments}
+    own = ("model", "only", "deviation")
+    of_one = {name: arguments.pop(name) for name in own if name in arguments}
     options = Options(**arguments)
     if command == "op":
         print_operator(options=options, **of_one)
     else:
-        print_models(command == "train", options=options, **of_one)
+        only = of_one.pop("only", None)
+        whats = ((only,) if only else TRAINING) if command == "train" else ()
+        print_models(whats, options=options, **of_one)

@@ -1,7 +1,7 @@
 """JAX's side of the benchmarks: classifiers, their training step, a matrix product."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -131,8 +131,13 @@ def as_images(pixels: np.ndarray) -> np.ndarray:
     return (pixels.astype(np.float32) - 127.5) / 73.9
 
 
-def compile_training(workload: Workload, inputs: Inputs) -> Iterator[Contender]:
-    """The gradient of the loss, and the whole step that `train.py` runs."""
+TRAINING = ("gradient", "step")
+
+
+def compile_training(
+    workload: Workload, inputs: Inputs, whats: Sequence[str] = TRAINING
+) -> Iterator[Contender]:
+    """The gradient of the loss, and the whole step that `train.py` runs; or one of `whats`."""
     config = recipe(workload)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     examples = EPOCH_MULTIPLE * workload.batch_size
@@ -150,7 +155,10 @@ def compile_training(workload: Workload, inputs: Inputs) -> Iterator[Contender]:
     examples_and_targets = jax.jit(program.task.inputs)(batch, key)
     variables = sharding.put_everywhere(inputs.variables, mesh)
     arguments = (variables, examples_and_targets)
-    yield compile_function("gradient", JAX, workload, gradient, arguments, flops)
+    if "gradient" in whats:
+        yield compile_function("gradient", JAX, workload, gradient, arguments, flops)
+    if "step" not in whats:
+        return
 
     began = time.perf_counter()
     compiled = program.train_step.lower(program.state, program.batch).compile()

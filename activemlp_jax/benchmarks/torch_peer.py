@@ -4,6 +4,7 @@ It is `weights/torch_model.py` with operators that are faster there, compiled by
 Needs the extra `torch`.
 """
 
+import gc
 import importlib
 import os
 import time
@@ -143,6 +144,21 @@ def compile_function(function: Any) -> Any:
     return torch.compile(function, dynamic=False)
 
 
+def compile_model(model: nn.Module) -> nn.Module:
+    """`model`, compiled: whole on a CPU; on a GPU by parts, each of which is compiled once a shape.
+
+    Blocks of a stage share a program, so that the largest models take no longer than the smallest;
+    what is left between the parts are additions and convolutions, which are libraries' on a GPU.
+    """
+    if jax.default_backend() == "cpu":
+        return compile_function(model)
+    torch._dynamo.config.recompile_limit = 64  # four stages, operators, with gradients and without
+    for part in model.modules():
+        if isinstance(part, Block | nn.Sequential):  # the latter make offsets
+            part.compile(dynamic=False)
+    return model
+
+
 def find_deform_conv2d(say: Callable[[str], None]) -> Callable[..., Tensor] | None:
     """torchvision's, where it can be imported; `say` is told why it cannot."""
     try:
@@ -150,6 +166,9 @@ def find_deform_conv2d(say: Callable[[str], None]) -> Callable[..., Tensor] | No
     except (ImportError, OSError, RuntimeError) as error:  # the last two: made for another PyTorch
         say(f"without torchvision's deform_conv2d: {one_line(error)}")
         return None
+
+
+EAGER = ("deform_conv2d",)  # as the original computes it: without torch.compile
 
 
 def list_operators(say: Callable[[str], None]) -> dict[str, Operator]:
@@ -163,6 +182,25 @@ def list_operators(say: Callable[[str], None]) -> dict[str, Operator]:
 def _held() -> int:
     """Bytes of the GPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def capture(once: Callable[[], Any]) -> Callable[[], Any]:
+    """What `once` does on a GPU, as one CUDA graph: without Python, and without waiting for it.
+
+    `once` itself where PyTorch cannot record it, which is told.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # where PyTorch wants it to have run before
+        once()
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            once()
+    except RuntimeError as error:
+        print(f"without a CUDA graph: {one_line(error)}", flush=True)
+        return once
+    return graph.replay
 
 
 def _contender(
@@ -190,6 +228,7 @@ def _contender(
         torch.cuda.reset_peak_memory_stats()
         call(1)
         memory = torch.cuda.max_memory_allocated() - held
+        once = capture(once)
     title = f"torch {implementation}"
     return Contender(what, title, workload, call, flops, memory, elapsed, traffic)
 
@@ -245,6 +284,7 @@ def _make_step(peer: Peer) -> Callable[[], Any]:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=True,
+        capturable=parameters[0].is_cuda,
     )
 
     def once() -> None:
@@ -263,7 +303,7 @@ def prepare_models(
     jax_contenders: Sequence[Contender],
     inputs: Inputs,
     operators: Mapping[str, Operator],
-    compiler: Compiler = compile_function,
+    compiler: Compiler = compile_model,
 ) -> Iterator[Contender]:
     """Peers of JAX at the same.
 
@@ -271,17 +311,20 @@ def prepare_models(
       jax_contenders: forward, or gradient and step, of one workload.
       inputs: of all.
       operators: of the peers, by name.
-      compiler: of the model.
+      compiler: of the models, but for those in `EAGER`.
     """
     # Else the limit of programs a function would be met, and what comes next be left uncompiled.
     torch._dynamo.reset()
+    if torch.cuda.is_available():
+        gc.collect()  # graphs of models before this one hold their memory
+        torch.cuda.empty_cache()
     workload, device = jax_contenders[0].workload, choose_device()
     for name, operator in operators.items():
         held = _held()
         model = build_peer(workload.model, inputs, operator, device)
         peer = Peer(
             model,
-            compiler(model),
+            model if name in EAGER else compiler(model),
             torch.from_numpy(as_images(inputs.pixels)).to(device),
             torch.from_numpy(inputs.labels).long().to(device),
             torch.autocast(device.type, torch.bfloat16, enabled=workload.dtype == "bfloat16"),
