@@ -200,7 +200,12 @@ def capture(once: Callable[[], Any]) -> Callable[[], Any]:
     except RuntimeError as error:
         print(f"without a CUDA graph: {one_line(error)}", flush=True)
         return once
-    return graph.replay
+
+    def replay() -> Callable[[], Any]:
+        graph.replay()
+        return once  # holds the tensors that the graph works on
+
+    return replay
 
 
 def _contender(
