@@ -34,8 +34,8 @@ from activemlp_jax.inference.files import (
     unbroken,
     watched,
 )
-from activemlp_jax.inference.scene_evaluation import keep_compiled_programs
 from activemlp_jax.outputs import check_output_file
+from activemlp_jax.process import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.weights.model_directory import read_card, read_weights
 
 Write = Callable[[IO[bytes], Sequence[str], np.ndarray], None]
@@ -144,6 +144,7 @@ def main() -> None:
         "--output", metavar="FILE", required=True, help="to write, .npz or .parquet (by pyarrow)"
     )
     arguments: dict[str, Any] = vars(parser.parse_args())
+    collect_garbage_rarely()
     output, broken = arguments["output"], list[ImageFile]()
     try:
         done, names, rows = embed(arguments["directory"], arguments["images"], output, broken)

@@ -35,11 +35,11 @@ from activemlp_jax.inference.scene_evaluation import class_table, evaluate_scene
 from activemlp_jax.inference.scenes import round_up
 from activemlp_jax.inference.views import MULTI_SCALE, make_protocol
 from activemlp_jax.models.backbone import ActiveMLP
+from activemlp_jax.process import collect_garbage_rarely, keep_freed_memory
 from activemlp_jax.training import sharding
 from activemlp_jax.training.classification import Classification
 from activemlp_jax.training.command import HOST_OPTIONS
 from activemlp_jax.training.evaluation import evaluate
-from activemlp_jax.training.hardware import keep_freed_memory
 from activemlp_jax.weights.model_directory import check_classes, read_card, read_weights
 
 Metrics = dict[str, float]
@@ -199,6 +199,7 @@ def main() -> None:
         parser.add_argument(*spelt, type=parse, default=default, help=text)
     arguments = vars(parser.parse_args())
     keep_freed_memory()
+    collect_garbage_rarely()
     hosts = sharding.Hosts(**{name: arguments.pop(name) for name, *_ in HOST_OPTIONS})
     try:
         for option, least in (("batch_size", 1), ("num_threads", 0), ("size_multiple", 1)):

@@ -26,6 +26,7 @@ from activemlp_jax.exporting.onnx import write_onnx
 from activemlp_jax.exporting.stablehlo import write_stablehlo
 from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
 from activemlp_jax.outputs import check_output
+from activemlp_jax.process import collect_garbage_rarely
 from activemlp_jax.weights.convert import NAMES
 from activemlp_jax.weights.model_directory import (
     ModelCard,
@@ -151,6 +152,7 @@ def main() -> None:
         help="side of the input in pixels (the model's, or that of its windows)",
     )
     arguments = vars(parser.parse_args())
+    collect_garbage_rarely()
     arguments["formats"] = arguments["formats"] or USUAL
     output = Path(arguments["output"])
     try:

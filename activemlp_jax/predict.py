@@ -50,10 +50,11 @@ from activemlp_jax.inference.imagenet_names import readable_names
 from activemlp_jax.inference.offset_pictures import Point, check_tokens, draw_offsets
 from activemlp_jax.inference.offsets import inspect_offsets, show_to_model
 from activemlp_jax.inference.overlays import class_shares, draw_overlay
-from activemlp_jax.inference.scene_evaluation import keep_compiled_programs, open_segmenter
+from activemlp_jax.inference.scene_evaluation import open_segmenter
 from activemlp_jax.inference.scenes import segment_image
 from activemlp_jax.inference.views import PUBLISHED, Protocol, make_protocol
 from activemlp_jax.outputs import check_output_file
+from activemlp_jax.process import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.weights.model_directory import ModelCard, Variables, read_card, read_weights
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # what is written has these after its name
@@ -325,6 +326,7 @@ def main() -> None:
         "--slide", action="store_true", help="by windows of the size trained on, for large photos"
     )
     arguments = vars(parser.parse_args())
+    collect_garbage_rarely()
     try:
         broken = predict(arguments)
     except UserError as error:

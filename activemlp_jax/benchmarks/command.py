@@ -30,7 +30,7 @@ from activemlp_jax.benchmarks.programs import (
 from activemlp_jax.errors import UserError, install_command
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
-from activemlp_jax.training.hardware import keep_freed_memory
+from activemlp_jax.process import keep_freed_memory
 
 MIB = 2**20
 

@@ -2,10 +2,8 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,10 +17,9 @@ from activemlp_jax.inference.metrics import class_figures, scene_metrics
 from activemlp_jax.inference.scenes import Part, Segmenter, Settings, make_evaluation, round_up
 from activemlp_jax.inference.views import Protocol, Shape
 from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.process import keep_compiled_programs
 from activemlp_jax.training import sharding
 from activemlp_jax.weights.model_directory import ModelCard, check_classes, read_card, read_weights
-
-CACHE_LIMIT = 8 * 2**30  # bytes; JAX locks a cache only where it has one
 
 
 class SceneEvaluation(NamedTuple):
@@ -38,14 +35,6 @@ class SceneEvaluation(NamedTuple):
     confusion: dict[str, np.ndarray]
     class_names: tuple[str, ...]
     protocol: str
-
-
-def keep_compiled_programs() -> None:
-    """Have JAX keep what it compiles on disk, in the user's cache, unless told where otherwise."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(caches / "activemlp_jax" / "jax"))
-        jax.config.update("jax_compilation_cache_max_size", CACHE_LIMIT)
 
 
 def open_segmenter(directory: str, protocol: Protocol) -> tuple[ModelCard, Segmenter]:

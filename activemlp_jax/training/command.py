@@ -12,8 +12,8 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from activemlp_jax.errors import Interrupted, UserError, exit_with
+from activemlp_jax.process import collect_garbage_rarely, keep_freed_memory
 from activemlp_jax.training.config import default_config
-from activemlp_jax.training.hardware import keep_freed_memory
 
 # The fields of sharding.Hosts: name, type, default, help.
 HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
@@ -92,6 +92,7 @@ def start(
       own_flags: names of the flags that --help shows beside the config; they are defined.
       default_path: the config file where the command line names none; None where it must.
     """
+    collect_garbage_rarely()
     asks_for_help = any(argument.lstrip("-") in HELP for argument in sys.argv[1:])
     if not asks_for_help:
         try:

@@ -1,7 +1,5 @@
 """What chips can do at most, by their makers' data sheets, and what memory is in use."""
 
-import contextlib
-import ctypes
 import resource
 from typing import NamedTuple
 
@@ -41,28 +39,6 @@ def peak_flops(device_kind: str, devices: int) -> float | None:
     """Of several devices together, a second; None where they are not in the table."""
     chip = CHIPS.get(device_kind)
     return None if chip is None else chip.flops * devices
-
-
-# Parameters of glibc's mallopt, from its malloc.h.
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep memory that was freed, for this process; call it before the rest.
-
-    On a CPU each call of a compiled program asks for all of its temporary memory, which the C
-    library would return to the system after it, and the system clears every page of it anew: a
-    quarter of the time of a train step. The heap of the main thread can be kept, those of other
-    threads hold no pieces of that size. So JAX is to run a CPU's programs in the thread that calls
-    them, which it reads when it first looks for devices, and that heap is never trimmed. On
-    accelerators, and with another C library than glibc, this changes nothing that counts.
-    """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # elsewhere there is no mallopt; OSError: no C library under this name
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
-            mallopt(parameter, value)
 
 
 def memory_in_use() -> int:
