@@ -14,7 +14,6 @@ from activemlp_jax.training import sharding
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.evaluation import Sums
 from activemlp_jax.training.facts import run_facts
-from activemlp_jax.training.pictures import draw_confusion, draw_curves
 from activemlp_jax.training.pretrained import adopt_architecture, write_result
 from activemlp_jax.training.program import Program, build_program
 from activemlp_jax.training.segmentation import Segmentation
@@ -167,6 +166,8 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
     """The curves of all epochs, the confusion matrix of `sums`, and some scenes where pixels are
     labelled; the names of the files. All hosts call it, one draws.
     """
+    from activemlp_jax.training.pictures import draw_confusion, draw_curves  # slow to import
+
     task, weights = run.program.task, _weights(state)
     variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)
     if not sharding.is_first_host():
