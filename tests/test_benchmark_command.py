@@ -75,6 +75,7 @@ def test_a_model_is_timed_beside_a_matrix_product(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("step of micro")  # the second finds it in JAX's cache
 @pytest.mark.parametrize("whats", [("gradient", "step"), ("step",)])
 def test_training_is_timed_by_gradient_and_step_or_one_of_them(
     tmp_path: Path,
@@ -102,7 +103,7 @@ def test_training_is_timed_by_gradient_and_step_or_one_of_them(
         (["model", "--model", "active_huge"], "no model 'active_huge', expected one of active_b"),
         (["op", "--deviation", "-1"], "--deviation is -1.0, expected a number of pixels, at least"),
         (["op", "--image-size", "31"], "expected sides of at least 32"),
-        (["model", "--csv", "no/such/place.csv"], "--csv no/such/place.csv: No such file or dir"),
+        (["op", "--csv", "no/such/place.csv"], "--csv no/such/place.csv: No such file or dir"),
         (["op", "--csv", "/"], "--csv /: Is a directory"),
     ],
 )

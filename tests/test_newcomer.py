@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from processes import COMPILE_QUICKLY
 from small_models import run
 from test_train_command import ROOT, SMALL
 
@@ -57,7 +58,7 @@ def command(place: Path, *arguments: str, **variables: str) -> str:
     """What a command prints that ends well."""
     result = subprocess.run(
         [sys.executable, *arguments],
-        cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        cwd=place, env={**os.environ, **COMPILE_QUICKLY, "PYTHONPATH": str(ROOT), **variables},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
