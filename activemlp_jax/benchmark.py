@@ -30,7 +30,7 @@ from activemlp_jax.errors import UserError, exit_with
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
 from activemlp_jax.models.segmentation import HEADS, create_segmentor
-from activemlp_jax.process import collect_garbage_rarely
+from activemlp_jax.process import collect_garbage_rarely, keep_freed_memory
 from activemlp_jax.training.command import load_config
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.scaling import device_counts, measure_scaling
@@ -204,6 +204,7 @@ def main() -> None:
     scaling.add_argument("--rounds", type=int, default=3, help="of each number, in turns (3)")
     add_commands(commands)
     arguments = vars(parser.parse_args())
+    keep_freed_memory()  # as train.py does
     collect_garbage_rarely()
     command = arguments.pop("command")
     try:

@@ -30,7 +30,6 @@ from activemlp_jax.benchmarks.programs import (
 from activemlp_jax.errors import UserError, install_command
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
-from activemlp_jax.process import keep_freed_memory
 
 MIB = 2**20
 
@@ -293,7 +292,6 @@ def add_commands(commands: Any) -> None:
 
 def run(command: str, arguments: dict[str, Any]) -> None:
     """One of the commands that `add_commands` adds, with its options by name."""
-    keep_freed_memory()  # as train.py does
     own = ("model", "only", "deviation")
     of_one = {name: arguments.pop(name) for name in own if name in arguments}
     options = Options(**arguments)
