@@ -1,4 +1,4 @@
-"""What commands set for their whole process; who imports this package keeps what there is."""
+"""Settings of a whole process, which commands make; to import this package changes none."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ def keep_freed_memory() -> None:
 
     On a CPU each call of a compiled program asks for all of its temporary memory, which the C
     library would return to the system after it, and the system clears every page of it anew: a
-    quarter of the time of a train step. The heap of the main thread can be kept, those of other
+    fifth of the time of a train step. The heap of the main thread can be kept, those of other
     threads hold no pieces of that size. So JAX is to run a CPU's programs in the thread that calls
     them, which it reads when it first looks for devices, and that heap is never trimmed. On
     accelerators, and with another C library than glibc, this changes nothing that counts.
@@ -42,7 +42,7 @@ def keep_compiled_programs() -> None:
 def collect_garbage_rarely() -> None:
     """Have Python look for garbage once in 50,000 new objects, not in 700.
 
-    Each search walks through objects that live on, of which tracing a model makes many and the
-    imported libraries have more: a sixth of the time of a short run, compiled before.
+    A search walks through objects that live on; tracing a model makes many, and the imported
+    libraries hold more. Of a short run whose programs are in JAX's cache it took a sixth.
     """
     gc.set_threshold(50_000)

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import pytest
 
-def test_import_pulls_in_neither_torch_nor_tensorflow_nor_opencv():
+
+@pytest.mark.parametrize("module", ["activemlp_jax", "activemlp_jax.training.loop"])
+def test_import_pulls_in_nothing_that_is_slow_and_rarely_used(module: str):
     program = (
-        "import sys, activemlp_jax\n"
+        f"import sys, {module}\n"
         "heavy = {'torch', 'tensorflow', 'tensorflow_datasets', 'matplotlib', 'sklearn', 'cv2'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

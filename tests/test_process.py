@@ -1,12 +1,16 @@
 """What commands set for their whole process."""
 
 import gc
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from activemlp_jax.process import collect_garbage_rarely
+
+CACHE_DIR = "JAX_COMPILATION_CACHE_DIR"
 
 # What half of the calls of a program that takes 64 MiB ask of the system at most, in pages.
 FAULTS = """
@@ -35,6 +39,28 @@ def test_the_memory_of_a_program_is_not_asked_of_the_system_again():
     assert kept < 1000 < returned, (kept, returned)
 
 
+CACHE = """
+import jax
+from activemlp_jax.process import keep_compiled_programs
+
+keep_compiled_programs()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "place"), [({}, "caches/activemlp_jax/jax"), ({CACHE_DIR: "elsewhere"}, "elsewhere")]
+)
+def test_compiled_programs_are_kept_in_the_users_cache_or_where_told(
+    chosen: dict[str, str], place: str, tmp_path: Path
+):
+    environment = {name: value for name, value in os.environ.items() if name != CACHE_DIR}
+    environment |= {"XDG_CACHE_HOME": "caches", **chosen}
+    command = [sys.executable, "-c", CACHE]
+    printed = subprocess.check_output(command, env=environment, text=True, cwd=tmp_path)
+    assert printed.strip() == place
+
+
 @pytest.fixture
 def threshold():
     """Whatever a test sets is undone."""
@@ -46,7 +72,11 @@ def threshold():
 @pytest.mark.usefixtures("threshold")
 def test_objects_that_live_on_are_rarely_searched_for_garbage():
     searches = []
-    gc.callbacks.append(lambda phase, _: searches.append(phase))
+
+    def note(phase: str, _: object) -> None:
+        searches.append(phase)
+
+    gc.callbacks.append(note)
     found = []
     try:
         for set_up in (lambda: gc.set_threshold(700), collect_garbage_rarely):
@@ -56,7 +86,7 @@ def test_objects_that_live_on_are_rarely_searched_for_garbage():
             found.append(searches.count("start"))
             del alive
     finally:
-        gc.callbacks.pop()
+        gc.callbacks.remove(note)
     usual, rarely = found
     assert usual > 40, f"{usual} searches"
     assert rarely <= 1, f"{rarely} searches"

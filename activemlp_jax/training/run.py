@@ -166,12 +166,12 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
     """The curves of all epochs, the confusion matrix of `sums`, and some scenes where pixels are
     labelled; the names of the files. All hosts call it, one draws.
     """
-    from activemlp_jax.training.pictures import draw_confusion, draw_curves  # slow to import
-
     task, weights = run.program.task, _weights(state)
     variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)
     if not sharding.is_first_host():
         return []
+    from activemlp_jax.training.pictures import draw_confusion, draw_curves  # slow to import
+
     records = read_records(run.workdir / EPOCHS)
     if records:  # a finished run whose metrics.jsonl was taken away has none
         draw_curves(records, task.score, task.score_name, run.workdir / "curves.png")
