@@ -44,21 +44,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("devices")
 
 
-def on_one_device(workdir: Path, devices: int = 1) -> list[subprocess.Popen[str]]:
-    """A run, or the rest of one, on one device, or on several that have the whole state each."""
+def on_one_host(workdir: Path, devices: int = 1) -> list[subprocess.Popen[str]]:
+    """A run, or the rest of one, in one process, whose devices have the whole state each."""
     return [start("--workdir", str(workdir), *ARGUMENTS, FLOAT64, devices=devices, x64=True)]
 
 
-def on_two_hosts(workdir: Path, *arguments: str) -> list[subprocess.Popen[str]]:
-    """Two processes with two devices each, every other of which has the other half of the state."""
-    flags = (*ARGUMENTS, FLOAT64, "--config.mesh.fsdp=2", *arguments)
+def on_two_hosts(workdir: Path) -> list[subprocess.Popen[str]]:
+    """Two processes with two devices each, which have half of the state each."""
+    flags = (*ARGUMENTS, FLOAT64, "--config.mesh.fsdp=2")
     return start_two("--workdir", str(workdir), *flags, devices=2, x64=True)
 
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Path:
     """The workdir of a run on one device."""
-    finish(on_one_device(folder / "one"))
+    finish(on_one_host(folder / "one"))
     return folder / "one"
 
 
@@ -108,20 +108,20 @@ def test_weights_are_split_over_devices_where_the_mesh_says_so(one: Path, two: P
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_two_hosts_end_at_the_same_weights_bit_for_bit(
-    folder: Path, two: Path
-):
-    """`python tests/kills.py` is the long form."""
+def test_killed_again_and_again_two_hosts_end_at_the_same_weights_bit_for_bit(folder: Path):
+    """In float32, and each device has the whole state; `python tests/kills.py` is the long form."""
 
     def start(workdir: Path) -> list[subprocess.Popen[str]]:
-        return on_two_hosts(workdir, "--config.checkpoint.every_steps=2", "--timeout=60")
+        flags = (*ARGUMENTS, "--config.checkpoint.every_steps=2", "--timeout=60")
+        return start_two("--workdir", str(workdir), *flags, devices=2)
 
     deaths = (
         kills.Kill(kills.SAVING, signal.SIGKILL, (0,)),
         kills.Kill(kills.STEPPING, signal.SIGTERM, (1,)),
     )
+    finish(start(folder / "untouched"))
     kills.torment(start, folder / "killed", deaths, random.Random(0))
-    kills.compare(folder / "killed", two, STEPS)
+    kills.compare(folder / "killed", folder / "untouched", STEPS)
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_what_two_hosts_saved_goes_on_on_one_with_the_same_samples(
     workdir = folder / f"on-{devices}"
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    (output,) = finish(on_one_device(workdir, devices))
+    (output,) = finish(on_one_host(workdir, devices))
     assert "going on from step 9 of 18" in output
     for expected in (one, two):
         assert difference(losses(workdir, first=9), losses(expected, first=9)) <= BOUND
