@@ -103,7 +103,10 @@ def test_training_is_timed_by_gradient_and_step_or_one_of_them(
         (["model", "--model", "active_huge"], "no model 'active_huge', expected one of active_b"),
         (["op", "--deviation", "-1"], "--deviation is -1.0, expected a number of pixels, at least"),
         (["op", "--image-size", "31"], "expected sides of at least 32"),
-        (["op", "--csv", "no/such/place.csv"], "--csv no/such/place.csv: No such file or dir"),
+        (
+            ["model", "--model", "active_xtiny", "--csv", "no/such/place.csv"],
+            "--csv no/such/place.csv: No such file or dir",
+        ),
         (["op", "--csv", "/"], "--csv /: Is a directory"),
     ],
 )

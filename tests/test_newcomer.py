@@ -1,4 +1,7 @@
-"""A newcomer's first hour, for real: train, ask, embed, export, convert, open the notebook."""
+"""A newcomer's first hour: train, ask, embed, export, convert, open the notebook.
+
+The real commands, but for the time that LLVM takes to optimise.
+"""
 
 import json
 import os
