@@ -259,6 +259,15 @@ def test_every_message_explained_is_one_that_the_package_has():
         assert found, f"no such message: {message}"
 
 
+def test_every_file_of_the_package_has_its_place_in_the_table_of_rooms():
+    text, package = (ROOT / "docs" / "architecture.md").read_text(), ROOT / "activemlp_jax"
+    for file in package.rglob("*.py"):
+        path = file.relative_to(package)
+        rooms = {path.as_posix(), *(f"{parent.as_posix()}/" for parent in path.parents)}
+        named = any(f"`{room}`" in text for room in rooms)
+        assert named or path.name == "__init__.py", f"{path} is not in docs/architecture.md"
+
+
 def test_the_citation_is_of_this_version_and_of_the_paper():
     content = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert content["cff-version"] == "1.2.0"
