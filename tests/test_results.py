@@ -58,6 +58,26 @@ def test_the_table_of_training_on_a_gpu_is_that_of_the_file():
         assert cells == [*rates, ", ".join(ratios)], title
 
 
+def test_the_table_of_the_operator_on_a_gpu_is_that_of_the_file():
+    forms = ("jax pallas_gpu", "jax gather_dense", "jax gather")
+    peers = ("torch gather", "torch deform_conv2d")
+    rows, found = table_rows("On a GPU", r"\d+ x \d+ x \d+, [hw] "), measured("op_gpu.csv")
+    assert len(rows) == 8
+    for number, (title, *cells) in enumerate(rows):
+        model, axis = f"active_tiny stage {number // 2 + 1}", title[-1]
+        both = [
+            [found[model, f"{axis} {what}", of] for what in ("forward", "forward+backward")]
+            for of in (*forms, *peers)
+        ]
+        times = [
+            [1000 * int(row["batch_size"]) / float(row["images_per_second"]) for row in pair]
+            for pair in both
+        ]
+        shares = [float(row["copy_fraction"]) for row in both[0]]
+        expected = [f"{forward:.2f}, {backward:.2f}" for forward, backward in times]
+        assert cells == [*expected, "{:.0%}, {:.0%}".format(*shares)], title
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.name
 )
