@@ -5,6 +5,8 @@ import random
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -49,9 +51,9 @@ def on_one_host(workdir: Path, devices: int = 1) -> list[subprocess.Popen[str]]:
     return [start("--workdir", str(workdir), *ARGUMENTS, FLOAT64, devices=devices, x64=True)]
 
 
-def on_two_hosts(workdir: Path) -> list[subprocess.Popen[str]]:
-    """Two processes with two devices each, which have half of the state each."""
-    flags = (*ARGUMENTS, FLOAT64, "--config.mesh.fsdp=2")
+def on_two_hosts(workdir: Path, *arguments: str, fsdp: int = 2) -> list[subprocess.Popen[str]]:
+    """Two processes with two devices each, among `fsdp` of which the state is divided."""
+    flags = (*ARGUMENTS, FLOAT64, f"--config.mesh.fsdp={fsdp}", *arguments)
     return start_two("--workdir", str(workdir), *flags, devices=2, x64=True)
 
 
@@ -108,31 +110,35 @@ def test_weights_are_split_over_devices_where_the_mesh_says_so(one: Path, two: P
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_two_hosts_end_at_the_same_weights_bit_for_bit(folder: Path):
-    """In float32, and each device has the whole state; `python tests/kills.py` is the long form."""
+def test_killed_again_and_again_two_hosts_end_at_the_same_weights_bit_for_bit(
+    folder: Path, two: Path
+):
+    """`python tests/kills.py` is the long form, in float32, with the whole state on each device."""
 
     def start(workdir: Path) -> list[subprocess.Popen[str]]:
-        flags = (*ARGUMENTS, "--config.checkpoint.every_steps=2", "--timeout=60")
-        return start_two("--workdir", str(workdir), *flags, devices=2)
+        return on_two_hosts(workdir, "--config.checkpoint.every_steps=2", "--timeout=60")
 
     deaths = (
         kills.Kill(kills.SAVING, signal.SIGKILL, (0,)),
         kills.Kill(kills.STEPPING, signal.SIGTERM, (1,)),
     )
-    finish(start(folder / "untouched"))
     kills.torment(start, folder / "killed", deaths, random.Random(0))
-    kills.compare(folder / "killed", folder / "untouched", STEPS)
+    kills.compare(folder / "killed", two, STEPS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
-def test_what_two_hosts_saved_goes_on_on_one_with_the_same_samples(
-    devices: int, folder: Path, one: Path, two: Path
+@pytest.mark.parametrize(
+    "elsewhere",
+    [on_one_host, partial(on_one_host, devices=8), partial(on_two_hosts, fsdp=1)],
+    ids=["one device", "eight devices", "two hosts with whole states"],
+)
+def test_what_two_hosts_saved_goes_on_elsewhere_with_the_same_samples(
+    elsewhere: Callable[[Path], list[subprocess.Popen[str]]], tmp_path: Path, one: Path, two: Path
 ):
-    workdir = folder / f"on-{devices}"
+    workdir = tmp_path / "run"
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    (output,) = finish(on_one_host(workdir, devices))
+    output, *_ = finish(elsewhere(workdir))
     assert "going on from step 9 of 18" in output
     for expected in (one, two):
         assert difference(losses(workdir, first=9), losses(expected, first=9)) <= BOUND
