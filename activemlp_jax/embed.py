@@ -34,7 +34,7 @@ from activemlp_jax.inference.files import (
     unbroken,
     watched,
 )
-from activemlp_jax.outputs import check_output_file
+from activemlp_jax.files import check_output_file
 from activemlp_jax.process import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.weights.model_directory import read_card, read_weights
 

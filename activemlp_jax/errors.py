@@ -1,7 +1,12 @@
 """The one kind of error whose message is meant for the person at the keyboard."""
 
+import contextlib
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 
@@ -40,3 +45,45 @@ def exit_with(message: object) -> NoReturn:
     """
     print(f"{Path(sys.argv[0]).name}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(output: object = "") -> Iterator[None]:
+    """Run a command's work inside: what goes wrong with its input or output becomes one line.
+
+    Errors of a command's own code keep their traceback. Ctrl-C, SIGTERM and SIGHUP end the
+    process, with the status that shells expect, after everything inside has cleaned up.
+
+    Args:
+      output: what the command writes, to name where the system does not say which file failed.
+    """
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        exit_with(error)
+    except BrokenPipeError:  # who reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        exit_with(describe_os_error(error, output))
+    except MemoryError as error:
+        exit_with(f"there is not enough memory: {error or 'an input is too large'}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def describe_os_error(error: OSError, place: object = "") -> str:
+    """What failed and why, as one line; `place` where the error does not name a file."""
+    place = error.filename or place
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{place}: {reason}" if place else reason
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    sys.exit(128 + number)

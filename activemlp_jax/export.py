@@ -25,7 +25,7 @@ from activemlp_jax.exporting.description import describe, write_readme
 from activemlp_jax.exporting.onnx import write_onnx
 from activemlp_jax.exporting.stablehlo import write_stablehlo
 from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
-from activemlp_jax.outputs import check_output
+from activemlp_jax.files import check_output
 from activemlp_jax.process import collect_garbage_rarely
 from activemlp_jax.weights.convert import NAMES
 from activemlp_jax.weights.model_directory import (

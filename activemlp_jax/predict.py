@@ -53,7 +53,7 @@ from activemlp_jax.inference.overlays import class_shares, draw_overlay
 from activemlp_jax.inference.scene_evaluation import open_segmenter
 from activemlp_jax.inference.scenes import segment_image
 from activemlp_jax.inference.views import PUBLISHED, Protocol, make_protocol
-from activemlp_jax.outputs import check_output_file
+from activemlp_jax.files import check_output_file
 from activemlp_jax.process import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.weights.model_directory import ModelCard, Variables, read_card, read_weights
 

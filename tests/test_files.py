@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from activemlp_jax.errors import UserError
-from activemlp_jax.outputs import check_output, check_output_file
+from activemlp_jax.files import check_output, check_output_file
 
 
 @pytest.fixture(autouse=True)
