@@ -69,7 +69,7 @@ def errors_in_one_line(output: object = "") -> Iterator[None]:
     except OSError as error:
         exit_with(describe_os_error(error, output))
     except MemoryError as error:
-        exit_with(f"there is not enough memory: {error or 'an input is too large'}")
+        exit_with(f"there is not enough memory: {str(error) or 'an input is too large'}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:

@@ -27,19 +27,26 @@ def read_file(path: str | os.PathLike[str], most: int) -> bytes:
       UserError: the file is missing, unreadable, too large, or not a regular file.
     """
     try:
-        # Without O_NONBLOCK, opening a pipe waits for its writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
-            kind = KINDS.get(stat.S_IFMT(found.st_mode))
-            if kind:
-                raise UserError(f"{path} is {kind}, expected a file")
-            data = b"" if found.st_size > most else file.read(most + 1)
+        with open(path, "rb", opener=_open_regular) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= most:
+                data = file.read(most + 1)
+                size = len(data)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    size = max(len(data), found.st_size)
     if size > most:
         raise UserError(f"{path} has {size:,} bytes, expected at most {most:,}")
     return data
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file for reading; raises UserError if it is not a regular one."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # else a pipe would wait for its writer
+    kind = KINDS.get(stat.S_IFMT(os.fstat(descriptor).st_mode))
+    if kind:
+        os.close(descriptor)
+        raise UserError(f"{path} is {kind}, expected a file")
+    return descriptor
 
 
 def partial_path(path: Path) -> Path:
