@@ -45,7 +45,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return parse_json(read_file(path, MOST_BYTES), path)
 
 
-def expect(value: Any, name: str, kind: type | tuple[type, ...], low: float, high: float) -> Any:
+def expect(value: Any, name: str, kind: Any, low: float, high: float) -> Any:
     """Return `value` if it is a number of that kind from `low` to `high`, else raise ValueError.
 
     Booleans are no numbers here, and a float need not be finite to be refused.
