@@ -1,11 +1,18 @@
-"""Encoded images to pixels."""
+"""Image files to pixels, within limits: whoever made a file may have meant harm."""
 
+import contextlib
 import io
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from activemlp_jax.errors import UserError
+from activemlp_jax.errors import UserError, one_line
+from activemlp_jax.files import read_file
 
 try:
     import simplejpeg
@@ -13,10 +20,43 @@ except ImportError:  # an extra; Pillow gives the same pixels, a little later
     simplejpeg = None
 
 JPEG_MAGIC = b"\xff\xd8\xff"
+ORIENTATION = 0x0112  # its number in EXIF data
+
+MOST_BYTES = 2**30  # of an image file
+MOST_PIXELS = 178_956_970  # beyond which Pillow refuses an image by itself, too
+# Pillow warns from half of that on; one image of such a size is no reason to worry.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+# Pillow knows more formats. One of them runs a program (EPS), and few are ever looked at.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff"),
+    ".webp",
+)
+# Files that a person takes for images, too, but which are not read.
+OTHER_SUFFIXES = (
+    *(".apng", ".arw", ".cr2", ".cr3", ".dcm", ".dib", ".dng", ".eps", ".exr", ".hdr", ".heic"),
+    *(".heics", ".heif", ".hif", ".ico", ".j2k", ".jpe", ".jpf", ".jpx", ".jxl", ".jxr", ".nef"),
+    *(".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".svg"),
+    *(".tga", ".xcf"),
+)
+NAMED = 3  # of the files left out, so many are named
 
 
 class BrokenImageError(UserError):
     """An image that cannot be read; the message names it and says why."""
+
+
+def read_image_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file, not decoded.
+
+    Raises:
+      BrokenImageError: it is missing, unreadable, too large, or not a regular file.
+    """
+    try:
+        return read_file(path, MOST_BYTES)
+    except UserError as error:
+        raise BrokenImageError(str(error)) from error
 
 
 def decode(data: bytes, name: str) -> np.ndarray:
@@ -27,30 +67,71 @@ def decode(data: bytes, name: str) -> np.ndarray:
     is not applied.
 
     Args:
-      data: a file's bytes, of any format that Pillow reads.
+      data: a file's bytes, of one of `FORMATS`.
       name: for the error.
 
     Raises:
-      BrokenImageError: it is no image, or not a whole one.
+      BrokenImageError: it is no image, not a whole one, or has more than `MOST_PIXELS`.
     """
     if simplejpeg is not None and data.startswith(JPEG_MAGIC):
-        try:
-            if simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "Gray"):
+        # What libjpeg only warns of, Pillow may read; else it gives the reason.
+        with contextlib.suppress(ValueError, MemoryError):
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            if colors in ("YCbCr", "Gray") and height * width <= MOST_PIXELS:
                 return simplejpeg.decode_jpeg(data, "RGB")
-        except ValueError:
-            pass  # what libjpeg only warns of, Pillow may read; else it gives the reason
     return decode_with_pillow(data, name)
 
 
 def decode_with_pillow(data: bytes, name: str) -> np.ndarray:
     """As `decode`, by Pillow alone."""
+    with open_image(data, name) as image:
+        return np.asarray(to_rgb(image))
+
+
+@contextlib.contextmanager
+def open_image(
+    data: bytes, name: str, what: str = "image", error: type[UserError] = BrokenImageError
+) -> Iterator[Image.Image]:
+    """Open an encoded image by Pillow, not yet decoded, and close it at the end.
+
+    Args:
+      data: a file's bytes, of one of `FORMATS`.
+      name: for the error.
+      what: the file is, for the error.
+      error: to raise where Pillow fails, here or inside.
+    """
+    with pillow_errors(name, what, error), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        check_pixels(image)
+        yield image
+
+
+def check_pixels(image: Image.Image) -> None:
+    """Raise ValueError if an image, decoded or not, has more than `MOST_PIXELS`."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(
+            f"it has {image.width:,} x {image.height:,} pixels, expected at most {MOST_PIXELS:,}"
+        )
+
+
+@contextlib.contextmanager
+def pillow_errors(name: str, what: str, error: type[UserError]) -> Iterator[None]:
+    """Raise `error`, with the name and the reason, for anything that Pillow raises inside.
+
+    A damaged file lets Pillow's readers stumble in any way: KeyError and struct.error, too.
+    """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(to_rgb(image))
-    except UnidentifiedImageError as error:  # its message names a buffer, which says nothing
-        raise BrokenImageError(f"{name} is no readable image: no known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"{name} is no readable image: {error}") from error
+        yield
+    except UserError:
+        raise
+    except UnidentifiedImageError as problem:  # its message names a buffer, which says nothing
+        raise error(f"{name} is no readable {what}: no known format") from problem
+    except MemoryError as problem:
+        raise error(f"{name} is no readable {what}: there is not enough memory") from problem
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise error(f"{name} is no readable {what}: {problem}") from problem
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {problem}"
+        raise error(f"{name} is no readable {what}: {reason}") from problem
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -61,3 +142,40 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, without Pillow's warning
     return image.convert("RGB")
+
+
+def is_turned(data: bytes) -> bool:
+    """Whether an image file says, in EXIF data, that it is to be shown turned or mirrored.
+
+    That of TIFF files is left out, as Pillow turns them itself.
+    """
+    if data.startswith(JPEG_MAGIC) and data.find(b"Exif", 0, 2**16) < 0:
+        return False
+    with contextlib.suppress(Exception), open_image(data, "") as image:
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+        return exif.get(ORIENTATION, 1) in range(2, 9)
+    return False
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of that name is looked at, by its suffix."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_other_image_name(name: str) -> bool:
+    """Whether a file of that name is an image of a kind that is not read, and not hidden."""
+    return name.lower().endswith(OTHER_SUFFIXES) and not name.startswith(".")
+
+
+def describe_left_out(names: Sequence[str]) -> str:
+    """How many images of other kinds were left out, the first names, and what to do."""
+    named = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    kinds = ", ".join(sorted({Path(name).suffix.lower() for name in names}))
+    many = f"{len(names)} files" if len(names) > 1 else "1 file"
+    return f"{many} left out: {named} (not read: {kinds}; convert to JPEG or PNG)"
+
+
+def warn(message: str) -> None:
+    """Print one line to standard error, fit for a terminal."""
+    print(one_line(message), file=sys.stderr, flush=True)

@@ -1,25 +1,33 @@
 """Data sets of scenes, images with a class for every pixel, by name."""
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from activemlp_jax.data import ade20k
-from activemlp_jax.data.decoding import BrokenImageError, decode
+from activemlp_jax.data.decoding import MOST_BYTES, decode, open_image, read_image_file
 from activemlp_jax.data.digit_scenes import DigitScenes
 from activemlp_jax.data.examples import Example, Source, evaluation_split
 from activemlp_jax.data.scene_transforms import IGNORED
-from activemlp_jax.data.sources import IMAGE_SUFFIXES
+from activemlp_jax.data.sources import (
+    no_images,
+    scan,
+    scan_images,
+    sub_folders,
+    warn_of_left_out,
+    warn_of_turned,
+)
 from activemlp_jax.data.tfds_source import builder_features, open_builder, open_records
 from activemlp_jax.errors import UserError
+from activemlp_jax.files import read_file
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"  # 16 bytes later, bits a pixel and kind of colour
 NAMED = 3  # of the images without a mask, so many are named
+MOST_NAME_BYTES = 2**20  # of a file with the names of classes
+CHECKED_MASKS = 8  # evenly spread, that are looked at before the first step
 ADE20K_FOLDER = "ADEChallengeData2016"
 ADE20K_SPLITS = ("training", "validation")
 ADE20K_BUILDER = "scene_parse150"
@@ -42,22 +50,17 @@ class SceneSource(Source, Protocol):
         ...
 
 
-def _image_shape(file: Path | io.BytesIO, name: str) -> tuple[int, int]:
+def _image_shape(data: bytes, name: str) -> tuple[int, int]:
     """The (height, width) in an image file's header; BrokenImageError if it has none."""
-    try:
-        with Image.open(file) as image:
-            return image.height, image.width
-    except UnidentifiedImageError as error:  # its message may name a buffer, which says nothing
-        raise BrokenImageError(f"{name} is no readable image: no known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"{name} is no readable image: {error}") from error
+    with open_image(data, name) as image:
+        return image.height, image.width
 
 
 def decode_mask(data: bytes, name: str, *, as_rgb: bool = False) -> np.ndarray:
     """The values `[H, W]` uint8 of an encoded mask, as they are stored: a palette is not looked up.
 
     Args:
-      data: a file's bytes, of any format that Pillow reads.
+      data: a file's bytes, of one of the formats that `decode` reads.
       name: for the error.
       as_rgb: three channels are read too, if they are equal.
 
@@ -67,19 +70,14 @@ def decode_mask(data: bytes, name: str, *, as_rgb: bool = False) -> np.ndarray:
     if data.startswith(PNG_MAGIC) and data[25:26] == b"\0" and data[24] in (2, 4):
         # Of grey pixels with fewer bits, Pillow stretches the values.
         raise UserError(f"{name} has {data[24]} bits a pixel, expected 8 with a class index each")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode in ("L", "P"):
-                return np.array(image)
-            if as_rgb and image.mode == "RGB":
-                channels = np.array(image)
-                if (channels == channels[..., :1]).all():
-                    return channels[..., 0]
-            mode, bands = image.mode, len(image.getbands())
-    except UnidentifiedImageError as error:  # its message names a buffer, which says nothing
-        raise UserError(f"{name} is no readable mask: no known format") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{name} is no readable mask: {error}") from error
+    with open_image(data, name, "mask", UserError) as image:
+        if image.mode in ("L", "P"):
+            return np.array(image)
+        if as_rgb and image.mode == "RGB":
+            channels = np.array(image)
+            if (channels == channels[..., :1]).all():
+                return channels[..., 0]
+        mode, bands = image.mode, len(image.getbands())
     if bands > 1:
         raise UserError(f"{name} has {bands} channels, expected one with a class index a pixel")
     raise UserError(
@@ -142,19 +140,16 @@ class SceneFolder:
         self, images: Path, masks: Path, class_names: Sequence[str], reduce_zero_label: bool
     ):
         for folder in (images, masks):
-            if not folder.is_dir():
+            if not os.path.isdir(folder):
                 raise UserError(f"there is no folder {folder}")
         self.class_names = tuple(class_names)
         self._reduce_zero_label = reduce_zero_label
         self._masks = masks
-        self._images = sorted(
-            Path(entry.path)
-            for entry in os.scandir(images)
-            if entry.name.lower().endswith(IMAGE_SUFFIXES)
-        )
-        if not self._images:
-            raise UserError(f"{images} has no images, expected {', '.join(IMAGE_SUFFIXES)}")
-        present = {entry.name for entry in os.scandir(masks)}
+        files, left_out = scan_images(images)
+        if not files:
+            raise no_images(str(images), left_out)
+        self._images = [Path(file) for file in files]
+        present = {entry.name for entry in scan(masks)}
         missing = [file for file in self._images if f"{file.stem}.png" not in present]
         if missing:
             names = ", ".join(file.name for file in missing[:NAMED])
@@ -163,6 +158,10 @@ class SceneFolder:
                 f"{len(missing)} of the {len(self._images)} images in {images} have no mask: "
                 f"{names}{more}; expected {masks / missing[0].stem}.png and so on"
             )
+        warn_of_left_out(images, left_out)
+        warn_of_turned(files, images)
+        for index in np.linspace(0, len(self) - 1, min(len(self), CHECKED_MASKS), dtype=int):
+            self._mask(index)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -170,7 +169,7 @@ class SceneFolder:
     def shape(self, index: int) -> tuple[int, int]:
         """The (height, width) of the image at `index`; BrokenImageError if it has none."""
         file = self._images[index]
-        return _image_shape(file, str(file))
+        return _image_shape(read_image_file(file), str(file))
 
     def image_name(self, index: int) -> str:
         """The file name of the image at `index`."""
@@ -184,19 +183,15 @@ class SceneFolder:
           UserError: the mask cannot, or does not fit the image or the classes.
         """
         file = self._images[index]
-        try:
-            image = decode(file.read_bytes(), str(file))
-        except OSError as error:
-            raise BrokenImageError(f"{file} cannot be read: {error.strerror}") from error
-        mask_file = self._masks / f"{file.stem}.png"
-        try:
-            data = mask_file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{mask_file} cannot be read: {error.strerror}") from error
-        name, classes = str(mask_file), len(self.class_names)
-        mask = decode_mask(data, name)
-        labels = labels_of_mask(mask, name, image.shape[:2], classes, self._reduce_zero_label)
-        return Example(image, labels)
+        image = decode(read_image_file(file), str(file))
+        mask, name = self._mask(index)
+        shape, classes = image.shape[:2], len(self.class_names)
+        return Example(image, labels_of_mask(mask, name, shape, classes, self._reduce_zero_label))
+
+    def _mask(self, index: int) -> tuple[np.ndarray, str]:
+        """The mask at `index` as stored, and its name; UserError if it cannot be read."""
+        name = str(self._masks / f"{self._images[index].stem}.png")
+        return decode_mask(read_file(name, MOST_BYTES), name), name
 
 
 class TfdsScenes:
@@ -246,7 +241,7 @@ class TfdsScenes:
 
     def shape(self, index: int) -> tuple[int, int]:
         """The (height, width) of the image at `index`; BrokenImageError if it has none."""
-        return _image_shape(io.BytesIO(self._records[index]["image"]), self._what(index))
+        return _image_shape(self._records[index]["image"], self._what(index))
 
     def image_name(self, index: int) -> str:
         """What to call the image at `index`, as records have no names."""
@@ -282,11 +277,11 @@ def open_ade20k(root: Path, split: str | None) -> SceneFolder:
     split = split or evaluation_split(ADE20K_SPLITS, "ade20k")
     if split not in ADE20K_SPLITS:
         raise UserError(f"ade20k has the splits {', '.join(ADE20K_SPLITS)}, not {split!r}")
-    if (root / ADE20K_FOLDER).is_dir():
+    if os.path.isdir(root / ADE20K_FOLDER):
         root = root / ADE20K_FOLDER
     images, masks = root / "images" / split, root / "annotations" / split
     for folder in (images, masks):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(
                 f"{root} is not ADE20K: there is no folder {folder}, expected the layout of "
                 f"{ADE20K_FOLDER}.zip"
@@ -301,14 +296,13 @@ def read_class_names(file: Path) -> tuple[str, ...]:
       UserError: there is no such file, or it names fewer than two classes, more than 255, none on
         a line between others, or one twice.
     """
+    expected = "expected the names of the classes, one a line, in the order of their labels"
     try:
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise UserError(
-            f"{file} cannot be read: {reason}; expected the names of the classes, one a line, in "
-            "the order of their labels"
-        ) from error
+        text = read_file(file, MOST_NAME_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} cannot be read: it is no text; {expected}") from error
+    except UserError as error:
+        raise UserError(f"{error}; {expected}") from error
     names = tuple(line.strip() for line in text.rstrip().splitlines())
     if not 2 <= len(names) <= IGNORED:
         raise UserError(f"{file} names {len(names)} classes, expected 2 to {IGNORED}")
@@ -331,16 +325,12 @@ def open_scene_folder(root: Path, split: str | None) -> SceneFolder:
     """
     images, masks = root / "images", root / "annotations"
     for folder in (root, images, masks):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(
                 f"there is no folder {folder}; a folder of scenes has images, annotations and "
                 "classes.txt"
             )
-    splits = sorted(
-        entry.name
-        for entry in os.scandir(images)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    splits = sub_folders(images)
     class_names = read_class_names(root / "classes.txt")
     if not splits:
         if split:

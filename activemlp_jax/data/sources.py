@@ -1,15 +1,26 @@
 """Data sets by name."""
 
+import contextlib
 import functools
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from activemlp_jax.data.decoding import BrokenImageError
+from activemlp_jax.data.decoding import (
+    IMAGE_SUFFIXES,
+    BrokenImageError,
+    describe_left_out,
+    is_image_name,
+    is_other_image_name,
+    is_turned,
+    read_image_file,
+    warn,
+)
 from activemlp_jax.data.examples import (
     EVALUATION_SPLITS,
     EncodedExample,
@@ -20,7 +31,58 @@ from activemlp_jax.data.examples import (
 from activemlp_jax.data.tfds_source import TfdsSource
 from activemlp_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LOOKED_AT = 32  # images, evenly spread, whose orientation is looked at when a folder is opened
+
+
+def scan(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, in the order of names; UserError if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
+
+
+def sub_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, in order, but for hidden ones."""
+    return [
+        entry.name
+        for entry in scan(folder)
+        if os.path.isdir(entry.path) and not entry.name.startswith(".")
+    ]
+
+
+def no_images(what: str, left_out: Sequence[str]) -> UserError:
+    """The error for a folder `what` without images, but for those that are `left_out`."""
+    expected = f"{what} has no images, expected {', '.join(IMAGE_SUFFIXES)}"
+    return UserError(f"{expected}; {describe_left_out(left_out)}" if left_out else expected)
+
+
+def scan_images(folder: Path) -> tuple[list[str], list[str]]:
+    """The paths of a folder's images, and the names of those that are left out for their kind."""
+    entries = scan(folder)
+    left_out = [entry.name for entry in entries if is_other_image_name(entry.name)]
+    return [entry.path for entry in entries if is_image_name(entry.name)], left_out
+
+
+def warn_of_left_out(folder: Path, names: Sequence[str]) -> None:
+    """Say on standard error which images of a folder are left out, if any are."""
+    if names:
+        warn(f"{folder}: {describe_left_out(names)}")
+
+
+def warn_of_turned(files: Sequence[str], where: object) -> None:
+    """Say on standard error if some of `files` have an EXIF orientation, by a look at a few."""
+    indices = np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT), dtype=int)
+    turned = 0
+    for index in indices:
+        with contextlib.suppress(BrokenImageError):
+            turned += is_turned(read_image_file(files[index]))
+    if turned:
+        warn(
+            f"{where}: {turned} of {len(indices)} images looked at carry an EXIF orientation, "
+            "which is not applied"
+        )
 
 
 class ArraySource:
@@ -48,26 +110,22 @@ class FolderSource:
     """
 
     def __init__(self, folder: Path):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"there is no folder {folder}")
-        classes = sorted(
-            entry.name
-            for entry in os.scandir(folder)
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
+        classes = sub_folders(folder)
         if len(classes) < 2:
             raise UserError(f"{folder} has {len(classes)} class folders, expected two or more")
         self.class_names = tuple(classes)
         self.files: list[tuple[str, int]] = []
+        left_out: list[str] = []
         for label, name in enumerate(classes):
-            files = sorted(
-                entry.path
-                for entry in os.scandir(folder / name)
-                if entry.name.lower().endswith(IMAGE_SUFFIXES)
-            )
+            files, others = scan_images(folder / name)
             if not files:
-                raise UserError(f"the class folder {folder / name} has no images")
+                raise no_images(f"the class folder {folder / name}", others)
             self.files += [(file, label) for file in files]
+            left_out += [f"{name}/{other}" for other in others]
+        warn_of_left_out(folder, left_out)
+        warn_of_turned([file for file, _ in self.files], folder)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -75,10 +133,7 @@ class FolderSource:
     def encoded(self, index: int) -> EncodedExample:
         """The file at `index`; BrokenImageError if it cannot be read."""
         file, label = self.files[index]
-        try:
-            return EncodedExample(Path(file).read_bytes(), label, file)
-        except OSError as error:
-            raise BrokenImageError(f"{file} cannot be read: {error.strerror}") from error
+        return EncodedExample(read_image_file(file), label, file)
 
     def __getitem__(self, index: int) -> Example:
         return decode_example(self.encoded(index))
@@ -154,11 +209,11 @@ def open_folder(root: Path, split: str | None) -> Source:
 
     The latter is the layout of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"there is no folder {root}")
     if split:
         return FolderSource(root / split)
-    present = [split for split in EVALUATION_SPLITS if (root / split).is_dir()]
+    present = [split for split in EVALUATION_SPLITS if os.path.isdir(root / split)]
     return FolderSource(root / present[0] if present else root)
 
 

@@ -13,10 +13,18 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from activemlp_jax.data.decoding import BrokenImageError, decode
-from activemlp_jax.data.sources import IMAGE_SUFFIXES
-from activemlp_jax.errors import UserError, one_line
-from activemlp_jax.inference.images import read_image
+from activemlp_jax.data.decoding import (
+    MOST_BYTES,
+    BrokenImageError,
+    decode,
+    is_image_name,
+    is_other_image_name,
+    is_turned,
+    read_image_file,
+    warn,
+)
+from activemlp_jax.data.sources import no_images, warn_of_left_out
+from activemlp_jax.errors import UserError
 
 STDIN = "-"
 HANDFUL = 8  # images that need no progress bar
@@ -44,7 +52,8 @@ def find_images(paths: Sequence[str], leave_out: tuple[str, ...] = ()) -> list[I
 
     Args:
       paths: of files, of folders, which are searched with the folders in them, each once,
-        patterns, or `STDIN`. What is hidden in a folder is left alone.
+        patterns, or `STDIN`. What is hidden in a folder is left alone. Images of kinds that are
+        not read are left out, and counted on standard error.
       leave_out: ends of names that are not looked for in folders.
 
     Raises:
@@ -70,9 +79,9 @@ def find_images(paths: Sequence[str], leave_out: tuple[str, ...] = ()) -> list[I
     return files
 
 
-def _is_image(name: str, leave_out: tuple[str, ...]) -> bool:
-    hidden = name.startswith(".")
-    return name.lower().endswith(IMAGE_SUFFIXES) and not hidden and not name.endswith(leave_out)
+def _looks_like_image(name: str, leave_out: tuple[str, ...]) -> bool:
+    known = is_image_name(name) or is_other_image_name(name)
+    return known and not name.startswith(".") and not name.endswith(leave_out)
 
 
 def _walk(folder: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
@@ -87,7 +96,7 @@ def _walk(folder: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
         seen.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if _is_image(name, leave_out):
+            if _looks_like_image(name, leave_out):
                 path = os.path.join(place, name)
                 yield ImageFile(path, Path(os.path.relpath(path, folder)))
 
@@ -96,16 +105,20 @@ def _match(pattern: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
     """Those that match; of matching folders all, unless the pattern goes through them itself."""
     for path in sorted(glob.glob(pattern, recursive=True)):
         if not os.path.isdir(path):
-            if _is_image(os.path.basename(path), leave_out):
+            if _looks_like_image(os.path.basename(path), leave_out):
                 yield ImageFile(path, Path(Path(path).name))
         elif "**" not in pattern:
             yield from _walk(path, leave_out)
 
 
 def _expected(found: Iterable[ImageFile], path: str) -> list[ImageFile]:
-    files = list(found)
+    """Those that are read; the others are counted on standard error."""
+    all_files = list(found)
+    files = [file for file in all_files if is_image_name(file.path)]
+    left_out = [str(file.inside) for file in all_files if not is_image_name(file.path)]
     if not files:
-        raise UserError(f"{path} has no images, expected {', '.join(IMAGE_SUFFIXES)}")
+        raise no_images(path, left_out)
+    warn_of_left_out(path, left_out)
     return files
 
 
@@ -114,30 +127,47 @@ def read_images(
 ) -> Iterator[tuple[ImageFile, np.ndarray | BrokenImageError]]:
     """The pixels of each file, in order, or why it has none.
 
+    At the end, images whose EXIF orientation is not applied are counted on standard error.
+
     Args:
       files: to read.
       prepare: what is done to the pixels `[H, W, 3]` uint8.
       num_threads: that read ahead; 0 for none but the caller's.
     """
 
-    def read(index: int) -> tuple[ImageFile, np.ndarray | BrokenImageError]:
+    def read(index: int) -> tuple[ImageFile, np.ndarray | BrokenImageError, bool]:
         file = files[index]
         try:
-            if file.path == STDIN:
-                data = sys.stdin.buffer.read()
-                if not data:
-                    raise BrokenImageError("standard input is empty")
-                return file, prepare(decode(data, "standard input"))
-            return file, prepare(read_image(file.path))
+            data, name = (
+                (_read_stdin(), "standard input")
+                if file.path == STDIN
+                else (read_image_file(file.path), file.path)
+            )
+            return file, prepare(decode(data, name)), is_turned(data)
         except BrokenImageError as error:
-            return file, error
+            return file, error, False
 
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=max(16, 4 * num_threads)
     )
     iterator = iter(grain.MapDataset.range(len(files)).map(read).to_iter_dataset(options))
+    turned = 0
     with contextlib.closing(iterator):
-        yield from iterator
+        for file, image, is_one_more in iterator:
+            turned += is_one_more
+            yield file, image
+    if turned:
+        images = f"{turned} images carry" if turned > 1 else "1 image carries"
+        warn(f"{images} an EXIF orientation, which is not applied")
+
+
+def _read_stdin() -> bytes:
+    data = sys.stdin.buffer.read(MOST_BYTES + 1)
+    if not data:
+        raise BrokenImageError("standard input is empty")
+    if len(data) > MOST_BYTES:
+        raise BrokenImageError(f"standard input has more than {MOST_BYTES:,} bytes")
+    return data
 
 
 def unbroken(
@@ -146,7 +176,7 @@ def unbroken(
     """Those that could be read; the others get a line on standard error, and go to `broken`."""
     for file, image in images:
         if isinstance(image, BrokenImageError):
-            print(f"skipped: {one_line(image)}", file=sys.stderr, flush=True)
+            warn(f"skipped: {image}")
             broken.append(file)
         else:
             yield file, image

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from activemlp_jax.data.decoding import BrokenImageError, decode, to_rgb
+from activemlp_jax.data.decoding import (
+    BrokenImageError,
+    check_pixels,
+    decode,
+    pillow_errors,
+    read_image_file,
+    to_rgb,
+)
 
 EXPECTED = "a Pillow image, a uint8 array or the path of a file"
 
@@ -18,11 +25,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
       BrokenImageError: there is no such file, or it is no image.
     """
-    try:
-        with open(path, "rb") as file:
-            return decode(file.read(), str(path))
-    except OSError as error:
-        raise BrokenImageError(f"{path} cannot be read: {error.strerror}") from error
+    return decode(read_image_file(path), str(path))
 
 
 def list_images(images: Any) -> tuple[list[Any], bool]:
@@ -64,10 +67,9 @@ def pixels_of(image: Any, name: str) -> np.ndarray:
     if isinstance(image, str | os.PathLike):
         return read_image(image)
     if isinstance(image, Image.Image):
-        try:
+        with pillow_errors(name, "image", BrokenImageError):
+            check_pixels(image)
             return np.asarray(to_rgb(image))  # Pillow reads a file's pixels no sooner than here
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BrokenImageError(f"{name} is no readable image: {error}") from error
     if not hasattr(image, "__array__"):
         raise ValueError(f"{name} is a {type(image).__name__}, expected {EXPECTED}")
     array = np.asarray(image)

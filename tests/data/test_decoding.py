@@ -1,9 +1,15 @@
 """Encoded images of every kind become the same RGB pixels, whatever decodes them."""
 
+import importlib.util
 import io
 import itertools
+import os
 import struct
+import warnings
 import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +17,17 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from activemlp_jax.data import decoding
-from activemlp_jax.data.decoding import BrokenImageError, decode, decode_with_pillow
+from activemlp_jax.data.decoding import (
+    MOST_PIXELS,
+    BrokenImageError,
+    decode,
+    decode_with_pillow,
+    is_turned,
+    read_image_file,
+)
+from activemlp_jax.data.scene_sources import decode_mask
+from activemlp_jax.errors import UserError
+from activemlp_jax.inference.images import pixels_of
 
 PHOTO = load_sample_image("china.jpg")[100:199, 200:333]
 
@@ -75,22 +91,24 @@ def test_sixteen_bits_keep_their_upper_eight(file_format: str):
     np.testing.assert_array_equal(ours[..., 0], values >> 8)
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + checksum
+
+
+def png(width: int, height: int, bits: int, color: int, *chunks: bytes) -> bytes:
+    """A PNG file of a header and `chunks`."""
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IEND", b"")]
+    )
+
+
 def sixteen_bit_rgb_png(values: np.ndarray) -> bytes:
     """A PNG of `values` `[H, W, 3]` uint16, which Pillow reads but does not write."""
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + checksum
-
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return png(width, height, 16, 2, png_chunk(b"IDAT", zlib.compress(rows)))
 
 
 def test_sixteen_bit_colours_keep_their_upper_eight():
@@ -127,3 +145,112 @@ def test_without_the_fast_decoder_all_is_read_by_pillow(monkeypatch: pytest.Monk
     expected = decode(data, "photo")
     monkeypatch.setattr(decoding, "simplejpeg", None)
     np.testing.assert_array_equal(decode(data, "photo"), expected)
+
+
+def with_size(data: bytes, width: int, height: int) -> bytes:
+    """A JPEG file that claims another size."""
+    place = data.index(b"\xff\xc0") + 5
+    return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
+
+
+SIDE = 13_378  # the square of which is just beyond the limit
+JPEG = encode(PHOTO, "JPEG")
+TOO_LARGE = {
+    "JPEG": with_size(JPEG, SIDE, SIDE),
+    "JPEG of 12 GiB": with_size(JPEG, 65_500, 65_500),
+    "grey JPEG": with_size(encode(PHOTO[..., 0], "JPEG"), SIDE, SIDE),
+    "PNG": png(SIDE, SIDE, 8, 0, png_chunk(b"IDAT", zlib.compress(b"\0" * 100))),
+    "BMP": encode(PHOTO, "BMP")[:18] + struct.pack("<II", SIDE, SIDE) + encode(PHOTO, "BMP")[26:],
+}
+
+
+@pytest.mark.parametrize("read", [decode, decode_with_pillow, decode_mask])
+@pytest.mark.parametrize("kind", TOO_LARGE)
+def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(
+    kind: str, read: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    assert MOST_PIXELS < SIDE**2 < MOST_PIXELS + 2 * SIDE
+    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", None)
+    monkeypatch.setattr(Image.Image, "load", None)
+    message = r"^a/b\.jpg is no readable (image|mask): .*178,?956,?970"
+    with pytest.raises(UserError, match=message):
+        read(TOO_LARGE[kind], "a/b.jpg")
+
+
+def test_the_limit_is_ours_where_pillows_is_taken_away(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(BrokenImageError, match=r"it has 13,378 x 13,378 pixels, expected at most"):
+        decode(TOO_LARGE["PNG"], "a.png")
+    with (
+        Image.open(io.BytesIO(TOO_LARGE["PNG"])) as image,
+        pytest.raises(BrokenImageError, match="image 3 is no readable image: it has 13,378 x"),
+    ):
+        pixels_of(image, "image 3")
+
+
+def test_a_large_image_below_the_limit_is_read_without_pillows_warning():
+    spec = importlib.util.spec_from_file_location("decoding_again", decoding.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    large = png(10_000, 10_000, 8, 0, png_chunk(b"IDAT", b""))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        spec.loader.exec_module(again)
+        with again.open_image(large, "large.png") as image:
+            assert image.size == (10_000, 10_000)
+    assert [str(warning.message) for warning in caught] == []
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_text_or_a_profile_that_unpacks_to_much_is_refused(kind: bytes):
+    bomb = png_chunk(kind, b"name\0\0" + zlib.compress(b" " * 2**22))
+    pixel = png_chunk(b"IDAT", zlib.compress(b"\0\0"))
+    with pytest.raises(BrokenImageError, match=r"a\.png is no readable image: .*too large"):
+        decode(png(1, 1, 8, 0, bomb, pixel), "a.png")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OverflowError("too large"), KeyError(3), struct.error("unpack")]
+)
+def test_whatever_a_decoder_raises_names_the_image(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    if isinstance(error, MemoryError):
+        monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", fail)
+    else:
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    with pytest.raises(BrokenImageError, match=r"^a/b\.jpg is no readable image: \w"):
+        decode(JPEG, "a/b.jpg")
+    with pytest.raises(BrokenImageError, match=r"^it is no readable image: \w"):
+        pixels_of(Image.fromarray(PHOTO), "it")
+
+
+def test_programs_are_not_read_as_images():
+    """Pillow hands these to Ghostscript."""
+    with pytest.raises(BrokenImageError, match="no known format"):
+        decode(encode(PHOTO, "EPS"), "a.png")
+
+
+def test_pipes_devices_and_folders_are_not_read(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink("/dev/zero", tmp_path / "zero.png")
+    (tmp_path / "folder.png").mkdir()
+    for name, kind in (("pipe", "a pipe"), ("zero", "a device"), ("folder", "[Ii]s a directory")):
+        with pytest.raises(BrokenImageError, match=rf"{name}\.png .*{kind}"):
+            read_image_file(tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "AVIF"])
+def test_an_orientation_is_seen_but_an_upright_one_is_none(file_format: str):
+    for orientation, turned in ((1, False), (3, True), (6, True), (8, True), (99, False)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert is_turned(encode(PHOTO, file_format, exif=exif)) == turned, orientation
+    assert not is_turned(encode(PHOTO, file_format))
+    assert not is_turned(b"no image")
+    assert not is_turned(JPEG[:3] + b"Exif" + JPEG[3:])
