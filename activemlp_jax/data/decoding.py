@@ -158,6 +158,15 @@ def is_turned(data: bytes) -> bool:
     return False
 
 
+def warn_of_turned(turned: int, looked_at: int, where: object) -> None:
+    """Say on standard error how many of a data set's images `is_turned`, if any."""
+    if turned:
+        warn(
+            f"{where}: {turned} of {looked_at} images looked at carry an EXIF orientation, "
+            "which is not applied"
+        )
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file of that name is looked at, by its suffix."""
     return name.lower().endswith(IMAGE_SUFFIXES)

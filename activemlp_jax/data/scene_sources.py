@@ -13,12 +13,12 @@ from activemlp_jax.data.digit_scenes import DigitScenes
 from activemlp_jax.data.examples import Example, Source, evaluation_split
 from activemlp_jax.data.scene_transforms import IGNORED
 from activemlp_jax.data.sources import (
+    look_for_turned,
     no_images,
     scan,
     scan_images,
     sub_folders,
     warn_of_left_out,
-    warn_of_turned,
 )
 from activemlp_jax.data.tfds_source import builder_features, open_builder, open_records
 from activemlp_jax.errors import UserError
@@ -159,7 +159,7 @@ class SceneFolder:
                 f"{names}{more}; expected {masks / missing[0].stem}.png and so on"
             )
         warn_of_left_out(images, left_out)
-        warn_of_turned(files, images)
+        look_for_turned(files, images)
         for index in np.linspace(0, len(self) - 1, min(len(self), CHECKED_MASKS), dtype=int):
             self._mask(index)
 
@@ -223,13 +223,14 @@ class TfdsScenes:
             raise UserError(
                 f"tfds:{name} has classes that are not known here, expected tfds:{ADE20K_BUILDER}"
             )
-        self._records, self._name = open_records(builder, name, split, ["image", "annotation"])
-        if len(self):
-            self._check_masks()
+        self._records = open_records(builder, name, split, ["image", "annotation"])
+        self._name = self._records.name
+        for index, record in self._records.some(CHECKED_MASKS):
+            self._check_mask(index, record["annotation"])
 
-    def _check_masks(self) -> None:
+    def _check_mask(self, index: int, data: bytes) -> None:
         try:
-            decode_mask(self._records[0]["annotation"], f"the mask of {self._what(0)}", as_rgb=True)
+            decode_mask(data, f"the mask of {self._what(index)}", as_rgb=True)
         except UserError as error:
             raise UserError(
                 f"{error}; tensorflow-datasets itself fetches masks of instances, which are of "

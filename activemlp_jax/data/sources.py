@@ -20,6 +20,7 @@ from activemlp_jax.data.decoding import (
     is_turned,
     read_image_file,
     warn,
+    warn_of_turned,
 )
 from activemlp_jax.data.examples import (
     EVALUATION_SPLITS,
@@ -71,18 +72,14 @@ def warn_of_left_out(folder: Path, names: Sequence[str]) -> None:
         warn(f"{folder}: {describe_left_out(names)}")
 
 
-def warn_of_turned(files: Sequence[str], where: object) -> None:
+def look_for_turned(files: Sequence[str], folder: Path) -> None:
     """Say on standard error if some of `files` have an EXIF orientation, by a look at a few."""
     indices = np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT), dtype=int)
     turned = 0
     for index in indices:
         with contextlib.suppress(BrokenImageError):
             turned += is_turned(read_image_file(files[index]))
-    if turned:
-        warn(
-            f"{where}: {turned} of {len(indices)} images looked at carry an EXIF orientation, "
-            "which is not applied"
-        )
+    warn_of_turned(turned, len(indices), folder)
 
 
 class ArraySource:
@@ -125,7 +122,7 @@ class FolderSource:
             self.files += [(file, label) for file in files]
             left_out += [f"{name}/{other}" for other in others]
         warn_of_left_out(folder, left_out)
-        warn_of_turned([file for file, _ in self.files], folder)
+        look_for_turned([file for file, _ in self.files], folder)
 
     def __len__(self) -> int:
         return len(self.files)

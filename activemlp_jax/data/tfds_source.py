@@ -1,32 +1,40 @@
 """Data sets of tensorflow-datasets, read from ArrayRecord files without TensorFlow."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from activemlp_jax.data.decoding import BrokenImageError, is_turned, warn_of_turned
 from activemlp_jax.data.examples import (
     EncodedExample,
     Example,
     decode_example,
     evaluation_split,
 )
-from activemlp_jax.errors import UserError
+from activemlp_jax.errors import UserError, one_line
 
-CHECKED_LABELS = 256  # records, evenly spread, whose labels are checked before the first step
+CHECKED_RECORDS = 256  # evenly spread, whose labels are checked before the first step
 PREPARE = "python -m activemlp_jax.prepare_data"
 WHERE = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
 
 
 def open_builder(name: str) -> Any:
-    """The builder `name`, as `tfds.builder` takes it; UserError if there is none."""
+    """The builder `name`, as `tfds.builder` takes it; UserError if there is none, or damaged."""
     import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
 
     try:
-        return tfds.builder(name)
+        builder = tfds.builder(name)
+        _ = builder.info.features, list(builder.info.splits)  # read from files, which may be bad
+        return builder
     except Exception as error:  # its kinds of error share no base
-        reason = str(error).split("\n")[0]
-        raise UserError(f"tfds:{name} cannot be opened: {reason}; {WHERE}") from error
+        raise UserError(f"tfds:{name} cannot be opened: {first_line(error)}; {WHERE}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of tensorflow-datasets says, without its many lines of help."""
+    return one_line(str(error).strip().split("\n")[0])[:300] or type(error).__name__
 
 
 def builder_features(builder: Any) -> dict[str, Any]:
@@ -34,10 +42,60 @@ def builder_features(builder: Any) -> dict[str, Any]:
     return dict(getattr(builder.info.features, "items", dict)())
 
 
-def open_records(
-    builder: Any, name: str, split: str | None, encoded: Sequence[str]
-) -> tuple[Sequence[dict[str, Any]], str]:
-    """Random access to the records of a split, and what to call them in an error.
+class Records:
+    """Random access to the records of a split; `name` is what to call it in an error.
+
+    Reading one that is damaged raises BrokenImageError, which names its file.
+
+    Args:
+      records: a data source of tensorflow-datasets.
+      name: of data set and split.
+      files: the files that have them, in order, and the number of records in each.
+    """
+
+    def __init__(self, records: Any, name: str, files: Sequence[tuple[str, int]]):
+        self._records = records
+        self.name = name
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return self._records[index]
+        except Exception as error:  # of ArrayRecord, protocol buffers, or features
+            what = f"{self.name}: record {index} cannot be read from {self._file(index)}"
+            if "out of bound" in str(error):
+                raise UserError(
+                    f"{what}: it has fewer records than dataset_info.json says"
+                ) from error
+            raise BrokenImageError(f"{what}: {first_line(error)}") from error
+
+    def some(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Up to `count` records, evenly spread, without damaged ones, unless all of them are."""
+        indices = np.linspace(0, len(self) - 1, min(len(self), count), dtype=int).tolist()
+        readable = False
+        for index in indices:
+            try:
+                record = self[index]
+            except BrokenImageError:
+                if index == indices[-1] and not readable:
+                    raise
+                continue
+            readable = True
+            yield index, record
+
+    def _file(self, index: int) -> str:
+        for file, count in self._files:
+            if index < count:
+                return file
+            index -= count
+        return "its file"
+
+
+def open_records(builder: Any, name: str, split: str | None, encoded: Sequence[str]) -> Records:
+    """The records of a split.
 
     Args:
       builder: of `open_builder`.
@@ -46,7 +104,8 @@ def open_records(
       encoded: the features to give as the bytes of their files.
 
     Raises:
-      UserError: it is not prepared, not in ArrayRecord files, or has no such split.
+      UserError: it is not prepared, not in ArrayRecord files, has no such split, or a file is
+        missing.
     """
     import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
 
@@ -61,16 +120,20 @@ def open_records(
     what += f", split {split!r}"
     try:
         decoders = {feature: tfds.decode.SkipDecoding() for feature in encoded}
-        return builder.as_data_source(split=split, decoders=decoders), what
+        records = builder.as_data_source(split=split, decoders=decoders)
+        parts = builder.info.splits[split].file_instructions
     except NotImplementedError as error:
         raise UserError(
             f"{what}, has {builder.info.file_format.value} files, which have no random "
             f"access; make ArrayRecord files of them with `{PREPARE} tfrecord "
             f"{builder.data_dir} --data-dir FOLDER`, and set TFDS_DATA_DIR to FOLDER"
         ) from error
-    except (KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"{what}, cannot be read: {reason}") from error
+    except Exception as error:  # its kinds of error share no base
+        raise UserError(f"{what}, cannot be read: {first_line(error)}") from error
+    missing = [part.filename for part in parts if not os.path.isfile(part.filename)]
+    if missing:
+        raise UserError(f"{what}: {len(missing)} of {len(parts)} files are missing: {missing[0]}")
+    return Records(records, what, [(part.filename, part.take) for part in parts])
 
 
 class TfdsSource:
@@ -96,11 +159,15 @@ class TfdsSource:
                 f"tfds:{name} is not for image classification: expected the features 'image' and "
                 f"'label', a class, found {', '.join(features) or 'neither'}"
             )
-        self._records, self._name = open_records(builder, name, split, ["image"])
+        self._records = open_records(builder, name, split, ["image"])
+        self._name = self._records.name
         self.class_names = tuple(label.names)
-        count = min(len(self), CHECKED_LABELS)
-        for index in np.linspace(0, len(self) - 1, count, dtype=int):
-            self._label(int(index), self._records[int(index)])
+        looked_at = turned = 0
+        for index, record in self._records.some(CHECKED_RECORDS):
+            self._label(index, record)
+            looked_at += 1
+            turned += is_turned(record["image"])
+        warn_of_turned(turned, looked_at, self._name)
 
     def _label(self, index: int, record: dict[str, Any]) -> int:
         label = int(record["label"])
@@ -115,10 +182,14 @@ class TfdsSource:
         return len(self._records)
 
     def encoded(self, index: int) -> EncodedExample:
-        """The record at `index`; UserError if its label is no class."""
+        """The record at `index`.
+
+        Raises:
+          BrokenImageError: it cannot be read; another UserError: its label is no class.
+        """
         record = self._records[index]
         label = self._label(index, record)
-        file = record.get("file_name", b"").decode()
+        file = record.get("file_name", b"").decode("utf-8", "replace")
         return EncodedExample(record["image"], label, f"{self._name}: {file or f'record {index}'}")
 
     def __getitem__(self, index: int) -> Example:

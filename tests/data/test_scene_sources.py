@@ -212,6 +212,22 @@ def test_a_wrong_mask_is_named_and_not_skipped(data: bytes | None, message: str,
     assert one_line(error)
 
 
+@pytest.mark.parametrize("data", [as_mode("RGB"), b"no image"])
+def test_masks_that_cannot_be_used_are_found_when_a_folder_is_opened(data: bytes, folder: Path):
+    (folder / "annotations" / "c.png").write_bytes(data)
+    with pytest.raises(UserError, match=r"annotations/c\.png (has 3 channels|is no readable mask)"):
+        open_scenes(f"folder:{folder}")
+
+
+def test_images_of_other_kinds_are_left_out_and_counted(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    (folder / "images" / "d.heic").write_bytes(b"")
+    assert len(open_scenes(f"folder:{folder}")) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folder}/images: 1 file left out: d.heic (not read: .heic")
+
+
 @pytest.mark.parametrize("data", [b"no image", encoded(photo(0, 20, 20))[:400], None])
 def test_a_broken_image_is_named_and_may_be_skipped(data: bytes | None, folder: Path):
     file = folder / "images" / "a.jpg"

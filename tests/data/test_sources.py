@@ -2,18 +2,21 @@
 
 import contextlib
 import io
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from pictures import save_odd_images
+from pictures import encoded, photo, save_odd_images
 from PIL import Image
 
+from activemlp_jax.data.decoding import BrokenImageError
 from activemlp_jax.data.examples import check_same_classes
-from activemlp_jax.data.pipeline import eval_batches, train_batches
+from activemlp_jax.data.pipeline import Skipped, eval_batches, train_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.errors import UserError
@@ -168,6 +171,67 @@ def test_a_broken_image_is_named(tmp_path: Path):
         source[1]
 
 
+def test_a_pipe_a_device_and_a_folder_among_the_images_are_broken_images(tmp_path: Path):
+    save_classes(tmp_path, {"a": [1], "b": [2]})
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    os.symlink("/dev/zero", tmp_path / "a" / "zero.png")
+    (tmp_path / "a" / "folder.png").mkdir()
+    source = open_source(f"folder:{tmp_path}")
+    assert len(source) == 5
+    for index in (1, 2, 3):
+        with pytest.raises(BrokenImageError, match=r"(folder|pipe|zero)\.png (is|cannot be read)"):
+            source[index]
+
+
+def test_images_of_other_kinds_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    save_classes(tmp_path, {"a": [1, 3], "b": [2]})
+    for name in ("a/1.HEIC", "a/1.txt", "a/.2.heic", "a/Thumbs.db", "b/\x1b[31m.jxl"):
+        (tmp_path / name).write_bytes(b"")
+    for number, kind in enumerate(("JPEG", "AVIF", "JPEG2000")):
+        suffix = ("jfif", "AVIF", "jp2")[number]
+        (tmp_path / "b" / f"{number}.{suffix}").write_bytes(encoded(photo(number, 30, 20), kind))
+    source = open_source(f"folder:{tmp_path}")
+    assert [source[index].image.shape for index in range(6)] == [(20, 30, 3)] * 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"{tmp_path}: 2 files left out: a/1.HEIC, b/?[31m.jxl (not read: .heic, .jxl; convert to "
+        "JPEG or PNG)"
+    )
+    for file in (tmp_path / "a").glob("*.png"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"a has no images, expected .avif, .*1\.HEIC"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_orientations_that_are_not_applied_are_counted_when_a_folder_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    save_odd_images(tmp_path)  # one of the nine carries one
+    open_source(f"folder:{tmp_path}")
+    expected = "1 of 9 images looked at carry an EXIF orientation, which is not applied"
+    assert capsys.readouterr().err == f"{tmp_path}: {expected}\n"
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save_classes(tmp_path, {"a": [1], "b": [2]})
+    os.symlink(tmp_path / "circle", tmp_path / "circle")
+    assert len(open_source(f"folder:{tmp_path}")) == 2
+    with pytest.raises(UserError, match="there is no folder xxx"):
+        open_source(f"folder:{'x' * 300}")
+    scan = os.scandir
+
+    def refuse(folder: Path) -> Any:
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=rf"{tmp_path}/b cannot be read: Permission denied"):
+        open_source(f"folder:{tmp_path}")
+
+
 def test_tfds_splits_are_read_from_array_record_files(tfds_folder: Path):
     del tfds_folder
     source = open_source("tfds:tiny_shapes", "train")
@@ -236,3 +300,87 @@ def test_other_classes_are_named():
         check_same_classes(("a", "b"), ("a",), "the set")
     with pytest.raises(UserError, match="class 1 of the set is 'c', expected 'b'"):
         check_same_classes(("a", "b"), ("a", "c"), "the set")
+
+
+def shard_of(folder: Path, split: str = "train") -> Path:
+    (file,) = folder.glob(f"tiny_shapes/1.0.0/tiny_shapes-{split}.array_record-*")
+    return file
+
+
+def change(place: int, *, cut: bool = False) -> Callable[[Path], None]:
+    """Cut a file, or turn a byte of it."""
+
+    def apply(file: Path) -> None:
+        data = bytearray(file.read_bytes())
+        if cut:
+            del data[place:]
+        else:
+            data[place] ^= 0xFF
+        file.write_bytes(data)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        Path.unlink,
+        change(0, cut=True),
+        change(100, cut=True),
+        change(2**17 - 1, cut=True),
+        change(2**16),
+        lambda file: file.write_bytes(bytes(2**17)),
+        lambda file: file.write_bytes(file.read_bytes() + b"more"),
+    ],
+)
+def test_a_damaged_array_record_file_is_named(spoil: Callable[[Path], Any], tfds_folder: Path):
+    file = shard_of(tfds_folder)
+    spoil(file)
+    with pytest.raises(UserError, match=rf"tfds:tiny_shapes, split 'train'.*{file}") as error:
+        open_source("tfds:tiny_shapes", "train")
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_record_is_a_broken_image(tfds_folder: Path):
+    file = shard_of(tfds_folder)
+    change(70)(file)  # in the chunk of the first of the five
+    source = open_source("tfds:tiny_shapes", "train")
+    with pytest.raises(BrokenImageError, match=rf"record 0 cannot be read from {file}: Corrupted"):
+        source[0]
+    config = default_config()
+    config.update_from_flattened_dict({"batch_size": 5, "data.on_error": "skip"})
+    said: list[str] = []
+    batches = train_batches(
+        source, config, first_step=0, last_step=2, skipped=Skipped(1, said.append)
+    )
+    with contextlib.closing(batches):
+        assert [batch["image"].shape for batch in batches] == [(5, 32, 32, 3)] * 2
+    assert len(said) == 1
+
+
+def test_a_file_with_fewer_records_than_described_is_named(tfds_folder: Path):
+    file = shard_of(tfds_folder)
+    info = tfds_folder / "tiny_shapes" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace('"5"', '"5000"'))
+    with pytest.raises(UserError, match=rf"{file}: it has fewer records than dataset_info\.json"):
+        open_source("tfds:tiny_shapes", "train")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "null", '{"a": ', "[" * 100_000],
+    ids=["empty", "no keys", "null", "cut", "deep"],
+)
+def test_a_damaged_description_is_named(name: str, text: str, tfds_folder: Path):
+    """Of a data set that no code describes, as those of prepare_data."""
+    folder = (tfds_folder / "tiny_shapes").rename(tfds_folder / "pictures") / "1.0.0"
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace('"name": "tiny_shapes"', '"name": "pictures"'))
+    for file in folder.glob("tiny_shapes-*"):
+        file.rename(folder / file.name.replace("tiny_shapes", "pictures"))
+    assert len(open_source("tfds:pictures", "train")) == 5
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=r"^tfds:pictures") as error:
+        open_source("tfds:pictures", "train")
+    assert "\n" not in str(error.value)

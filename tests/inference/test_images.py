@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,23 @@ def test_a_folder_has_the_images_in_it_and_below_in_the_order_of_their_names(tre
     assert names == [name for name in ALL if name != "b_out.png"]
 
 
+@pytest.mark.parametrize("path", [".", "*"])
+def test_images_of_other_kinds_are_left_out_and_counted(
+    path: str, tree: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("c/e.HEIC", "f.dng", ".g.heic", "h.txt"):
+        (tree / name).write_bytes(b"")
+    (tree / "photo.jfif").write_bytes(encoded(PHOTO))
+    names = [Path(file.path).as_posix() for file in find_images([path])]
+    assert sorted(names) == sorted([*ALL, "photo.jfif"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        rf"{re.escape(path)}: 2 files left out: .* \(not read: \.dng, \.heic; .*", line
+    )
+    with pytest.raises(UserError, match=r"no images, expected .*; 1 file left out: f\.dng"):
+        find_images(["f.*"])
+
+
 @pytest.mark.usefixtures("tree")
 def test_files_are_taken_in_the_order_given_whatever_their_names():
     assert found("note.txt", "b_out.png", "a.JPG", "c", "a.JPG", leave_out=("_out.png",)) == [
@@ -216,6 +234,32 @@ def test_files_are_read_in_order_and_those_that_cannot_be_are_reported(
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith(f"skipped: {tmp_path}/07.png is no readable image")
     assert second == f"skipped: {tmp_path}/11.png cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("turned", "counted"),
+    [(["on its side"] * 2, "2 images carry"), (["on its side"], "1 image carries")],
+)
+def test_orientations_that_are_not_applied_are_counted_after_the_last_image(
+    turned: list[str], counted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for number, kind in enumerate(["colour", *turned, "grey"]):
+        (tmp_path / f"{number}.png").write_bytes(FILES[kind])
+    assert len(list(read_images(find_images([str(tmp_path)]), np.asarray, 1))) == len(turned) + 2
+    expected = f"{counted} an EXIF orientation, which is not applied\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_what_could_never_end_is_reported_and_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink("/dev/zero", tmp_path / "zero.png")
+    broken: list[ImageFile] = []
+    assert list(unbroken(read_images(find_images([str(tmp_path)]), np.asarray, 0), broken)) == []
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"skipped: {tmp_path}/pipe.png is a pipe, expected a file"
+    assert second == f"skipped: {tmp_path}/zero.png is a device, expected a file"
 
 
 def test_nothing_on_standard_input_is_said_to_be_nothing(
