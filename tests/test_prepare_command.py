@@ -221,6 +221,35 @@ def test_a_tfrecord_shard_that_is_cut_short_is_named(tfrecord_copy: Path, data_d
         preparation.prepare_tfrecord(tfrecord_copy, data_dir, 1, CONSOLE)
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000], ids=["empty", "list", "deep"])
+def test_a_tfrecord_copy_with_a_damaged_description_is_named(
+    name: str, text: str, tfrecord_copy: Path, data_dir: Path
+):
+    (tfrecord_copy / name).write_text(text)
+    with pytest.raises(UserError, match=rf"^{tfrecord_copy} cannot be read: ") as error:
+        preparation.prepare_tfrecord(tfrecord_copy, data_dir, 1, CONSOLE)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000], ids=["empty", "cut", "deep"])
+def test_a_damaged_record_of_what_was_prepared_is_named(text: str, tmp_path: Path, data_dir: Path):
+    save_photos(tmp_path / "photos", ["a", "b"], 1, (40, 40))
+    plan = data_dir / "mine" / "1.0.0" / "prepared_from.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text(text)
+    with pytest.raises(UserError, match=rf"^{plan} is not readable as JSON"):
+        preparation.prepare_folder(tmp_path / "photos", "mine", data_dir, 1, CONSOLE)
+
+
+def test_a_pipe_among_the_photos_is_named(tmp_path: Path, data_dir: Path):
+    save_photos(tmp_path / "photos", ["a", "b"], 1, (40, 40))
+    os.mkfifo(tmp_path / "photos" / "a" / "pipe.png")
+    with pytest.raises(UserError, match=r"a/pipe\.png cannot be read: it is no regular file"):
+        preparation.prepare_folder(tmp_path / "photos", "mine", data_dir, 1, CONSOLE)
+    assert not data_dir.exists()
+
+
 def test_a_data_set_with_a_config_of_its_own_keeps_it(tfrecord_copy: Path, data_dir: Path):
     there = tfrecord_copy.parent / "small" / "1.0.0"
     there.mkdir(parents=True)
@@ -295,6 +324,8 @@ def test_work_that_was_interrupted_goes_on_with_the_shards_that_are_missing(
     whole = {path.name for path in directory.glob("*-of-?????")}
     assert whole
     assert not (directory / "dataset_info.json").exists()
+    for name in (f".{min(whole)}.partial", ".prepared_from.json.partial"):
+        (directory / name).write_text("left by a kill")
 
     reads.clear()
     monkeypatch.setattr(
@@ -303,7 +334,7 @@ def test_work_that_was_interrupted_goes_on_with_the_shards_that_are_missing(
     preparation.prepare_folder(tmp_path / "photos", "halved", data_dir, 1, CONSOLE)
     assert 0 < len(reads) < 40, "what was there is not read again"
     assert len(open_source("tfds:halved", "train")) == 40
-    assert not list(directory.glob("*.partial"))
+    assert not [path.name for path in directory.iterdir() if "partial" in path.name]
 
     reads.clear()
     preparation.prepare_folder(tmp_path / "photos", "halved", data_dir, 1, CONSOLE)

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.file_adapters import ArrayRecordFileAdapter
 
 from activemlp_jax.errors import UserError
+from activemlp_jax.files import partial_path, write_aside
+from activemlp_jax.json_files import read_json
 
 SHARD_BYTES = 128 * 2**20
 PLAN_FILE = "prepared_from.json"
@@ -113,18 +114,16 @@ def claim_directory(directory: Path, shards: Sequence[Shard]) -> None:
     """
     plan = {shard.path.name: [shard.examples, shard.size] for shard in shards}
     path = directory / PLAN_FILE
-    partial = directory / f"{PLAN_FILE}.partial"
     if path.exists():
-        if json.loads(path.read_text()) != plan:
+        if read_json(path) != plan:
             raise UserError(
                 f"{directory} is made from other files than are there now; remove it to begin anew"
             )
-    elif directory.exists() and any(file != partial for file in directory.iterdir()):
+    elif directory.exists() and any(file != partial_path(path) for file in directory.iterdir()):
         raise UserError(f"{directory} holds files of another origin; choose another --data-dir")
     else:
-        directory.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(plan) + "\n")
-        os.replace(partial, path)
+        with write_aside(path) as aside:
+            aside.write_text(json.dumps(plan) + "\n")
 
 
 def _is_whole(shard: Shard) -> bool:
@@ -162,14 +161,13 @@ def write_shards(shards: Sequence[Shard], num_threads: int, advance: Callable[[i
                 written += 1
                 advance(1)
 
-        partial = shard.path.with_name(f"{shard.path.name}.partial")
-        try:
-            ArrayRecordFileAdapter.write_examples(partial, records())
-        except RuntimeError as error:  # such as a full disk
-            raise UserError(f"{partial} cannot be written: {error}") from error
-        if written != shard.examples:
-            raise UserError(f"{shard.path} got {written} examples, expected {shard.examples}")
-        os.replace(partial, shard.path)
+        with write_aside(shard.path) as aside:
+            try:
+                ArrayRecordFileAdapter.write_examples(aside, records())
+            except RuntimeError as error:  # such as a full disk
+                raise UserError(f"{aside} cannot be written: {error}") from error
+            if written != shard.examples:
+                raise UserError(f"{shard.path} got {written} examples, expected {shard.examples}")
 
     with ThreadPoolExecutor(num_threads) as pool:
         futures = [pool.submit(write, shard) for shard in shards]
@@ -219,4 +217,6 @@ def finish(
         filename_template=template,
         check_data=False,  # it would read by TensorFlow
     )
+    for path in (directory / PLAN_FILE, *(shard.path for shard in shards)):
+        partial_path(path).unlink(missing_ok=True)  # left by a process that was killed
     return counts

@@ -24,6 +24,7 @@ from activemlp_jax.data.array_records import (
 )
 from activemlp_jax.data.examples import check_same_classes
 from activemlp_jax.data.sources import FolderSource
+from activemlp_jax.data.tfds_source import first_line
 from activemlp_jax.errors import UserError, install_command
 
 IMAGENET_TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
@@ -52,8 +53,9 @@ def index_tar(path: Path) -> list[tuple[str, int, int]]:
                         for image in inner
                         if image.isfile()
                     ]
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a tar file: {error}") from error
+    except Exception as error:  # a damaged header lets tarfile stumble in any way
+        reason = first_line(error)
+        raise UserError(f"{path} cannot be read as a tar file: {reason}") from error
     return members
 
 
@@ -124,7 +126,7 @@ def prepare_folder(
         check_same_classes(class_names, source.class_names, f"the split {split} of {folder}")
     splits = {
         split: [
-            Member(path, 0, os.path.getsize(path), f"{class_names[label]}/{Path(path).name}", label)
+            Member(path, 0, _size(path), f"{class_names[label]}/{Path(path).name}", label)
             for path, label in source.files
         ]
         for split, source in sources.items()
@@ -137,6 +139,13 @@ def prepare_folder(
         }
     )
     write_images(name, "1.0.0", features, splits, data_dir, num_threads, console)
+
+
+def _size(path: str) -> int:
+    """The bytes of a regular file; UserError if it is none, as a pipe could not be read."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} cannot be read: it is no regular file")
+    return os.path.getsize(path)
 
 
 def write_images(
@@ -159,8 +168,8 @@ def _tfrecords(file: str) -> Iterator[bytes]:
     """The records of a TFRecord file, without a check of their checksums."""
     try:
         yield from TFRecordIterDataset(file)
-    except ValueError as error:  # with all of the bytes in its message
-        reason = str(error).split(":")[0]
+    except Exception as error:  # with all of the bytes in its message
+        reason = first_line(error).split(":")[0]
         raise UserError(f"{file} cannot be read: {reason}") from error
 
 
@@ -181,8 +190,11 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
             f"{source} has no dataset_info.json; expected the folder of a data set's version, such "
             "as imagenet2012/5.1.0"
         )
-    builder = tfds.builder_from_directory(source)
-    info = builder.info
+    try:
+        info = tfds.builder_from_directory(source).info
+        _ = info.features, info.file_format.value, list(info.splits)
+    except Exception as error:  # its kinds of error share no base
+        raise UserError(f"{source} cannot be read: {first_line(error)}") from error
     if info.file_format.value != "tfrecord":
         raise UserError(f"{source} has {info.file_format.value} files, expected tfrecord")
     full_name = f"{info.name}/{info.config_name}" if info.config_name else info.name
@@ -231,8 +243,8 @@ def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
             f"tensorflow-datasets needs TensorFlow to prepare {name}: {install_command('prepare')}"
         ) from error
     except Exception as error:  # its kinds of error share no base
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name} cannot be prepared: {type(error).__name__}: {reason}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{name} cannot be prepared: {reason}") from error
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
     _say_result(counts, name, data_dir, console)
 
