@@ -6,11 +6,15 @@ batch; a run resumes from its step number.
 """
 
 import contextlib
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 from ml_collections import ConfigDict
 
@@ -154,6 +158,23 @@ def _assemble(units: Sequence[Unit]) -> dict[str, Any]:
     return batch
 
 
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Have this worker process end when the process that started it has ended, even if killed.
+
+    It would else wait forever to hand over its batches. With the last worker, Python's resource
+    tracker ends, too, and removes the shared memory that they were in.
+    """
+    del worker, workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has been started by another process"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def iterate(
     elements: grain.MapDataset,
     group: int,
@@ -167,10 +188,12 @@ def iterate(
     many small things between processes would cost more.
     """
     if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads some for its workers
+            flags.FLAGS.mark_as_parsed()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         batches = elements.batch(group, batch_fn=assemble).to_iter_dataset(options)
         workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=BATCHES_AHEAD)
-        return iter(batches.mp_prefetch(workers))
+        return iter(batches.mp_prefetch(workers, _end_with_parent))
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=max(16, 4 * num_threads)
     )

@@ -1,11 +1,16 @@
 """Batches are a pure function of seed and step: any workers, any hosts, any restart."""
 
 import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from absl import flags
 
 from activemlp_jax.data import pipeline
 from activemlp_jax.data.decoding import BrokenImageError
@@ -44,6 +49,22 @@ RECIPE = {
     "data.augmentation": "random_resized_crop",
     "data.randaugment": "rand-m9-mstd0.5-inc1",
 }
+# A program that does not parse flags of absl.
+PROGRAM = """
+import sys
+from activemlp_jax.data.pipeline import train_batches
+from activemlp_jax.data.sources import open_source
+from activemlp_jax.training.config import default_config
+
+if __name__ == "__main__":
+    config = default_config()
+    config.batch_size, config.data.num_workers = 8, 2
+    batches = train_batches(open_source("digits", "train"), config, first_step=0, last_step=1000)
+    for _ in range(4):
+        next(batches)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
 ORDERS = pytest.mark.parametrize("order", [{}, RECIPE], ids=["plain", "recipe"])
 
 
@@ -96,9 +117,51 @@ def test_the_number_of_threads_changes_nothing(threads: int, order: dict[str, An
 @ORDERS
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_nothing(workers: int, order: dict[str, Any]):
-    flags.FLAGS.mark_as_parsed()  # Grain's workers ask for flags, which train.py parses
     ours = batches(**order, **{"data.num_workers": workers})
     assert_same(ours, batches(**order, **{"data.num_threads": 0}))
+
+
+def children(process: int) -> list[int]:
+    """The processes that any of a process's threads has started."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(child) for file in lists for child in file.read_text().split()]
+
+
+def is_running(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+def test_workers_and_their_shared_memory_end_with_a_run_that_is_killed(tmp_path: Path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    memory = Path("/dev/shm")
+    before = set(memory.iterdir())
+    with subprocess.Popen(
+        [sys.executable, str(tmp_path / "program.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+        workers = children(run.pid)
+        segments = set(memory.iterdir()) - before
+        assert len(workers) >= 2
+        assert segments, "batches are handed over in shared memory"
+        run.kill()
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        running = [worker for worker in workers if is_running(worker)]
+        left = {segment for segment in segments if segment.exists()}
+        if not running and not left:
+            break
+        time.sleep(0.1)
+    for worker in running:
+        os.kill(worker, signal.SIGKILL)
+    assert (running, left) == ([], set())
 
 
 @ORDERS
@@ -240,7 +303,6 @@ def test_broken_images_are_replaced_by_the_next_index_and_counted_once(threads: 
 
 @pytest.mark.slow
 def test_broken_images_are_counted_across_worker_processes():
-    flags.FLAGS.mark_as_parsed()
     skipped = Skipped(5, lambda _: None)
     iterator = train_batches(
         BrokenSource({7, 8, 52}),
