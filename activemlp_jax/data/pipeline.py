@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
@@ -25,11 +26,14 @@ from activemlp_jax.data.order import SampleOrder
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.scene_transforms import scene_train_transform
 from activemlp_jax.data.transforms import eval_transform, train_transform
-from activemlp_jax.errors import UserError
+from activemlp_jax.errors import UserError, one_line
 
 Batch = dict[str, np.ndarray]
 
 BATCHES_AHEAD = 2
+
+# Keys of the store that all hosts share: one for each broken image, and their number.
+SKIPPED, SKIPPED_COUNT = "activemlp/skipped/", "activemlp/images_skipped"
 
 
 class Sample(NamedTuple):
@@ -50,32 +54,56 @@ class Unit(NamedTuple):
 
 
 class Skipped:
-    """Counts the images that training could not read.
+    """Counts the images that training could not read, each once, whichever hosts read it.
+
+    Its length is the number of those that this host was the first to report, so that the sum over
+    all hosts is the number of broken images.
 
     Args:
-      limit: the most of them to put up with.
+      limit: the most of them to put up with, on all hosts together.
       say: told of each of them once.
+      store: that all hosts share, of `jax.distributed`; None for a single host.
     """
 
-    def __init__(self, limit: int, say: Callable[[str], None]):
+    def __init__(self, limit: int, say: Callable[[str], None], store: Any = None):
         self._limit = limit
         self._say = say
-        self._indices: set[int] = set()
+        self._store = store
+        self._seen: set[int] = set()
+        self._first = 0
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return self._first
 
     def add(self, index: int, reason: str) -> None:
         """Count the example `index`; raises UserError where that is one too many."""
-        if index in self._indices:
+        if index in self._seen:
             return
-        self._indices.add(index)
-        if len(self) > self._limit:
+        self._seen.add(index)
+        if self._store is None:
+            total = len(self._seen)
+        elif not _set_once(self._store, f"{SKIPPED}{index}"):
+            return
+        else:
+            total = self._store.key_value_increment(SKIPPED_COUNT, 1)
+        self._first += 1
+        if total > self._limit:
             raise UserError(
-                f"{len(self)} images cannot be read, more than config.data.max_skipped = "
+                f"{total} images cannot be read, more than config.data.max_skipped = "
                 f"{self._limit}; the last: {reason}"
             )
-        self._say(f"skipped: {reason}")
+        self._say(f"skipped: {one_line(reason)}")
+
+
+def _set_once(store: Any, key: str) -> bool:
+    """Set a key of a store that hosts share; False if it has been set."""
+    try:
+        store.key_value_set(key, "")
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+        return False
+    return True
 
 
 def sample_order(config: ConfigDict, examples: int) -> SampleOrder:

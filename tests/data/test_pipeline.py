@@ -6,11 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from jax._src.lib import _jax
+from processes import free_address
 
 from activemlp_jax.data import pipeline
 from activemlp_jax.data.decoding import BrokenImageError
@@ -315,6 +319,60 @@ def test_broken_images_are_counted_across_worker_processes():
         for _ in iterator:
             pass
     assert len(skipped) == 3
+
+
+@pytest.fixture
+def stores() -> Iterator[list[Any]]:
+    """What two hosts share through JAX's coordination service, as each of them sees it."""
+    address = free_address()
+    service = _jax.get_distributed_runtime_service(address, 2)
+    clients = [
+        _jax.get_distributed_runtime_client(address, host, shutdown_on_destruction=False)
+        for host in range(2)
+    ]
+    with ThreadPoolExecutor(2) as hosts:
+        list(hosts.map(lambda client: client.connect(), clients))
+        yield clients
+        list(hosts.map(lambda client: client.shutdown(), clients))
+    service.shutdown()
+
+
+def train_on_two_hosts(counts: list[Skipped]) -> None:
+    """Epochs in which the copies of many an image are on both hosts."""
+    for process, skipped in enumerate(counts):
+        iterator = train_batches(
+            BrokenSource({7, 8, 52}), config(**RECIPE), first_step=0, last_step=12 * EPOCH,
+            process=process, processes=2, skipped=skipped,
+        )  # fmt: skip
+        with contextlib.closing(iterator):
+            for _ in iterator:
+                pass
+
+
+def test_a_broken_image_that_two_hosts_read_is_counted_once(stores: list[Any]):
+    said: list[str] = []
+    alone = [Skipped(3, lambda _: None) for _ in range(2)]
+    train_on_two_hosts(alone)
+    assert sum(map(len, alone)) == 6, "both hosts read all of them"
+    together = [Skipped(3, said.append, store) for store in stores]
+    train_on_two_hosts(together)
+    assert sum(map(len, together)) == 3
+    assert len(set(said)) == len(said) == 3
+
+
+def test_broken_images_are_limited_over_all_hosts_together(stores: list[Any]):
+    first, second = (Skipped(2, lambda _: None, store) for store in stores)
+    first.add(7, "7.jpg")
+    second.add(7, "7.jpg")
+    second.add(8, "8.jpg")
+    with pytest.raises(UserError, match=r"^3 images cannot be read, more than .*= 2; the last: 52"):
+        first.add(52, "52.jpg")
+
+
+def test_names_of_broken_images_are_made_fit_for_a_terminal():
+    said: list[str] = []
+    Skipped(2, said.append).add(7, "\x1b]0;title\x07a\n.jpg cannot be read")
+    assert said == ["skipped: ?]0;title?a .jpg cannot be read"]
 
 
 def test_more_broken_images_than_allowed_stop_the_run():
