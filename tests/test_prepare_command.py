@@ -232,6 +232,19 @@ def test_a_tfrecord_copy_with_a_damaged_description_is_named(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("named", ["data set", "split"])
+def test_a_tfrecord_copy_whose_names_lead_elsewhere_is_refused(
+    named: str, tfrecord_copy: Path, data_dir: Path
+):
+    info = tfrecord_copy / "dataset_info.json"
+    content = json.loads(info.read_text())
+    (content if named == "data set" else content["splits"][0])["name"] = "../out"
+    info.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has the name '\.\./out', expected letters"):
+        preparation.prepare_tfrecord(tfrecord_copy, data_dir, 1, CONSOLE)
+    assert not data_dir.exists()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000], ids=["empty", "cut", "deep"])
 def test_a_damaged_record_of_what_was_prepared_is_named(text: str, tmp_path: Path, data_dir: Path):
     save_photos(tmp_path / "photos", ["a", "b"], 1, (40, 40))

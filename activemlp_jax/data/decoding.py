@@ -30,8 +30,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Pillow knows more formats. One of them runs a program (EPS), and few are ever looked at.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
 IMAGE_SUFFIXES = (
-    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff"),
-    ".webp",
+    *(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+    *(".avif", ".jfif", ".jp2"),
 )
 # Files that a person takes for images, too, but which are not read.
 OTHER_SUFFIXES = (

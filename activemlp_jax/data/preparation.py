@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from grain.experimental import TFRecordIterDataset
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from activemlp_jax.data.array_records import (
@@ -25,7 +26,7 @@ from activemlp_jax.data.array_records import (
 from activemlp_jax.data.examples import check_same_classes
 from activemlp_jax.data.sources import FolderSource
 from activemlp_jax.data.tfds_source import first_line
-from activemlp_jax.errors import UserError, install_command
+from activemlp_jax.errors import UserError, install_command, one_line
 
 IMAGENET_TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
@@ -88,7 +89,7 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
     splits = {}
     for split, file in IMAGENET_TARS.items():
         path = tars / file
-        with console.status(f"looking through {path}"):
+        with console.status(escape(one_line(f"looking through {path}"))):
             members = index_tar(path)
         if len(members) != IMAGENET_COUNTS[split]:
             raise UserError(
@@ -197,6 +198,11 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
         raise UserError(f"{source} cannot be read: {first_line(error)}") from error
     if info.file_format.value != "tfrecord":
         raise UserError(f"{source} has {info.file_format.value} files, expected tfrecord")
+    for name in filter(None, (info.name, info.config_name, *info.splits)):
+        if not re.fullmatch(r"\w[\w.+-]*", name):  # it becomes part of a path
+            raise UserError(
+                f"{source} has the name {name!r}, expected letters, digits, _, -, . or +"
+            )
     full_name = f"{info.name}/{info.config_name}" if info.config_name else info.name
     directory = data_dir / full_name / str(info.version)
     if directory.resolve() == source.resolve():
@@ -283,8 +289,10 @@ def write_and_finish(
 def _say_result(counts: dict[str, int], name: str, data_dir: Path, console: Console) -> None:
     found = ", ".join(f"{count:,} of {split}" for split, count in counts.items())
     console.print(
-        f"{name}: {found}, counted; read it with TFDS_DATA_DIR={data_dir} "
-        f"and --config.data.name=tfds:{name}",
+        one_line(
+            f"{name}: {found}, counted; read it with TFDS_DATA_DIR={data_dir} "
+            f"and --config.data.name=tfds:{name}"
+        ),
         highlight=False,
         soft_wrap=True,
         markup=False,

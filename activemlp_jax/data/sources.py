@@ -66,7 +66,7 @@ def scan_images(folder: Path) -> tuple[list[str], list[str]]:
     return [entry.path for entry in entries if is_image_name(entry.name)], left_out
 
 
-def warn_of_left_out(folder: Path, names: Sequence[str]) -> None:
+def warn_of_left_out(folder: object, names: Sequence[str]) -> None:
     """Say on standard error which images of a folder are left out, if any are."""
     if names:
         warn(f"{folder}: {describe_left_out(names)}")

@@ -201,7 +201,7 @@ def test_images_of_other_kinds_are_left_out_and_counted(
     )
     for file in (tmp_path / "a").glob("*.png"):
         file.unlink()
-    with pytest.raises(UserError, match=r"a has no images, expected .avif, .*1\.HEIC"):
+    with pytest.raises(UserError, match=r"a has no images, expected .bmp, .*1\.HEIC"):
         open_source(f"folder:{tmp_path}")
 
 

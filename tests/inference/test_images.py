@@ -205,8 +205,8 @@ def test_links_are_followed_but_not_in_circles(
         (["a.JPG", "nowhere"], "there is no file or folder nowhere"),
         ([""], "there is no file or folder "),
         ([".trash/*.gif"], "no file or folder matches .trash/\\*.gif$"),
-        (["note.*"], "note.\\* has no images, expected .avif, .bmp, .gif"),
-        (["empty"], "empty has no images, expected .avif"),
+        (["note.*"], "note.\\* has no images, expected .bmp, .gif"),
+        (["empty"], "empty has no images, expected .bmp"),
         (["-", "a.JPG", "-"], "- is given 2 times, but can be read only once"),
     ],
 )
