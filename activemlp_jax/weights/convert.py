@@ -14,9 +14,9 @@ from typing import Any
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import UserError, exit_with, install_command
+from activemlp_jax.files import check_output
 from activemlp_jax.models.backbone import VARIANTS, list_models
 from activemlp_jax.models.segmentation import ActiveSegmentor
-from activemlp_jax.files import check_output
 from activemlp_jax.process import collect_garbage_rarely
 from activemlp_jax.weights.architecture import Model, backbone, infer_model, list_keys
 from activemlp_jax.weights.model_directory import (

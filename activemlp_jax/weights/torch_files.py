@@ -1,18 +1,13 @@
-"""Weights in files of PyTorch's world: reading without running anything, and writing.
+"""Weights in PyTorch's and safetensors files: read without running anything, and written.
 
-A `.safetensors` file is read without PyTorch; any other goes through `torch.load` with
-`weights_only=True`, which needs the extra `torch`.
+Reading needs no PyTorch; writing any file but `.safetensors` needs the extra `torch`.
 """
 
-import argparse
 import hashlib
 import json
 import os
-import pickletools
-import re
-import warnings
-import zipfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,14 +18,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from activemlp_jax.errors import UserError, install_command
+from activemlp_jax.files import KINDS as FILE_KINDS
+from activemlp_jax.files import write_aside
+from activemlp_jax.json_files import parse_json
 from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
-from activemlp_jax.weights.architecture import Model, is_segmentor
-from activemlp_jax.weights.torch_names import COUNT, as_numpy, from_torch
+from activemlp_jax.weights.architecture import Model, is_segmentor, list_keys
+from activemlp_jax.weights.torch_names import COUNT, from_torch
+from activemlp_jax.weights.torch_pickle import Tensor, TorchFile, Unread
 
 StateDict = dict[str, np.ndarray]
 
 # The kinds of weights and the original's keys for them, the preferred kind first.
 KINDS = {"ema": "model_ema", "model": "model"}
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # types of weights
+SAFETENSORS_TYPES = ("F16", "BF16", "F32", "F64", "I64")
+MOST_HEADER = 8 * 2**20  # bytes, of a safetensors file
+VALUES = (Tensor, Unread, np.ndarray)  # what may stand for a tensor of a state dict
 
 # Where a file of ours says what a state dict cannot: the key of a model.json's text.
 DESCRIPTION = "activemlp_jax"
@@ -71,6 +75,8 @@ def sha256(path: Path) -> str:
 def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
     """Read a classifier's weights or a segmentation model's; nothing in the file can run code.
 
+    No more is read into memory than twice the file's size.
+
     Args:
       path: a `.safetensors` file, or what `torch.save` wrote: the original's checkpoint
         `{'model', 'model_ema', ...}`, a state dict, or one under 'state_dict' as mmsegmentation
@@ -79,42 +85,95 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
 
     Raises:
       UserError: no such file; broken, of another kind, or in need of a class other than tensors
-        and `argparse.Namespace`, named; values that are no numbers of a weight.
+        and `argparse.Namespace`, named; values that are no numbers of a weight, or more of them
+        than the file holds.
 
     Source: the checkpoints of the authors' release.
     """
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, expected a .pth or .safetensors file")
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty")
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-    content = dict(read(path))
-    description = _parsed(content.pop(DESCRIPTION, None), path)
-    found = _with_own_kind(_find_weights(content, path), description)
-    weights = {
-        kind: _checked(state_dict, f"{path}: {kind}: ", path.stat().st_size)
-        for kind, state_dict in found.items()
-    }
-    epoch, meta = content.get("epoch"), content.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    iteration = meta.get("iter")
-    image_size = getattr(content.get("args"), "input_size", None)
-    return TorchCheckpoint(
+    try:
+        found = path.stat()
+        kind = FILE_KINDS.get(stat.S_IFMT(found.st_mode))
+        if kind:
+            raise UserError(f"{path} is {kind}, expected a .pth or .safetensors file")
+        if found.st_size == 0:
+            raise UserError(f"{path} is empty")
+        read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+        return read(path, found.st_size)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise UserError(f"{path} is too large for this machine's memory") from error
+
+
+def _read_torch(path: Path, size: int) -> TorchCheckpoint:
+    with TorchFile(path) as file:
+        content = file.content
+        if not isinstance(content, dict):
+            kind = content.name if isinstance(content, Unread) else type(content).__name__
+            raise UserError(f"{path} holds a {kind}, expected a dict of weights")
+        description = _parsed(content.pop(DESCRIPTION, None), path)
+        state_dicts = _find_weights(content, path)
+        for name, state_dict in state_dicts.items():
+            _check_sizes(state_dict, f"{path}: {name}: ", size)
+        weights = {
+            name: {key: _values(file, key, value) for key, value in state_dict.items()}
+            for name, state_dict in state_dicts.items()
+        }
+    args, meta = content.get("args"), content.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    settings = args.state if isinstance(args, Unread) and isinstance(args.state, dict) else {}
+    return _checkpoint(
+        path,
         weights,
-        epoch if isinstance(epoch, int) else None,
-        image_size if isinstance(image_size, int) and image_size >= MIN_IMAGE_SIDE else None,
         description,
-        iteration if isinstance(iteration, int) else None,
-        _class_names(meta.get("CLASSES")),
+        epoch=_whole(content.get("epoch"), 0),
+        image_size=_whole(settings.get("input_size"), MIN_IMAGE_SIDE),
+        iteration=_whole(meta.get("iter"), 0),
+        class_names=_class_names(meta.get("CLASSES")),
     )
 
 
-def _with_own_kind(
-    weights: dict[str, Mapping[str, Any]], description: Any
-) -> dict[str, Mapping[str, Any]]:
+def _read_safetensors(path: Path, size: int) -> TorchCheckpoint:
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > min(size, MOST_HEADER):
+        raise UserError(f"{path} is no readable safetensors file: its header has {header:,} bytes")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118 - it is no dict
+                name = file.get_slice(key).get_dtype()
+                if name not in SAFETENSORS_TYPES:
+                    raise UserError(
+                        f"{path}: model: {_shown(key)} has values of type {name}, expected floating"
+                    )
+        weights = load_file(path)
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is no readable safetensors file: {error}") from error
+    description = _parsed(metadata.get(DESCRIPTION), path)
+    return _checkpoint(path, _find_weights(weights, path), description)
+
+
+def _checkpoint(
+    path: Path, weights: dict[str, StateDict], description: Any, **rest: Any
+) -> TorchCheckpoint:
+    weights = _with_own_kind(weights, description)
+    for kind, state_dict in weights.items():
+        for key, array in state_dict.items():
+            what = f"{path}: {kind}: {_shown(key)}"
+            _check_count(array, what) if key.endswith(f".{COUNT}") else _check_weight(array, what)
+    return TorchCheckpoint(weights, description=description, **rest)
+
+
+def _whole(value: object, low: int) -> int | None:
+    """The value if it is an integer of 64 bits from `low` up, as a file may hold anything."""
+    return value if type(value) is int and low <= value < 2**63 else None
+
+
+def _with_own_kind(weights: dict[str, StateDict], description: Any) -> dict[str, StateDict]:
     """One set alone is under the key of raw weights; what it is, the description says."""
     try:
         (kind,) = description["weights"]["kinds"]
@@ -131,12 +190,12 @@ def _class_names(found: object) -> tuple[str, ...] | None:
     return tuple(map(str.strip, found)) if all(isinstance(name, str) for name in found) else None
 
 
-def _parsed(description: object, path: Path) -> Any:
+def _parsed(description: Any, path: Path) -> Any:
     if description is None:
         return None
     try:
-        return json.loads(str(description))
-    except ValueError as error:
+        return parse_json(description, "it")
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} has a broken description of its model: {error}") from error
 
 
@@ -186,38 +245,40 @@ def write_checkpoint(
       UserError, OSError: it cannot be written.
     """
     text = json.dumps(description)
-    aside = path.with_name(path.name + ".partial")
     try:
-        if path.suffix == ".safetensors":
-            (state_dict,) = weights.values()
-            save_file(dict(state_dict), aside, metadata={"format": "pt", DESCRIPTION: text})
-        else:
-            torch = _import_torch(path)
-            content: dict[str, Any] = {
-                KINDS[kind]: {name: as_tensor(value) for name, value in state_dict.items()}
-                for kind, state_dict in weights.items()
-            }
-            if any(map(is_segmentor, weights.values())):
-                (tensors,) = content.values()
-                meta = {"CLASSES": tuple(class_names)} if class_names else {}
-                content = {"meta": meta, "state_dict": tensors}
-            with aside.open("wb") as file:
-                torch.save({**content, DESCRIPTION: text}, file)
-        os.replace(aside, path)
+        with write_aside(path) as aside:
+            if path.suffix == ".safetensors":
+                (state_dict,) = weights.values()
+                save_file(dict(state_dict), aside, metadata={"format": "pt", DESCRIPTION: text})
+            else:
+                _save_torch(path, aside, weights, text, class_names)
     except (RuntimeError, SafetensorError) as error:  # how the two libraries report a full disk
         raise UserError(f"{path} cannot be written: {error}") from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
-def _import_torch(path: Path) -> Any:
+def _save_torch(
+    path: Path,
+    aside: Path,
+    weights: Mapping[str, StateDict],
+    text: str,
+    class_names: Sequence[str] | None,
+) -> None:
     try:
         import torch
     except ImportError as error:
         raise UserError(
             f"{path} needs PyTorch: {install_command('torch')}, or use a .safetensors file"
         ) from error
-    return torch
+    content: dict[str, Any] = {
+        KINDS[kind]: {name: as_tensor(value) for name, value in state_dict.items()}
+        for kind, state_dict in weights.items()
+    }
+    if any(map(is_segmentor, weights.values())):
+        (tensors,) = content.values()
+        meta = {"CLASSES": tuple(class_names)} if class_names else {}
+        content = {"meta": meta, "state_dict": tensors}
+    with aside.open("wb") as file:
+        torch.save({**content, DESCRIPTION: text}, file)
 
 
 def as_tensor(value: np.ndarray) -> Any:
@@ -229,76 +290,17 @@ def as_tensor(value: np.ndarray) -> Any:
     return torch.from_numpy(value)
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        described = {key: value for key, value in metadata.items() if key == DESCRIPTION}
-        return load_file(path) | described
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path} is no readable safetensors file: {error}") from error
-
-
-def _read_torch(path: Path) -> Mapping[Any, Any]:
-    torch = _import_torch(path)
-    with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickles of other versions, which end below
-            # Mapped into memory, the optimiser's state is never read.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # a broken file makes PyTorch raise nearly anything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        name = refused[1] if refused else _first_foreign_class(path, is_zip)
-        if name:
-            raise UserError(
-                f"{path} needs {name} to be read, and only tensors and argparse.Namespace are "
-                "allowed; nothing of it was run"
-            ) from error
-        raise UserError(f"{path} is no PyTorch checkpoint, or a broken or truncated one") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected a dict of weights")
-    return content
-
-
-def _first_foreign_class(path: Path, is_zip: bool) -> str | None:
-    """A class or function, not PyTorch's, that a pickle asks for; it is scanned, never run."""
-    try:
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                names = list(_names_in_pickle(archive.read(name)))
-        else:
-            names = list(_names_in_pickle(path.read_bytes()))
-    except (ValueError, StopIteration, zipfile.BadZipFile, EOFError):
-        return None
-    allowed = ("argparse.Namespace", "collections.", "torch.")
-    return next((name for name in names if not name.startswith(allowed)), None)
-
-
-def _names_in_pickle(data: bytes) -> Iterator[str]:
-    strings: list[str] = []
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("GLOBAL", "INST"):
-            yield str(argument).replace(" ", ".")
-        elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif isinstance(argument, str):
-            strings.append(argument)
-
-
-def _find_weights(content: Mapping[Any, Any], path: Path) -> dict[str, Mapping[str, Any]]:
+def _find_weights(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
     """The state dicts of a file by kind."""
     nested = content.get("state_dict")
     found = {kind: content.get(key) for kind, key in KINDS.items()}
-    weights = {kind: value for kind, value in found.items() if isinstance(value, Mapping) and value}
-    if not weights and isinstance(nested, Mapping) and nested:
+    weights = {kind: value for kind, value in found.items() if isinstance(value, dict) and value}
+    if not weights and isinstance(nested, dict) and nested:
         weights = {"model": nested}
-    if not weights and content and all(hasattr(value, "shape") for value in content.values()):
-        weights = {"model": content}
+    if not weights and content and all(isinstance(value, VALUES) for value in content.values()):
+        weights = {"model": dict(content)}
     if not weights:
-        keys = ", ".join(map(str, list(content)[:8])) or "nothing"
+        keys = list_keys([*map(_shown, content)]) or "nothing"
         raise UserError(
             f"{path} holds no weights: expected a state dict, or one under 'model', 'model_ema' or "
             f"'state_dict', found {keys}"
@@ -306,35 +308,52 @@ def _find_weights(content: Mapping[Any, Any], path: Path) -> dict[str, Mapping[s
     return {kind: _without_prefix(state_dict) for kind, state_dict in weights.items()}
 
 
-def _without_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_prefix(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Without the 'module.' that data-parallel training puts before every key."""
     if all(str(key).startswith("module.") for key in state_dict):
         return {key.removeprefix("module."): value for key, value in state_dict.items()}
     return state_dict
 
 
-def _checked(state_dict: Mapping[str, Any], where: str, file_size: int) -> StateDict:
-    """As numpy arrays, each floating and finite, or a count, and no larger than the file."""
-    arrays = {}
+def _check_sizes(state_dict: Mapping[Any, Any], where: str, file_size: int) -> None:
+    """Raises UserError unless all values are tensors of weights, together no larger than the file.
+
+    Tensors may share their values, and repeat them: a small file can claim any size.
+    """
+    total = 0
     for key, value in state_dict.items():
-        if not isinstance(key, str) or not hasattr(value, "shape"):
-            raise UserError(f"{where}{key!r} is a {type(value).__name__}, expected a named tensor")
-        try:
-            array = as_numpy(value)
-        except (TypeError, RuntimeError) as error:  # sparse or quantised tensors
-            raise UserError(f"{where}{key} is no dense tensor: {error}") from error
-        if array.nbytes > file_size:  # a few bytes, repeated: too large to look at
-            raise UserError(f"{where}{key} has {array.nbytes} bytes, more than the whole file")
-        if key.endswith(f".{COUNT}"):
-            _check_count(array, f"{where}{key}")
-        else:
-            _check_weight(array, f"{where}{key}")
-        arrays[key] = array
-    return arrays
+        what = f"{where}{_shown(key)}"
+        if isinstance(value, Unread):
+            raise UserError(f"{what} is no dense tensor: {value.name}")
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise UserError(f"{where}{key!r:.200} is a {kind}, expected a named tensor")
+        if value.type_name not in (*FLOATS, "int64"):
+            raise UserError(f"{what} has values of type {value.type_name}, expected floating")
+        if 0 in value.shape:
+            raise UserError(f"{what} has shape {value.shape}, expected no side of 0")
+        total += value.nbytes
+        if total > file_size:
+            raise UserError(
+                f"{what} has {value.nbytes} bytes, {total} with the tensors before it, more than "
+                f"the whole file with {file_size}"
+            )
+
+
+def _shown(key: object) -> str:
+    """A key, which may be anything, for an error."""
+    return str(key.name if isinstance(key, Unread) else key)[:200]
+
+
+def _values(file: TorchFile, key: str, tensor: Tensor) -> np.ndarray:
+    try:
+        return tensor.read(file)
+    except ValueError as error:
+        raise UserError(f"{file.path} is broken or truncated: {_shown(key)}: {error}") from error
 
 
 def _check_weight(array: np.ndarray, what: str) -> None:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if array.dtype.name not in FLOATS:
         raise UserError(f"{what} has values of type {array.dtype}, expected floating")
     not_finite = array.size - int(np.isfinite(array).sum())
     if not_finite:

@@ -115,9 +115,11 @@ def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
 def as_numpy(value: Any) -> np.ndarray:
     """A numpy view of an array or a PyTorch tensor."""
     if hasattr(value, "detach"):
+        import torch  # whose tensor it is
+
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # numpy has none of its own
-            return value.float().numpy().astype(jnp.bfloat16)
+        if value.dtype == torch.bfloat16:  # not a type of numpy's own, which PyTorch asks for
+            return value.view(torch.int16).numpy().view(jnp.bfloat16)
         return value.numpy()
     return np.asarray(value)
 

@@ -1,8 +1,13 @@
 """Files of PyTorch's world: what is understood, what is refused, and that nothing is run."""
 
 import argparse
+import io
 import os
 import pickle
+import struct
+import tracemalloc
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_tensors
 
 import activemlp_jax as am
 from activemlp_jax.errors import UserError
@@ -79,14 +85,46 @@ def test_every_form_of_a_state_dict_is_understood(wrap: Any, legacy: bool, tmp_p
     assert_holds(checkpoint.weights["model"], weights)
 
 
-def test_safetensors_are_read_without_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_files_are_read_without_pytorch_which_only_writing_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     weights = micro_state_dict()
-    path = tmp_path / "weights.safetensors"
-    save_file({key: value.numpy() for key, value in weights.items()}, path)
+    arrays = {key: value.numpy() for key, value in weights.items()}
+    save_file(arrays, tmp_path / "weights.safetensors")
+    torch.save(weights, tmp_path / "weights.pth")
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    assert_holds(read_checkpoint(path).weights["model"], weights)
+    for name in ("weights.safetensors", "weights.pth"):
+        assert_holds(read_checkpoint(tmp_path / name).weights["model"], weights)
     with pytest.raises(UserError, match=r"needs PyTorch: pip install -c .*'\.\[torch\]', or"):
-        read_checkpoint(MICRO_CHECKPOINT)
+        write_checkpoint(tmp_path / "back.pth", {"model": arrays}, {})
+    assert not list(tmp_path.glob("*back*"))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before PyTorch 1.6"])
+def test_what_pytorch_reads_in_a_file_is_what_is_read_of_it(legacy: bool, tmp_path: Path):
+    torch.manual_seed(0)
+    shared = torch.randn(4, 6)
+    weights = {
+        "transposed": torch.randn(5, 3).t(),
+        "slice of a larger one": shared[1:3, 2:5],
+        "the larger one": shared,
+        "with steps": torch.randn(20)[3::4],
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "one number": torch.tensor(3.5),
+        "parameter": torch.nn.Parameter(torch.randn(3)),
+        "float64": torch.randn(3, dtype=torch.float64),
+        "float16": torch.randn(3).half(),
+        "bfloat16": torch.randn(7, 5).bfloat16().t(),
+    }
+    weights["with an attribute"] = torch.randn(3)
+    weights["with an attribute"].note = "kept by PyTorch alone"
+    path = tmp_path / "odd.pth"
+    torch.save({"model": weights}, path, _use_new_zipfile_serialization=not legacy)
+    found = read_checkpoint(path).weights["model"]
+    for key, value in torch.load(path, weights_only=True)["model"].items():
+        assert found[key].shape == tuple(value.shape), key
+        assert found[key].dtype == jnp.dtype(str(value.dtype).removeprefix("torch.")), key
+        np.testing.assert_array_equal(found[key].astype(float), value.detach().double(), key)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -209,6 +247,12 @@ def test_a_broken_file_is_one_clear_line(
     assert str(tmp_path / name) in str(error.value)
 
 
+def nested_tensor() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls its interface a prototype
+        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
 def broken(key: str, value: Any) -> dict[str, Any]:
     return {**micro_state_dict(), key: value}
 
@@ -222,12 +266,30 @@ def broken(key: str, value: Any) -> dict[str, Any]:
         (broken("norm.weight", torch.full((32,), torch.nan)), r"norm\.weight has 32 of 32 values"),
         (broken("head.bias", torch.full((10,), torch.inf)), r"head\.bias has 10 of 10 values not"),
         (broken("norm.bias", torch.zeros(32, dtype=torch.int64)), r"of type int64, expected float"),
+        (broken("norm.bias", torch.zeros(32).to(torch.float8_e5m2)), r"of type torch\.float8_e5m2"),
+        (broken("norm.bias", torch.zeros(32, 0)), r"shape \(32, 0\), expected no side of 0"),
         (
             broken("head.bias", torch.zeros(1).expand(10**13)),
             r"head\.bias has 40000000000000 bytes",
         ),
         ({"model": broken("norm.bias", "big")}, r"'norm\.bias' is a str, expected a named tensor"),
         ({"model": broken("norm.bias", torch.eye(32).to_sparse())}, r"norm\.bias is no dense"),
+        (
+            broken("norm.bias", nested_tensor()),
+            r"norm\.bias is no dense tensor: _rebuild_nested",
+        ),
+        (
+            {f"{i}.weight": tensor for i, tensor in enumerate([torch.zeros(10_000)] * 9)},
+            r"1\.weight has 40000 bytes, 80000 with the tensors before it, more than",
+        ),
+        (
+            {"model": micro_state_dict(), "activemlp_jax": "[" * 100_000},
+            r"has a broken description of its model: .*nested 100000 levels deep",
+        ),
+        (
+            {"model": micro_state_dict(), "activemlp_jax": {"format": 2}},
+            r"has a broken description of its model",
+        ),
     ],
 )
 def test_content_that_is_no_set_of_weights_is_named(content: Any, message: str, tmp_path: Path):
@@ -247,3 +309,147 @@ def test_weights_for_another_model_are_refused():
     model = am.ActiveMLP(**{**goldens.MICRO, "num_classes": 7})
     with pytest.raises(UserError, match=r"micro_checkpoint\.pth: head\.bias has shape \(10,\)"):
         am.load_torch_checkpoint(MICRO_CHECKPOINT, model=model)
+
+
+def archive(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two members with one name
+        with zipfile.ZipFile(file, "w", compression) as written:
+            for name, content in members:
+                written.writestr(name, content)
+    return file.getvalue()
+
+
+def saved(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def floats(key: str, count: int) -> bytes:
+    """The instructions of a pickle that name a storage."""
+    claimed = count.to_bytes(8, "little")
+    words = (b"X\x07\0\0\0storage", b"ctorch\nFloatStorage\n", b"X\x01\0\0\0" + key.encode())
+    return b"(" + b"".join(words) + b"X\x03\0\0\0cpu\x8a\x08" + claimed
+
+
+STEPS = b"K\0K\x01\x85K\x01\x85\x89}t"  # offset 0, shape (1,), stride (1,), and all of it a tuple
+CLAIMS = b"ctorch._utils\n_rebuild_tensor_v2\n(" + floats("0", 10**12)
+BEGINNING = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+A_WEIGHT = b"\x80\x02}X\x08\0\0\0a.weight"
+CLAIMED = A_WEIGHT + CLAIMS + b"tQ" + STEPS + b"Rs."
+BOMBS: dict[str, tuple[bytes, str]] = {
+    "one number of two bytes, repeated": (
+        saved({"a.weight": torch.zeros(1, dtype=torch.bfloat16).expand(10**8)}),
+        "a.weight has 200000000 bytes, 200000000 with the tensors before it, more than the whole",
+    ),
+    "a compressed pickle": (
+        archive(("x/data.pkl", b"." * 10**8), compression=zipfile.ZIP_DEFLATED),
+        "'x/data.pkl' in it is compressed or encrypted",
+    ),
+    "a huge pickle": (
+        archive(("x/data.pkl", b"." * 3 * 10**6)),
+        "x/data.pkl has 3,000,000 bytes, expected at most 2,097,152",
+    ),
+    "two members of one name": (
+        archive(("x/data.pkl", b"N."), ("x/data.pkl", b"N.")),
+        "two of its members have one name",
+    ),
+    "a long table of members": (
+        archive(*((f"x/data/{i}", b"") for i in range(50_000))),
+        "is no PyTorch checkpoint, or a broken",
+    ),
+    "a storage that is not there": (
+        archive(("x/data.pkl", CLAIMED)),
+        "is no PyTorch checkpoint, or a broken",
+    ),
+    "a storage smaller than its tensor": (
+        archive(("x/data.pkl", CLAIMED), ("x/data/0", b"\0" * 3)),
+        "is broken or truncated: a.weight: its values are not all in the file",
+    ),
+    "a huge storage, before PyTorch 1.6": (
+        BEGINNING + A_WEIGHT + CLAIMS + b"NtQ" + STEPS + b"Rs."
+        + pickle.dumps(["0"], 2) + struct.pack("<q", 10**12),
+        "is no PyTorch checkpoint, or a broken",
+    ),
+    "a key whose hash takes forever": (
+        archive(("x/data.pkl", b"\x80\x02})" + b"q\x01h\x01\x86" * 60 + b"K\x01s.")),
+        "holds no weights: expected a state dict",
+    ),
+    "a place far away in the memo": (
+        archive(("x/data.pkl", b"\x80\x02Nr\xff\xff\xff\xff.")),
+        "holds a NoneType, expected a dict of weights",
+    ),
+    "deep tuples": (
+        archive(("x/data.pkl", b"\x80\x02)" + b"\x85" * 20_000 + b".")),
+        "holds a tuple, expected a dict of weights",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_cannot_claim_much_memory(name: str, tmp_path: Path):
+    content, message = BOMBS[name]
+    path = tmp_path / "bomb.pth"
+    path.write_bytes(content)
+    assert_refused_in_little_memory(path, message)
+
+
+def assert_refused_in_little_memory(path: Path, message: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError) as error:
+            read_checkpoint(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert peak < 50e6, f"{peak / 1e6:.0f} MB"
+
+
+def test_a_safetensors_file_cannot_claim_a_huge_header(tmp_path: Path):
+    path = tmp_path / "bomb.safetensors"
+    path.write_bytes(struct.pack("<Q", 10**12) + b"{}")
+    assert_refused_in_little_memory(path, "its header has 1,000,000,000,000 bytes")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int32, "I32"), (torch.bool, "BOOL")],
+)
+def test_safetensors_of_another_type_are_named(dtype: Any, name: str, tmp_path: Path):
+    save_tensors({"norm.bias": torch.ones(3).to(dtype)}, tmp_path / "odd.safetensors")
+    with pytest.raises(
+        UserError, match=rf"norm\.bias has values of type {name}, expected floating"
+    ):
+        read_checkpoint(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_no_regular_file_is_refused_without_waiting(suffix: str, tmp_path: Path):
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(UserError, match=rf"{name}{suffix} is a {name}, expected a \.pth or"):
+            read_checkpoint(tmp_path / f"{name}{suffix}")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before PyTorch 1.6"])
+def test_a_flipped_bit_is_one_clear_line_or_harmless(legacy: bool, tmp_path: Path):
+    path, rng = tmp_path / "flipped.pth", np.random.default_rng(0)
+    content = {"model": {"a.weight": torch.ones(3)}}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    whole, errors = path.read_bytes(), []
+    for place in rng.integers(0, len(whole), 300):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << rng.integers(8)
+        path.write_bytes(changed)
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            errors.append(str(error))
+    assert 0 < len(errors) < 300
+    assert not [error for error in errors if "flipped.pth" not in error or "\n" in error]
