@@ -10,7 +10,7 @@ import activemlp_jax as am
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import VARIANTS
 from activemlp_jax.training.command import load_config
-from activemlp_jax.training.config import build_model, check_config, flatten
+from activemlp_jax.training.config import build_model, check_config, default_config, flatten
 from activemlp_jax.training.recipe import ade20k_config, imagenet_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -87,7 +87,7 @@ def test_a_batch_is_whole_groups_only_where_it_is_mixed(batch_size: int):
         ({"batch_size": 1}, "batch_size is 1, expected at least 2 for segmentation"),
         ({"random_erasing": 0.1}, "random_erasing are for classification alone"),
         ({"mix.mixup_alpha": 0.1}, "config.mix and config.random_erasing are for classification"),
-        ({"head.name": "unet"}, "config.head: head is 'unet', expected one of upernet, fpn"),
+        ({"head.name": "unet"}, "config.head.name is 'unet', expected one of upernet, fpn"),
         ({"data.scene.min_ratio": 3.0}, "scene.min_ratio is 3.0, expected at most max_ratio, 2.0"),
         ({"task": "detection"}, "task is 'detection', expected one of classification, segm"),
         ({"optimizer.not_decayed": "none"}, "not_decayed is 'none', expected one of vectors, nor"),
@@ -98,6 +98,43 @@ def test_what_segmentation_cannot_do_is_named(changes: dict[str, Any], message: 
     check_config(config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
+        check_config(config)
+
+
+NUMBERS = [
+    key for key, value in flatten(default_config().to_dict()).items() if type(value) in (int, float)
+]
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+@pytest.mark.parametrize("value", [-7, 10**30], ids=["negative", "huge"])
+def test_no_number_may_be_negative_or_huge_also_those_of_the_other_task(value: int, task: str):
+    said = {}
+    for key in NUMBERS:
+        config = default_config()
+        config.task = task
+        config.update_from_flattened_dict({key: value})
+        try:
+            check_config(config)
+        except UserError as error:
+            said[key] = str(error)
+    assert len(said) > 60
+    assert [key for key in NUMBERS if f"{key.split('.')[-1]} is " not in said.get(key, "")] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.depths", (10**9, 2, 2, 2)),
+        ("model.embed_dims", (64, 128, 10**9, 512)),
+        ("model.mlp_ratios", (4.0, 1e30, 4.0, 4.0)),
+        ("data.mean", (0.5, 1e30, 0.5)),
+    ],
+)
+def test_no_number_of_several_may_be_huge(key: str, value: tuple[float, ...]):
+    config = default_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=rf"config\.{key} is .*, expected at most"):
         check_config(config)
 
 

@@ -19,8 +19,8 @@ from activemlp_jax.data.preprocessing import (
 )
 from activemlp_jax.data.randaugment import parse_randaugment
 from activemlp_jax.errors import UserError
-from activemlp_jax.models.backbone import ActiveMLP
-from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.models.backbone import MIN_IMAGE_SIDE, ActiveMLP
+from activemlp_jax.models.segmentation import HEADS, ActiveSegmentor
 from activemlp_jax.weights.architecture import Model
 
 # A run may be resumed with others of these. They do not change what it computes, but for rounding
@@ -219,9 +219,18 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "checkpoint.keep",
             "test.every_epochs",
             "test.size_multiple",
+            "head.aux_channels",
+            "head.neck_channels",
+            "data.scene.short_side",
         ),
         lambda value: value >= 1,
         "at least 1",
+    ),
+    (("data.resize_factor",), lambda value: value >= 1, "1 or more"),
+    (
+        ("data.image_size",),
+        lambda value: value >= MIN_IMAGE_SIDE,
+        f"at least {MIN_IMAGE_SIDE}",
     ),
     (("mesh.data",), lambda value: value == -1 or value >= 1, "-1 or at least 1"),
     # JAX's keys keep 32 bits of a seed.
@@ -268,6 +277,7 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         ((key,), lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
         for key, choices in (
             ("task", ("classification", "segmentation")),
+            ("head.name", tuple(HEADS)),
             ("init_weights", ("auto", "ema", "model")),
             ("model.dtype", ("bfloat16", "float32", "float64")),
             ("optimizer.not_decayed", ("vectors", "norms")),
@@ -294,6 +304,7 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             "data.num_threads",
             "data.num_workers",
             "data.max_skipped",
+            "data.scene.long_side",
             "profile",
             "checkpoint.every_steps",
             "checkpoint.every_minutes",
@@ -308,6 +319,92 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
 )
 
+# More than any run needs, and little enough that a slip of the finger is told at once.
+MOST: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (
+        10**7,
+        (
+            "epochs",
+            "steps",
+            "log_every_steps",
+            "profile",
+            "test.every_epochs",
+            "checkpoint.every_epochs",
+            "checkpoint.every_steps",
+            "checkpoint.every_minutes",
+            "checkpoint.keep",
+            "data.max_skipped",
+            "optimizer.warmup_epochs",
+            "optimizer.warmup_steps",
+            "optimizer.clip_norm",
+        ),
+    ),
+    (
+        10**6,
+        (
+            "batch_size",
+            "eval_batch_size",
+            "accumulation",
+            "mix.group_size",
+            "optimizer.reference_batch_size",
+            "mesh.data",
+            "mesh.fsdp",
+        ),
+    ),
+    (
+        2**16,
+        (
+            "model.embed_dims",
+            "model.share_dims",
+            "head.channels",
+            "head.aux_channels",
+            "head.neck_channels",
+        ),
+    ),
+    (2**14, ("data.scene.long_side", "data.scene.short_side")),
+    (2**12, ("data.image_size", "test.size_multiple")),
+    (
+        1000,
+        (
+            "data.num_threads",
+            "data.num_workers",
+            "data.repeats",
+            "data.mean",
+            "data.std",
+            "mix.mixup_alpha",
+            "mix.cutmix_alpha",
+            "model.depths",
+            "model.offset_interval",
+            "optimizer.learning_rate",
+            "optimizer.warmup_learning_rate",
+            "optimizer.final_learning_rate",
+            "optimizer.weight_decay",
+        ),
+    ),
+    (360, ("data.warp.degrees",)),
+    (
+        100,
+        (
+            "data.crop.min_ratio",
+            "data.crop.max_ratio",
+            "data.scene.min_ratio",
+            "data.scene.max_ratio",
+            "model.mlp_ratios",
+        ),
+    ),
+    (
+        10,
+        (
+            "data.color_jitter",
+            "data.warp.shear",
+            "data.warp.translate",
+            "data.warp.bend",
+        ),
+    ),
+    (4, ("data.resize_factor",)),
+    (1, ("optimizer.eps",)),
+)
+
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError, naming the key, the value and what was expected, before any work."""
@@ -317,6 +414,12 @@ def check_config(config: ConfigDict) -> None:
             infinite = isinstance(value, float) and not math.isfinite(value)
             if infinite or not holds(value):
                 raise UserError(f"config.{key} is {value!r}, expected {expected}")
+    for most, keys in MOST:
+        for key in keys:
+            value = reduce(getitem, key.split("."), config)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, int | float) and number > most for number in numbers):
+                raise UserError(f"config.{key} is {value!r}, expected at most {most:,}")
     for place, kind in (("crop", "area"), ("crop", "ratio"), ("scene", "ratio")):
         low, high = (config.data[place][f"{end}_{kind}"] for end in ("min", "max"))
         if low > high:
