@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from activemlp_jax.training.hardware import GIB, memory_in_use
-from activemlp_jax.training.schedules import peak_learning_rate
+from activemlp_jax.training.schedules import peak_learning_rate, warmup_steps
 from activemlp_jax.training.workdir import EPOCHS, STEPS, Record, append_record
 
 Tracker = Callable[[Record], None]
@@ -50,7 +50,10 @@ def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str
       Such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
     """
     peak = peak_learning_rate(config.optimizer, config.batch_size)
-    return f"{steps_per_epoch:,} steps an epoch, {steps:,} in all, learning rate up to {peak:.1e}"
+    length = f"{steps_per_epoch:,} steps an epoch, {steps:,} in all"
+    rising = warmup_steps(config.optimizer, steps_per_epoch)
+    late = f", but its warm-up takes {rising:,} steps, more than the run" if rising > steps else ""
+    return f"{length}, learning rate up to {peak:.1e}{late}"
 
 
 def lagging_average(config: ConfigDict, record: Record, score: str, images: int) -> str | None:

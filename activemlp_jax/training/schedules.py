@@ -15,6 +15,13 @@ def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
     return config.learning_rate * (batch_size / reference if reference else 1.0)
 
 
+def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+    """Steps that the warm-up of `config.optimizer` takes."""
+    if config.schedule == "poly":
+        return config.warmup_steps
+    return config.warmup_epochs * steps_per_epoch
+
+
 def learning_rate_schedule(
     config: ConfigDict, steps_per_epoch: int, steps: int, batch_size: int
 ) -> optax.Schedule:
@@ -38,10 +45,10 @@ def learning_rate_schedule(
         return _poly_schedule(config, peak, steps)
     if config.schedule == "epochs":
         return _epoch_schedule(config, peak, steps_per_epoch, -(-steps // steps_per_epoch))
-    warmup_steps = config.warmup_epochs * steps_per_epoch
-    warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_steps, 1))
+    rising = warmup_steps(config, steps_per_epoch)
+    warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(rising, 1))
     cosine = optax.cosine_decay_schedule(peak, steps, alpha=config.final_learning_rate / peak)
-    return lambda step: jnp.where(step < warmup_steps, warmup(step), cosine(step))
+    return lambda step: jnp.where(step < rising, warmup(step), cosine(step))
 
 
 def _poly_schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedule:

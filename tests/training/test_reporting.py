@@ -77,6 +77,18 @@ def test_a_run_tells_its_length_and_the_learning_rate_after_scaling(
 
 
 @pytest.mark.parametrize(
+    ("schedule", "rising"), [("steps", "40"), ("epochs", "40"), ("poly", "1,500")]
+)
+def test_a_run_tells_that_its_warm_up_is_longer_than_itself(schedule: str, rising: str):
+    config = default_config()  # five epochs to warm up, or 1,500 steps
+    config.optimizer.schedule = schedule
+    steps = int(rising.replace(",", ""))
+    told = f"but its warm-up takes {rising} steps, more than the run"
+    assert told in describe_length(config, 8, steps - 1)
+    assert told not in describe_length(config, 8, steps)
+
+
+@pytest.mark.parametrize(
     ("raw", "averaged", "images", "lags"),
     [
         (75.0, 50.0, 12, True),
