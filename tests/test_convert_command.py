@@ -17,13 +17,9 @@ import torch
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.files import write_directory_aside
 from activemlp_jax.weights.convert import main
-from activemlp_jax.weights.model_directory import (
-    ModelCard,
-    read_card,
-    whole_or_nothing,
-    write_model,
-)
+from activemlp_jax.weights.model_directory import ModelCard, read_card, write_model
 from activemlp_jax.weights.torch_files import sha256
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +172,7 @@ def test_what_a_state_dict_cannot_say_survives_the_way_there_and_back(suffix: st
     model, variables = am.ActiveMLP(**goldens.MICRO), am.load_torch_checkpoint(MICRO_CHECKPOINT)
     preprocessing = Preprocessing(48, 1.25, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     card = ModelCard(model, preprocessing, ("model",), "model", tuple("abcdefghij"))
-    with whole_or_nothing(tmp_path / "there") as place:
+    with write_directory_aside(tmp_path / "there") as place:
         write_model(place, card, {"model": variables})
     converted(tmp_path / "there", tmp_path / f"file{suffix}", "--to-torch")
     converted(tmp_path / f"file{suffix}", tmp_path / "back")
@@ -199,6 +195,15 @@ def test_a_published_variant_is_recognised_and_checked(tmp_path: Path):
     )  # fmt: skip
     assert "active_xtiny, 15,349,128 parameters, 1000 classes" in output
     assert json.loads((tmp_path / "xtiny" / "model.json").read_text())["name"] == "active_xtiny"
+
+
+def test_names_from_a_file_reach_the_terminal_without_their_escapes(tmp_path: Path, run_here: Any):
+    names = ("\x1b[31mred", "two\nlines", *"cdefghij")
+    torch.save({"meta": {"CLASSES": names}, "state_dict": state_dict()}, tmp_path / "named.pth")
+    output = run_here(tmp_path / "named.pth", tmp_path / "named")
+    assert "10 classes (?[31mred, two lines, c and 7 more)" in output
+    assert "\x1b" not in output
+    assert read_card(tmp_path / "named").class_names == names
 
 
 @pytest.mark.slow
@@ -369,6 +374,10 @@ def test_a_process_refuses_in_one_line_and_runs_nothing(save: Any, tmp_path: Pat
     [
         ([MICRO_CHECKPOINT, "OUT", "--num-classes", "7"], "the model expects (7,)"),
         ([MICRO_CHECKPOINT, "OUT", "--num-classes", "0"], "num_classes is 0"),
+        (
+            [MICRO_CHECKPOINT, "OUT", "--num-classes", 10**12],
+            "is 1000000000000, expected 1 to 1,0",
+        ),
         (
             [MICRO_CHECKPOINT, "OUT", "--model", "active_tiny"],
             "the weights are of an ActiveMLP of no published variant (depths (2, 3, 4, 2), "

@@ -13,6 +13,10 @@ from activemlp_jax.models.segmentation import ActiveSegmentor
 Model = ActiveMLP | ActiveSegmentor
 Shapes = Mapping[str, Any]  # PyTorch names to what has a shape
 
+MOST_BLOCKS = 500  # in all stages; published variants have up to 41
+MOST_ROWS = 2**20  # of a weight: features, hidden features or classes
+MOST_CHARACTERS = 100  # of a key in an error
+
 
 def backbone(model: Model) -> ActiveMLP:
     """The backbone that `model` is, or has under its head."""
@@ -72,8 +76,8 @@ def infer_model(state_dict: Shapes) -> Model:
 
 
 def list_keys(keys: list[str], most: int = 8) -> str:
-    """The first of them, and how many more there are."""
-    shown = ", ".join(keys[:most])
+    """The first of them, cut where they are long, and how many more there are."""
+    shown = ", ".join(key[:MOST_CHARACTERS] for key in keys[:most])
     return f"{shown} and {len(keys) - most} more" if len(keys) > most else shown
 
 
@@ -85,6 +89,8 @@ def _rows(state_dict: Shapes, key: str) -> int:
     shape = tuple(state_dict[key].shape)
     if not shape or 0 in shape:
         raise ValueError(f"{key} has shape {shape}, which no ActiveMLP has")
+    if shape[0] > MOST_ROWS:
+        raise ValueError(f"{key} has {shape[0]:,} rows, expected at most {MOST_ROWS:,}")
     return shape[0]
 
 
@@ -115,7 +121,7 @@ def infer_architecture(state_dict: Shapes, prefix: str = "") -> dict[str, Any]:
     Raises:
       ValueError: a key that every model has is missing or has a shape that none has, named.
     """
-    start = re.escape(prefix) + r"blocks\.(\d+)\.(\d+)\."
+    start = re.escape(prefix) + r"blocks\.(\d)\.(\d{1,9})\."
     matches = (re.match(start, key) for key in state_dict)
     blocks = {(int(match[1]), int(match[2])) for match in matches if match}
     depths = count_depths(blocks)
@@ -123,6 +129,8 @@ def infer_architecture(state_dict: Shapes, prefix: str = "") -> dict[str, Any]:
         count = sum(i == stage for i, _ in blocks)
         if count != depth:
             raise ValueError(f"stage {stage} has a block {depth - 1}, but only {count} blocks")
+    if sum(depths) > MOST_BLOCKS:
+        raise ValueError(f"there are {sum(depths)} blocks, expected at most {MOST_BLOCKS}")
     embed_dims, mlp_ratios, share_dims = [], [], []
     for stage in range(4):
         dim = _rows(state_dict, f"{prefix}blocks.{stage}.0.norm1.weight")

@@ -13,18 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.errors import UserError, exit_with, install_command
-from activemlp_jax.files import check_output
+from activemlp_jax.errors import UserError, errors_in_one_line, install_command, one_line
+from activemlp_jax.files import check_output, write_directory_aside
+from activemlp_jax.json_files import expect
 from activemlp_jax.models.backbone import VARIANTS, list_models
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.process import collect_garbage_rarely
-from activemlp_jax.weights.architecture import Model, backbone, infer_model, list_keys
+from activemlp_jax.weights.architecture import (
+    MOST_ROWS,
+    Model,
+    backbone,
+    infer_model,
+    list_keys,
+)
 from activemlp_jax.weights.model_directory import (
     BROKEN_CARD,
     ModelCard,
     read_card,
     read_weights,
-    whole_or_nothing,
     write_model,
 )
 from activemlp_jax.weights.torch_files import (
@@ -83,7 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
     collect_garbage_rarely()
     source, target = Path(arguments.source), Path(arguments.target)
-    try:
+    with errors_in_one_line(target):
         if os.path.lexists(target):
             raise UserError(f"{target} is already there; give another place")
         check_output(target)
@@ -101,10 +107,6 @@ def main() -> None:
             )
         else:
             _from_torch(source, target, arguments)
-    except UserError as error:
-        exit_with(error)
-    except OSError as error:
-        exit_with(f"{error.filename or target}: {error.strerror or error}")
 
 
 def _expected_model(arguments: argparse.Namespace, found: Model) -> Model:
@@ -113,7 +115,8 @@ def _expected_model(arguments: argparse.Namespace, found: Model) -> Model:
     if fields and isinstance(found, ActiveSegmentor):
         fields = {"backbone": fields}
     if arguments.num_classes is not None:
-        fields = {**fields, "num_classes": arguments.num_classes}
+        classes = expect(arguments.num_classes, "num_classes", int, 1, MOST_ROWS)
+        fields = {**fields, "num_classes": classes}
     return found.clone(**fields)
 
 
@@ -166,13 +169,13 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
     class_names = names if names and len(names) == model.num_classes else None
     origin = _origin(source.name, digest, checkpoint, described)
     card = ModelCard(model, preprocessing, tuple(variables), default, class_names, origin)
-    print(f"{source}: SHA-256 {digest}")
+    print(one_line(f"{source}: SHA-256 {digest}"))
     _print_found(card, checkpoint)
-    with whole_or_nothing(target) as place:
+    with write_directory_aside(target) as place:
         write_model(place, card, variables)
         if arguments.verify:
             _verify(place, checkpoint)
-    print(f"wrote {target}; the {NAMES[default]} weights are its default")
+    print(one_line(f"wrote {target}; the {NAMES[default]} weights are its default"))
 
 
 def _origin(
@@ -213,9 +216,11 @@ def _print_found(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
         images = f"resized into {scenes.long_side} x {scenes.short_side} pixels"
     else:
         images = f"{scenes.image_size} pixels"
-    print(f"  model:   {name}, {parameters:,} parameters, {classes}")
-    print(f"  weights: {' and '.join(NAMES[kind] for kind in card.kinds)}, {types}; {moment}")
-    print(f"  images:  {images}")
+    kinds = " and ".join(NAMES[kind] for kind in card.kinds)
+    # Names and the epoch are whatever the file says.
+    print("  model:  ", one_line(f"{name}, {parameters:,} parameters, {classes}"))
+    print("  weights:", one_line(f"{kinds}, {types}; {moment}"))
+    print("  images: ", images)
 
 
 def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
@@ -242,10 +247,9 @@ def _to_torch(source: Path, target: Path, only: str | None) -> None:
     default = card.default_kind if card.default_kind in kinds else next(iter(kinds))
     card = dataclasses.replace(card, kinds=tuple(kinds), default_kind=default)
     weights = {key: to_torch(read_weights(source, card, kind)) for kind, key in kinds.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_checkpoint(target, weights, card.to_json(), card.class_names)
     kinds_written = " and ".join(NAMES[kind] for kind in kinds)
-    print(f"wrote the {kinds_written} weights to {target}")
+    print(one_line(f"wrote the {kinds_written} weights to {target}"))
 
 
 if __name__ == "__main__":

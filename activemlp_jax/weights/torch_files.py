@@ -253,7 +253,8 @@ def write_checkpoint(
             else:
                 _save_torch(path, aside, weights, text, class_names)
     except (RuntimeError, SafetensorError) as error:  # how the two libraries report a full disk
-        raise UserError(f"{path} cannot be written: {error}") from error
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise UserError(f"{path} cannot be written: {cause}") from error
 
 
 def _save_torch(

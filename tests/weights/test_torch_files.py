@@ -4,6 +4,7 @@ import argparse
 import io
 import os
 import pickle
+import resource
 import struct
 import tracemalloc
 import warnings
@@ -173,6 +174,22 @@ def test_pytorch_reads_what_is_written_for_it(tmp_path: Path):
     for key in raw:
         assert torch.equal(content["model"][key], raw[key])
         assert torch.equal(content["model_ema"][key], average[key])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_on_a_full_disk_the_older_file_stays(suffix: str, tmp_path: Path):
+    weights = {"model": {"a.weight": np.ones(100_000, np.float32)}}
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(b"older")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises((UserError, OSError), match=r"File too large"):
+            write_checkpoint(path, weights, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"older"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 class RunsCommand:

@@ -1,5 +1,6 @@
 """PyTorch state dicts to flax variables and back: complete, exact, and strict."""
 
+import tracemalloc
 from typing import Any
 
 import goldens
@@ -96,6 +97,51 @@ def change(state_dict: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def test_a_state_dict_that_does_not_fit_is_refused_by_key(changes: Any, message: str):
     with pytest.raises(ValueError, match=message):
         am.from_torch(change(micro_state_dict(), **changes))
+
+
+def sized(*shape: int) -> np.ndarray:
+    """An array of any shape that takes no memory."""
+    return np.broadcast_to(np.zeros((), np.float32), shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks.0.999999999.x": sized(1)}, r"stage 0 has a block 999999999, but only 3 blocks"),
+        ({f"blocks.0.{'9' * 5000}.x": sized(1)}, r"1 unknown \(blocks\.0\.9{91}\)$"),
+        ({f"blocks.2.{j}.x": sized(1) for j in range(800)}, r"807 blocks, expected at most 500"),
+        ({f"blocks.{j}.norm1.norm1.weight": sized(2**40) for j in "01"}, r"2 unknown"),
+        (
+            {"blocks.3.0.norm1.weight": sized(2**40)},
+            r"1,099,511,627,776 rows, expected at most",
+        ),
+        (
+            {"head.weight": sized(2**30, 32)},
+            r"head\.weight has 1,073,741,824 rows, expected at",
+        ),
+        (
+            {"blocks.1.0.mlp.fc1.weight": sized(2**20, 16)},
+            r"1\.0\.mlp\.fc1\.\w+ has shape",
+        ),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_a_model_is_made(changes: Any, message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        am.from_torch(micro_state_dict() | changes)
+    assert len(str(error.value)) < 1000
+
+
+def test_tensors_of_bfloat16_are_not_widened_on_the_way():
+    repeated = torch.zeros((), dtype=torch.bfloat16).expand(2**28)
+    tensors = micro_state_dict() | {"head.bias": repeated}
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"head.bias has shape \(268435456,\)"):
+            am.from_torch(tensors)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 100e6, f"{peak / 1e6:.0f} MB"
 
 
 def test_of_many_keys_that_do_not_fit_a_few_are_named():
