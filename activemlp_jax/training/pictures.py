@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from activemlp_jax.training.workdir import Record
 
 COLOURS = {"train": "#9aa0a6", "test": "#1a73e8", "ema": "#e8710a"}
+RIGHT, WRONG = colormaps["Blues"], colormaps["Reds"]
+PALEST = 0.2  # of a color map, so that one mistake among hundreds can be seen
 MOST_NAMED_CLASSES = 40
 LONGEST_NAME = 24  # letters
 CELL = 0.3  # inches, at least, so that names and four digits can be read
@@ -46,8 +49,10 @@ def draw_curves(records: Sequence[Record], score: str, score_name: str, path: Pa
 def draw_confusion(
     confusion: np.ndarray, class_names: Sequence[str], title: str, path: Path
 ) -> None:
-    """The confusion matrix `[K, K]`, label by prediction; mistakes are coloured by their share.
+    """Draw the confusion matrix `[K, K]`, label by prediction.
 
+    Cells on the diagonal are blue, mistakes red, darker for larger shares of the row; cells with
+    nothing in them are white.
     Up to `MOST_NAMED_CLASSES` have their names, long ones cut, in a picture that grows with their
     number; more are numbered. Single counts are written as they are, shares of many in percent.
     """
@@ -56,7 +61,10 @@ def draw_confusion(
     shares = confusion / np.maximum(totals, 1)
     figure = Figure(figsize=(6, 5.6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    shades = PALEST + (1 - PALEST) * shares
+    cells = np.where(np.eye(classes, dtype=bool)[..., None], RIGHT(shades), WRONG(shades))
+    cells[confusion == 0] = 1
+    axes.imshow(cells)
     if classes <= MOST_NAMED_CLASSES:
         names = [_shortened(name) for name in class_names]
         axes.set_yticks(range(classes), names, parse_math=False)
@@ -68,13 +76,13 @@ def draw_confusion(
         figure.set_size_inches(side + 0.6, side + 0.9)
         in_percent = confusion.max() >= MOST_WRITTEN_OUT
         for label, prediction in np.argwhere(confusion):
-            colour = "white" if shares[label, prediction] > 0.5 else "#c5221f"
             share, count = 100 * shares[label, prediction], confusion[label, prediction]
             if in_percent and share < 0.5:
                 continue
             text = f"{share:.0f}%" if in_percent else f"{count:.0f}"
             size = 7 if in_percent or classes > 12 else None
-            axes.text(prediction, label, text, ha="center", va="center", color=colour, size=size)
+            color = "white" if share > 50 else "black"
+            axes.text(prediction, label, text, ha="center", va="center", color=color, size=size)
     axes.set_title(title)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
