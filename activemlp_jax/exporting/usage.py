@@ -65,6 +65,15 @@ def _program(found: dict[str, Any], imports: str, load: str, run: str) -> str:
     )
 
 
+def _accepted(found: dict[str, Any]) -> str:
+    """What the function takes, and what becomes of anything else, in words."""
+    shape = ", ".join(map(str, found["input"]["shape"]))
+    return (
+        f"It takes `[{shape}]` {found['input']['dtype']}, a batch of any size. Another dtype, image "
+        "size or order of axes is refused, with an error that says what was expected."
+    )
+
+
 def _stablehlo(found: dict[str, Any]) -> str:
     facts = found["files"]["model.stablehlo"]
     program = _program(
@@ -77,9 +86,11 @@ def _stablehlo(found: dict[str, Any]) -> str:
     return f"""\
 ### `model.stablehlo`
 
-The function with its weights inside, for batches of any size on {", ".join(facts["platforms"])}. It
-needs `pip install jax flatbuffers`, and to open photos `pillow`. It was written by jax
-{facts["jax"]}, and JAX says [for how long others read it]({GUARANTEES}).
+The function with its weights inside, for {", ".join(facts["platforms"])}. It needs
+`pip install jax flatbuffers`, and to open photos `pillow`. It was written by jax {facts["jax"]}, and JAX says
+[for how long others read it]({GUARANTEES}).
+
+{_accepted(found)}
 
 {program}"""
 
@@ -94,9 +105,10 @@ def _onnx(found: dict[str, Any]) -> str:
     return f"""\
 ### `model.onnx`
 
-The function with its weights inside, for batches of any size, in opset
-{found["files"]["model.onnx"]["opset"]}. It needs `pip install onnxruntime`, and to open photos
-`pillow`.
+The function with its weights inside, in opset {found["files"]["model.onnx"]["opset"]}. It needs
+`pip install onnxruntime`, and to open photos `pillow`.
+
+{_accepted(found)}
 
 {program}"""
 
