@@ -1,9 +1,10 @@
-"""JSON from files that somebody else may have written: limited in size, depth and numbers."""
+"""JSON: from files that somebody else may have written, within limits; and a line to print."""
 
 import json
 import math
 import os
 import re
+import sys
 from typing import Any, NoReturn
 
 from activemlp_jax.errors import UserError
@@ -55,6 +56,23 @@ def expect(value: Any, name: str, kind: Any, low: float, high: float) -> Any:
     if not low <= value <= high:
         raise ValueError(f"{name} is {short(value)}, expected {low:,} to {high:,}")
     return value
+
+
+def json_line(record: Any, name: object) -> str:
+    """Write JSON on one line, letters as they are where standard output can show them.
+
+    Raises:
+      UserError: a number of the record, which is called `name`, is not finite.
+    """
+    try:
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # such as names of files that are not text
+        return json.dumps(record)
+    except ValueError as error:
+        raise UserError(f"{name} has a number that is not finite, which JSON has not") from error
+    # What is not printable could steer a terminal.
+    return line if line.isprintable() else json.dumps(record)
 
 
 def short(value: object, most: int = 80) -> str:

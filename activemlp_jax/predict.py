@@ -1,7 +1,8 @@
 """Name what photos show by a classifier, or label their pixels by a segmentation model.
 
 Of a classifier, the most probable classes of each image; of a segmentation model, coloured overlays
-with a legend. Images that cannot be read are named and left out; the status is 1 then.
+with a legend. Images that cannot be read are named and left out; the status is 1 then. Files that
+this command did not write are replaced only with --overwrite.
 
 Examples:
   python -m activemlp_jax.predict models/active_tiny photo.jpg
@@ -14,12 +15,12 @@ Examples:
 
 import argparse
 import functools
-import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from activemlp_jax.errors import UserError, exit_with, one_line
+from activemlp_jax.arguments import Parser, check_numbers
+from activemlp_jax.errors import UserError, errors_in_one_line, one_line
 from activemlp_jax.inference.classify import (
     ask,
     choose_batch_size,
@@ -49,17 +51,19 @@ from activemlp_jax.inference.files import (
 from activemlp_jax.inference.imagenet_names import readable_names
 from activemlp_jax.inference.offset_pictures import Point, check_tokens, draw_offsets
 from activemlp_jax.inference.offsets import inspect_offsets, show_to_model
-from activemlp_jax.inference.overlays import class_shares, draw_overlay
+from activemlp_jax.inference.overlays import class_shares, draw_overlay, label_picture
+from activemlp_jax.inference.picture_files import check_picture, save_picture
 from activemlp_jax.inference.scene_evaluation import open_segmenter
 from activemlp_jax.inference.scenes import segment_image
 from activemlp_jax.inference.views import PUBLISHED, Protocol, make_protocol
-from activemlp_jax.files import check_output_file
+from activemlp_jax.json_files import json_line
 from activemlp_jax.process import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.weights.model_directory import ModelCard, Variables, read_card, read_weights
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # what is written has these after its name
 SHOWN = 5  # classes an image
 OPACITY = 0.6
+MOST_LABELS = 2**16  # in a picture of 16 bits
 # Options of segmentation models, and what they are where they are not given.
 SCENE_OPTIONS: dict[str, Any] = {
     "output": None,
@@ -99,49 +103,57 @@ def classify_files(
     program = functools.partial(probabilities, classifier, load_variables(directory, card))
     read = watched(read_images(files, classifier.prepare, os.cpu_count() or 1), len(files))
     for file, row in ask(program, unbroken(read, broken), choose_batch_size(len(files))):
+        if not np.isfinite(row).all():
+            raise UserError(f"{directory} gives {file.path} probabilities that are not finite")
         yield {"image": file.path, "classes": most_probable(row, names, SHOWN)}
 
 
-def name_overlays(files: Sequence[ImageFile], output: Path | None) -> list[Path]:
-    """Where to write the overlay of each file: beside it, or at its place in `output`.
+class Targets(NamedTuple):
+    """The files to write for an image; `labels` is None where label maps are not asked for."""
+
+    overlay: Path
+    labels: Path | None
+
+
+def name_targets(files: Sequence[ImageFile], output: Path | None, labels: bool) -> list[Targets]:
+    """What to write for each file: in the image's folder, or at its place in `output`.
 
     Raises:
       UserError: two files have the same name.
     """
     targets, seen = [], dict[Path, ImageFile]()
     for file in files:
-        beside = Path() if file.path == STDIN else Path(file.path).parent
-        folder = output / file.inside.parent if output else beside
-        target = folder / f"{file.inside.stem}{OVERLAY}"
-        if target in seen:
+        source = Path() if file.path == STDIN else Path(file.path).parent
+        folder = output / file.inside.parent if output else source
+        overlay = folder / f"{file.inside.stem}{OVERLAY}"
+        if overlay in seen:
             raise UserError(
-                f"{seen[target].path} and {file.path} would both be written to {target}"
+                f"{seen[overlay].path} and {file.path} would both be written to {overlay}"
             )
-        seen[target] = file
-        targets.append(target)
+        seen[overlay] = file
+        maps = folder / f"{file.inside.stem}{LABELS}" if labels else None
+        targets.append(Targets(overlay, maps))
     return targets
 
 
 def label_files(
     directory: str,
     files: Sequence[ImageFile],
+    targets: Sequence[Targets],
     broken: list[ImageFile],
     *,
     protocol: Protocol = PUBLISHED,
-    output: str | None = None,
     opacity: float = OPACITY,
-    labels: bool = False,
 ) -> Iterator[Record]:
     """Write the overlays one by one.
 
     Args:
       directory: of a segmentation model.
       files: the images.
+      targets: for each image what to write, over what is there.
       broken: those that cannot be read are added to it.
       protocol: how label maps are asked for.
-      output: a folder for what is written; None for beside the images.
-      opacity: of the colours, 0 to 1.
-      labels: whether to write the label maps too, a class index a pixel.
+      opacity: of the colors, 0 to 1.
 
     Yields:
       For each file that can be read, the names of `image` and `overlay`, whether that `replaced` an
@@ -149,26 +161,25 @@ def label_files(
       first.
 
     Raises:
-      UserError: an unusable directory, or two overlays of one name.
+      UserError: an unusable directory.
     """
     card, segmenter = open_segmenter(directory, protocol)
-    targets = dict(zip(files, name_overlays(files, Path(output) if output else None), strict=True))
+    by_file = dict(zip(files, targets, strict=True))
     variables = load_variables(directory, card)
-    names = card.class_names or tuple(map(str, range(card.model.num_classes)))
+    number = card.model.num_classes
+    names = card.class_names or tuple(map(str, range(number)))
     read = watched(read_images(files, lambda image: image, num_threads=0), len(files))
     for file, image in unbroken(read, broken):
         found = segment_image(segmenter, variables, image)
-        target = targets[file]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replaced = target.exists()
-        draw_overlay(image, found, names, opacity).save(target)
+        overlay, labels = by_file[file]
+        replaced = os.path.lexists(overlay)
+        save_picture(draw_overlay(image, found, names, opacity), overlay)
         if labels:
-            picture = Image.fromarray(found.astype(np.uint8))
-            picture.save(target.with_name(f"{file.inside.stem}{LABELS}"))
+            save_picture(label_picture(found, number), labels)
         shares = {names[label]: share for label, share in class_shares(found)}
         yield {
             "image": file.path,
-            "overlay": str(target),
+            "overlay": str(overlay),
             "replaced": replaced,
             "shares": shares,
         }
@@ -178,13 +189,19 @@ def fractions(text: str) -> tuple[float, float]:
     """A place of a picture from `X,Y`, as argparse takes it for a type."""
     try:
         x, y = map(float, text.split(","))
+        if not (math.isfinite(x) and math.isfinite(y)):
+            raise ValueError(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}, expected X,Y such as 0.3,0.6") from None
     return x, y
 
 
 def show_offsets(
-    directory: str, files: Sequence[ImageFile], output: str, tokens: Sequence[Point]
+    directory: str,
+    files: Sequence[ImageFile],
+    output: str,
+    tokens: Sequence[Point],
+    overwrite: bool = False,
 ) -> str:
     """Draw where the model looks in an image.
 
@@ -193,6 +210,7 @@ def show_offsets(
       files: the one image.
       output: the file to write; its ending says the format.
       tokens: from where it looks, (x, y) in fractions of the picture; a few of its own if empty.
+      overwrite: whether to replace a file that this command did not write.
 
     Returns:
       What was done, for people.
@@ -205,14 +223,13 @@ def show_offsets(
     path, tokens, target = files[0].path, check_tokens(tokens), Path(output)
     if path == STDIN:
         raise UserError(f"--show-offsets needs a file, not {STDIN}")
-    if target.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
         raise UserError(f"--show-offsets is {output}, expected a picture's ending such as .png")
-    done = check_output_file(target)
+    done = check_picture(target, overwrite)
     card = read_card(directory)
     seen = show_to_model(card.model, path, card)
     blocks = inspect_offsets(card.model, load_variables(directory, card), path, card)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draw_offsets(seen[0], blocks, tokens or None).save(target)
+    save_picture(draw_offsets(seen[0], blocks, tokens or None), target)
     return f"{done} {output}: where the model looks in {path}"
 
 
@@ -236,14 +253,34 @@ def describe_labels(record: Record) -> str:
     shares = [f"{name} {100 * share:.1f}%" for name, share in record["shares"].items()]
     more = f" and {len(shares) - SHOWN} more" if len(shares) > SHOWN else ""
     place = f"see {record['overlay']}{', replaced' * record['replaced']}"
-    return f"{record['image']}: {', '.join(shares[:SHOWN])}{more}; {place}"
+    return one_line(f"{record['image']}: {', '.join(shares[:SHOWN])}{more}; {place}")
 
 
 def as_json(record: Record) -> str:
     """A record of either kind on one line."""
     if "classes" in record:
         record = {**record, "classes": [found._asdict() for found in record["classes"]]}
-    return json.dumps(record)
+    return json_line(record, f"the record of {record['image']}")
+
+
+def plan_targets(
+    directory: str, files: Sequence[ImageFile], arguments: dict[str, Any]
+) -> list[Targets]:
+    """What `label_files` is to write for each file, checked before any work.
+
+    Raises:
+      UserError: a file cannot be written or would be lost, or there are too many classes.
+    """
+    classes, labels = read_card(directory).model.num_classes, arguments["labels"]
+    if labels and classes > MOST_LABELS:
+        raise UserError(f"--labels is for at most {MOST_LABELS:,} classes, the model has {classes}")
+    output = Path(arguments["output"]) if arguments["output"] else None
+    targets = name_targets(files, output, labels)
+    for path in filter(None, (path for pair in targets for path in pair)):
+        check_picture(path, arguments["overwrite"])
+        if arguments["show_offsets"] and Path(arguments["show_offsets"]) == path:
+            raise UserError(f"--show-offsets is {path}, where the labels of an image are written")
+    return targets
 
 
 def predict(arguments: dict[str, Any]) -> list[ImageFile]:
@@ -254,31 +291,23 @@ def predict(arguments: dict[str, Any]) -> list[ImageFile]:
     if given and not to_label:
         option = f"--{given[0].replace('_', '-')}"
         raise UserError(f"{option} is for segmentation models, but {directory} has a classifier")
+    check_numbers(arguments)
     files = find_images(arguments["images"], (OVERLAY, LABELS) if to_label else ())
     opacity = OPACITY if arguments["opacity"] is None else arguments["opacity"]
-    if not 0 <= opacity <= 1:
-        raise UserError(f"--opacity is {opacity}, expected 0 to 1")
+    overwrite, targets = arguments["overwrite"], list[Targets]()
     if to_label:
-        output = Path(arguments["output"]) if arguments["output"] else None
-        for target in name_overlays(files, output):
-            check_output_file(target)
+        targets = plan_targets(directory, files, arguments)
     keep_compiled_programs()
     looks, shown = "", dict[str, str]()
     if arguments["show_offsets"]:
-        looks = show_offsets(directory, files, arguments["show_offsets"], arguments["token"])
-        shown = {"offsets": arguments["show_offsets"]}
+        place = arguments["show_offsets"]
+        looks = show_offsets(directory, files, place, arguments["token"], overwrite)
+        shown = {"offsets": place}
     elif arguments["token"]:
         raise UserError("--token says what --show-offsets shows, which is missing")
     if to_label:
-        records = label_files(
-            directory,
-            files,
-            broken,
-            protocol=make_protocol(arguments["multi_scale"], arguments["slide"]),
-            output=arguments["output"],
-            opacity=opacity,
-            labels=arguments["labels"],
-        )
+        protocol = make_protocol(arguments["multi_scale"], arguments["slide"])
+        records = label_files(directory, files, targets, broken, protocol=protocol, opacity=opacity)
     else:
         records = classify_files(directory, files, broken)
     if to_json or to_label:
@@ -293,7 +322,7 @@ def predict(arguments: dict[str, Any]) -> list[ImageFile]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m activemlp_jax.predict",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -313,9 +342,14 @@ def main() -> None:
         help="a place to look from, in fractions of what the model sees from its top left, such as "
         "0.3,0.6; may be repeated (three places that are well apart)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files of these names that this command did not write",
+    )
     scenes = parser.add_argument_group("segmentation models")
     scenes.add_argument("--output", metavar="DIR", help="for the overlays (beside the images)")
-    scenes.add_argument("--opacity", type=float, help=f"of the colours, 0 to 1 ({OPACITY})")
+    scenes.add_argument("--opacity", type=float, help=f"of the colors, 0 to 1 ({OPACITY})")
     scenes.add_argument(
         "--labels", action="store_true", help="also write NAME_labels.png, a class index a pixel"
     )
@@ -327,16 +361,8 @@ def main() -> None:
     )
     arguments = vars(parser.parse_args())
     collect_garbage_rarely()
-    try:
+    with errors_in_one_line(arguments["show_offsets"] or arguments["output"] or ""):
         broken = predict(arguments)
-    except UserError as error:
-        exit_with(error)
-    except BrokenPipeError:  # who reads, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        place = error.filename or arguments["show_offsets"] or arguments["output"]
-        exit_with(f"{place}: {error.strerror or error}")
     sys.exit(1 if broken else 0)
 
 

@@ -7,9 +7,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from activemlp_jax.data.scene_transforms import IGNORED
+from activemlp_jax.errors import one_line
 
 SMALLEST = 384  # the longer side of a picture, in pixels, below which pixels are drawn larger
 LEGEND_ENTRIES = 24  # of the classes with most pixels
+LEGEND_HEADER = "class, share of pixels"
+LONGEST_NAME = 60  # letters
 MARGIN = 8
 FIRST_COLORS = (
     *((64, 64, 64), (230, 40, 40), (40, 170, 60), (50, 90, 235), (245, 205, 30), (235, 75, 215)),
@@ -30,8 +33,8 @@ def class_colors(count: int) -> np.ndarray:
 
 
 def paint(labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """The colours `[H, W, 3]` uint8 of `labels` `[H, W]`; what is ignored is black."""
-    table = np.zeros((IGNORED + 1, 3), np.uint8)
+    """The colors `[H, W, 3]` uint8 of `labels` `[H, W]`; `IGNORED` is black if it is no class."""
+    table = np.zeros((max(len(colors), IGNORED + 1), 3), np.uint8)
     table[: len(colors)] = colors
     return table[labels]
 
@@ -47,6 +50,20 @@ def class_shares(labels: np.ndarray) -> list[tuple[int, float]]:
     shares = np.bincount(labels.reshape(-1)) / labels.size
     order = np.argsort(-shares, kind="stable")
     return [(int(label), float(shares[label])) for label in order if shares[label] > 0]
+
+
+def label_picture(labels: np.ndarray, num_classes: int) -> Image.Image:
+    """`labels` `[H, W]` as a picture: 8 bits a pixel, or 16 where there are more than 255 classes.
+
+    255 is left to what data sets ignore.
+    """
+    return Image.fromarray(labels.astype(np.uint8 if num_classes <= IGNORED else np.uint16))
+
+
+def _shortened(name: str) -> str:
+    """A class's name as it fits on a line."""
+    name = one_line(name)
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
 def _enlarged(picture: np.ndarray) -> Image.Image:
@@ -70,25 +87,25 @@ def draw_overlay(
     colors = class_colors(len(class_names))
     picture = _enlarged(blend(image, labels, colors, opacity))
     shown = class_shares(labels)
-    lines = [f"{class_names[label]}  {100 * share:.1f}%" for label, share in shown]
-    left_out = len(lines) - LEGEND_ENTRIES
-    if left_out > 0:
-        lines = [*lines[:LEGEND_ENTRIES], f"and {left_out} more"]
+    listed = shown[:LEGEND_ENTRIES]
+    lines = [f"{_shortened(class_names[label])}  {100 * share:.1f}%" for label, share in listed]
+    if len(shown) > len(listed):
+        lines.append(f"and {len(shown) - len(listed)} more")
 
-    font = ImageFont.load_default(size=14)
-    line_height = 20
-    text_width = max(int(font.getlength(line)) for line in lines)
-    width = picture.width + line_height + text_width + 3 * MARGIN
-    height = max(picture.height, len(lines) * line_height + 2 * MARGIN)
+    font, line_height = ImageFont.load_default(size=14), 20
+    widths = [line_height + font.getlength(line) for line in lines]
+    width = picture.width + int(max(*widths, font.getlength(LEGEND_HEADER))) + 3 * MARGIN
+    height = max(picture.height, (1 + len(lines)) * line_height + 2 * MARGIN)
     page = Image.new("RGB", (width, height), "white")
     page.paste(picture, (0, 0))
     draw = ImageDraw.Draw(page)
     left = picture.width + MARGIN
+    draw.text((left, MARGIN), LEGEND_HEADER, fill="#5f6368", font=font)
     for number, line in enumerate(lines):
-        top = MARGIN + number * line_height
-        if number < min(len(shown), LEGEND_ENTRIES):
+        top = MARGIN + (1 + number) * line_height
+        if number < len(listed):
             box = (left, top + 2, left + line_height - 6, top + line_height - 4)
-            draw.rectangle(box, fill=tuple(colors[shown[number][0]].tolist()), outline="black")
+            draw.rectangle(box, fill=tuple(colors[listed[number][0]].tolist()), outline="black")
         draw.text((left + line_height, top), line, fill="black", font=font)
     return page
 
@@ -108,7 +125,8 @@ def draw_comparison(
     left = MARGIN + max(int(font.getlength(name)) for name in names) + MARGIN
     present = np.unique(np.concatenate([m.reshape(-1) for _, *maps in scenes for m in maps]))
     entries = [int(label) for label in present if label != IGNORED][:LEGEND_ENTRIES]
-    step = 30 + max((int(font.getlength(class_names[label])) for label in entries), default=0)
+    shown = [_shortened(class_names[label]) for label in entries]
+    step = 30 + max((int(font.getlength(name)) for name in shown), default=0)
     width = left + max(len(columns) * (side + MARGIN), step)
     per_line = max(1, (width - left) // step)
     rows = -(-len(entries) // per_line)
@@ -124,9 +142,9 @@ def draw_comparison(
             way = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
             fitted = Image.fromarray(pictures[row]).resize(size, way)
             page.paste(fitted, (left + column * (side + MARGIN), top))
-    for number, label in enumerate(entries):
+    for number, (label, name) in enumerate(zip(entries, shown, strict=True)):
         line, place = divmod(number, per_line)
         x, y = left + place * step, 3 * (side + MARGIN) + MARGIN + line * 22
         draw.rectangle((x, y + 2, x + 13, y + 15), fill=tuple(colors[label].tolist()))
-        draw.text((x + 19, y), class_names[label], fill="black", font=font)
+        draw.text((x + 19, y), name, fill="black", font=font)
     return page

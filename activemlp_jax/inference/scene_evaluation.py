@@ -8,11 +8,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from activemlp_jax.data.preprocessing import ScenePreprocessing
 from activemlp_jax.data.scene_sources import open_scenes
 from activemlp_jax.data.scene_transforms import load_opencv
-from activemlp_jax.errors import UserError
+from activemlp_jax.errors import UserError, one_line
 from activemlp_jax.inference.metrics import class_figures, scene_metrics
 from activemlp_jax.inference.scenes import Part, Segmenter, Settings, make_evaluation, round_up
 from activemlp_jax.inference.views import Protocol, Shape
@@ -140,6 +141,7 @@ def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
         class_names, figures["iou"], figures["accuracy"], shares, strict=True
     ):
         table.add_row(
-            name, *("-" if np.isnan(value) else f"{value:.2f}" for value in (iou, accuracy, share))
+            Text(one_line(name)),
+            *("-" if np.isnan(value) else f"{value:.2f}" for value in (iou, accuracy, share)),
         )
     return table
