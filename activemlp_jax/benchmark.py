@@ -22,11 +22,12 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from activemlp_jax.benchmarks.command import add_commands, check_positive, run
+from activemlp_jax.arguments import Parser, check_numbers
+from activemlp_jax.benchmarks.command import add_commands, run
 from activemlp_jax.data.examples import EncodedSource
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.data.throughput import measure
-from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.errors import UserError, errors_in_one_line
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
 from activemlp_jax.models.segmentation import HEADS, create_segmentor
@@ -38,10 +39,12 @@ from activemlp_jax.training.scaling import device_counts, measure_scaling
 
 def parse_size(text: str) -> tuple[int, int]:
     """Height and width from '224' or '512x2048'; UserError if it is neither."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
     if not found:
         raise UserError(f"--image-size is {text!r}, expected a side, or HEIGHTxWIDTH as 512x2048")
     height, width = int(found[1]), int(found[2] or found[1])
+    for side in (height, width):
+        check_numbers({"image_size": side})
     return height, width
 
 
@@ -90,7 +93,6 @@ def print_data_rates(
     Raises:
       UserError: a config that cannot work, or whose training images are no crops of image files.
     """
-    check_positive(steps=steps, rounds=rounds)
     settings = load_config(config)
     for key, value in (
         ("data.name", data),
@@ -130,7 +132,6 @@ def print_scaling(config: str, devices: int, classes: int, steps: int, rounds: i
     Raises:
       UserError: a config that cannot work, or more devices than there are.
     """
-    check_positive(devices=devices, classes=classes, steps=steps, rounds=rounds)
     jax.config.update("jax_num_cpu_devices", devices)  # of use where there is no accelerator
     settings = load_config(config)
     check_config(settings)
@@ -157,7 +158,7 @@ def scaling_lines(rates: dict[int, list[float]]) -> Iterator[str]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m activemlp_jax.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -207,17 +208,20 @@ def main() -> None:
     keep_freed_memory()  # as train.py does
     collect_garbage_rarely()
     command = arguments.pop("command")
-    try:
-        if command == "table":
-            print_costs(**arguments)
-        elif command == "scaling":
-            print_scaling(**arguments)
-        elif command == "data":
-            print_data_rates(**arguments)
-        else:
-            run(command, arguments)
-    except (UserError, ValueError) as error:
-        exit_with(error)
+    with errors_in_one_line(arguments.get("csv") or ""):
+        try:
+            if command == "table":
+                print_costs(**arguments)
+                return
+            check_numbers(arguments)
+            if command == "scaling":
+                print_scaling(**arguments)
+            elif command == "data":
+                print_data_rates(**arguments)
+            else:
+                run(command, arguments)
+        except ValueError as error:  # of a model or an image size
+            raise UserError(str(error)) from error
 
 
 def print_costs(model: list[str] | None, image_size: str, head: str | None) -> None:

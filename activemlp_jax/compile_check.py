@@ -10,7 +10,6 @@ not fit, 2 for an error.
 """
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from activemlp_jax.errors import UserError, install_command, one_line
+from activemlp_jax.json_files import json_line
 from activemlp_jax.training import sharding
 from activemlp_jax.training.command import chosen_config, start
 from activemlp_jax.training.compiled import Bounds, Needs, count_bounds, count_needs
@@ -199,6 +199,7 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
         "hosts": hosts,
         "batch_size": config.batch_size,
     }
+    say("compiling the train step; that takes a minute or two for a recipe's model")
     began = time.perf_counter()
     try:
         step = program.train_step.lower(program.state, program.batch).compile()
@@ -207,7 +208,7 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
             raise UserError(f"the step of {path} does not compile: {error}") from error
         say(f"does not fit: {one_line(error)[:600]}")
         say(LESS_MEMORY)
-        say(json.dumps({**record, "fits": False}))
+        say(json_line({**record, "fits": False}, "the record"))
         return False
     seconds = time.perf_counter() - began
     needs = count_needs(step, len(devices))
@@ -222,7 +223,7 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
         "model_flops": flops,
     }
     if chip is None:
-        say(json.dumps({**record, "fits": None}))
+        say(json_line({**record, "fits": None}, "the record"))
         return True
     if config.accumulation == 1:
         least = count_bounds(needs, flops, chip)
@@ -233,7 +234,7 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
         say(f"no bounds: the compiler counts one of the {config.accumulation} parts of a batch")
     fits = needs.memory <= chip.memory
     say("fits" if fits else f"does not fit. {LESS_MEMORY}")
-    say(json.dumps({**record, "fits": fits}))
+    say(json_line({**record, "fits": fits}, "the record"))
     return fits
 
 
@@ -247,12 +248,12 @@ def _main() -> None:
 def main() -> None:
     """The command line."""
     flags.DEFINE_string("topology", None, "A TPU slice, chips by chips, as v5e:4x4; or cpu:8.")
-    for name, least in (("images", 1), ("classes", 2)):
+    for name, least, most in (("images", 1, 2**40), ("classes", 2, 2**20)):
         text = (
             f"Number of {name} of the training set; default: that of the config's, or of ImageNet "
             "or ADE20K where it is not here."
         )
-        flags.DEFINE_integer(name, None, text, least)
+        flags.DEFINE_integer(name, None, text, least, most)
     start(_main, ("topology", "images", "classes"))
 
 

@@ -24,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.errors import UserError, exit_with, install_command
+from activemlp_jax.arguments import Parser
+from activemlp_jax.errors import UserError, errors_in_one_line, install_command, one_line
+from activemlp_jax.files import check_output_file, write_aside
 from activemlp_jax.inference.classify import ask, choose_batch_size, embeddings, make_classifier
 from activemlp_jax.inference.files import (
     IMAGES_HELP,
@@ -34,7 +36,6 @@ from activemlp_jax.inference.files import (
     unbroken,
     watched,
 )
-from activemlp_jax.files import check_output_file
 from activemlp_jax.process import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.weights.model_directory import read_card, read_weights
 
@@ -123,17 +124,17 @@ def embed(
         raise UserError(f"none of the {len(files)} images can be read; {target} is not written")
     names = name_images(paths, [file for file, _ in found])
     rows = np.stack([row for _, row in found]).astype(np.float32)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    with open(partial, "wb") as file:
+    for name, row in zip(names, rows, strict=True):
+        if not np.isfinite(row).all():
+            raise UserError(f"{directory} gives {name} features that are not finite")
+    with write_aside(target) as aside, open(aside, "wb") as file:
         write(file, names, rows)
-    partial.replace(target)
     return done, names, rows
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m activemlp_jax.embed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -146,13 +147,9 @@ def main() -> None:
     arguments: dict[str, Any] = vars(parser.parse_args())
     collect_garbage_rarely()
     output, broken = arguments["output"], list[ImageFile]()
-    try:
+    with errors_in_one_line(output):
         done, names, rows = embed(arguments["directory"], arguments["images"], output, broken)
-    except UserError as error:
-        exit_with(error)
-    except OSError as error:
-        exit_with(f"{error.filename or output}: {error.strerror or error}")
-    print(f"{done} {output}: {len(names)} images, {rows.shape[1]} numbers each")
+        print(one_line(f"{done} {output}: {len(names)} images, {rows.shape[1]} numbers each"))
     sys.exit(1 if broken else 0)
 
 

@@ -16,7 +16,6 @@ options say how. The first of them prints.
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,14 +25,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from activemlp_jax.arguments import Parser, check_numbers
 from activemlp_jax.data.pipeline import eval_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
-from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.errors import UserError, errors_in_one_line, one_line
 from activemlp_jax.inference.metrics import class_figures
 from activemlp_jax.inference.scene_evaluation import class_table, evaluate_scene_directory
 from activemlp_jax.inference.scenes import round_up
 from activemlp_jax.inference.views import MULTI_SCALE, make_protocol
+from activemlp_jax.json_files import json_line
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.process import collect_garbage_rarely, keep_freed_memory
 from activemlp_jax.training import sharding
@@ -158,7 +159,7 @@ def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[d
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m activemlp_jax.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -201,21 +202,15 @@ def main() -> None:
     keep_freed_memory()
     collect_garbage_rarely()
     hosts = sharding.Hosts(**{name: arguments.pop(name) for name, *_ in HOST_OPTIONS})
-    try:
-        for option, least in (("batch_size", 1), ("num_threads", 0), ("size_multiple", 1)):
-            value = arguments[option]
-            if value is not None and value < least:
-                name = option.replace("_", "-")
-                raise UserError(f"--{name} is {value}, expected at least {least}")
+    with errors_in_one_line():
+        check_numbers(arguments)
         with sharding.connected(hosts):
             is_segmentor = read_card(arguments["directory"]).is_segmentor
             report = _report_scenes if is_segmentor else _report_images
             lines = report(arguments)
-    except UserError as error:
-        exit_with(error)
-    if jax.process_index() == 0:
-        for line in lines:
-            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+        if jax.process_index() == 0:
+            for line in lines:
+                Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _common(arguments: dict[str, Any], *refused: str) -> dict[str, Any]:
@@ -229,6 +224,11 @@ def _common(arguments: dict[str, Any], *refused: str) -> dict[str, Any]:
 
 def _record(arguments: dict[str, Any], images: int) -> dict[str, Any]:
     return {name: arguments[name] for name in ("directory", "data", "split")} | {"images": images}
+
+
+def _last_line(record: dict[str, Any]) -> str:
+    """The record as JSON; UserError for a loss that is not finite."""
+    return json_line(record, f"the evaluation of {record['directory']}")
 
 
 def _report_scenes(arguments: dict[str, Any]) -> list[Any]:
@@ -255,7 +255,7 @@ def _report_scenes(arguments: dict[str, Any]) -> list[Any]:
             }
         }
     first = next(iter(found.metrics))
-    return [class_table(found.confusion[first], found.class_names), *lines, json.dumps(record)]
+    return [class_table(found.confusion[first], found.class_names), *lines, _last_line(record)]
 
 
 def _report_images(arguments: dict[str, Any]) -> list[Any]:
@@ -270,15 +270,16 @@ def _report_images(arguments: dict[str, Any]) -> list[Any]:
         among_five = f" | {acc5:.3f}% acc@5" if len(found.class_names) > 5 else ""
         lines.append(f"[{kind}] accuracy on {images} test images: {acc1:.3f}% acc@1{among_five}")
         hardest = hardest_classes(found.confusion[kind], found.class_names)
-        record[kind] = {"acc1": acc1, "acc5": acc5, "loss": values["loss"], "hardest": hardest}
+        accuracies = {"acc1": acc1} | ({"acc5": acc5} if among_five else {})
+        record[kind] = {**accuracies, "loss": values["loss"], "hardest": hardest}
     kind = next(iter(found.metrics))
     shown = [
         f"{row['class']} ({row['accuracy']:.1f}% of {row['images']}, else {row['taken_for']})"
         for row in record[kind]["hardest"]
     ]
     if shown:
-        lines.append(f"[{kind}] hardest classes: {', '.join(shown)}")
-    return [*lines, json.dumps(record)]
+        lines.append(one_line(f"[{kind}] hardest classes: {', '.join(shown)}"))
+    return [*lines, _last_line(record)]
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from activemlp_jax.arguments import Parser, check_numbers
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.errors import UserError, exit_with, install_command
+from activemlp_jax.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.exporting.description import describe, write_readme
 from activemlp_jax.exporting.onnx import write_onnx
 from activemlp_jax.exporting.stablehlo import write_stablehlo
-from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
-from activemlp_jax.files import check_output
+from activemlp_jax.files import check_output, write_directory_aside
 from activemlp_jax.process import collect_garbage_rarely
 from activemlp_jax.weights.convert import NAMES
 from activemlp_jax.weights.model_directory import (
@@ -33,7 +33,6 @@ from activemlp_jax.weights.model_directory import (
     Variables,
     read_card,
     read_weights,
-    whole_or_nothing,
 )
 from activemlp_jax.weights.torch_files import write_checkpoint
 from activemlp_jax.weights.torch_names import to_torch
@@ -53,12 +52,11 @@ def with_image_size(card: ModelCard, image_size: int | None) -> ModelCard:
       image_size: side in pixels, of segmentation models that of their windows.
 
     Raises:
-      UserError: it is too small.
+      UserError: it is too small or too large.
     """
     if image_size is None:
         return card
-    if image_size < MIN_IMAGE_SIDE:
-        raise UserError(f"--image-size is {image_size}, expected at least {MIN_IMAGE_SIDE}")
+    check_numbers({"image_size": image_size})
     shown = card.preprocessing
     if isinstance(shown, Preprocessing):
         return replace(card, preprocessing=replace(shown, image_size=image_size))
@@ -120,7 +118,7 @@ def export_model(
     variables = read_weights(directory, card, card.default_kind)
     found = describe(card, variables)
     side = found["input"]["shape"][1]
-    with whole_or_nothing(target) as place:
+    with write_directory_aside(target) as place:
         for name in dict.fromkeys(formats):
             file = f"model.{name}"
             found["files"][file] = _write(name, place / file, card, variables, side)
@@ -132,7 +130,7 @@ def export_model(
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m activemlp_jax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -155,16 +153,12 @@ def main() -> None:
     collect_garbage_rarely()
     arguments["formats"] = arguments["formats"] or USUAL
     output = Path(arguments["output"])
-    try:
+    with errors_in_one_line(output):
         found = export_model(**arguments)
-    except UserError as error:
-        exit_with(error)
-    except OSError as error:
-        exit_with(f"{error.filename or output}: {error.strerror or error}")
-    weights, side = NAMES[found["weights"]], found["input"]["shape"][1]
-    print(f"wrote {output}: the {weights} weights, images of {side} by {side} pixels")
-    for file in (*found["files"], CONFIG, README):
-        print(f"  {file:<18}{(output / file).stat().st_size:>13,} bytes")
+        weights, side = NAMES[found["weights"]], found["input"]["shape"][1]
+        print(one_line(f"wrote {output}: the {weights} weights, images of {side} by {side} pixels"))
+        for file in (*found["files"], CONFIG, README):
+            print(f"  {file:<18}{(output / file).stat().st_size:>13,} bytes")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ the folder of --data-dir.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from activemlp_jax.errors import UserError, exit_with
+from activemlp_jax.arguments import Parser, check_numbers
+from activemlp_jax.errors import UserError, errors_in_one_line
 
 
 def _absolute(path: str) -> Path:
@@ -28,7 +28,7 @@ def _absolute(path: str) -> Path:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m activemlp_jax.prepare_data",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,30 +56,32 @@ def main() -> None:
     arguments = parser.parse_args()
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     data_dir = _absolute(arguments.data_dir or default)
-    console = Console()
 
-    # Here, as --help need not wait for it.
-    from activemlp_jax.data import preparation
+    with errors_in_one_line(data_dir):
+        try:
+            _prepare(arguments, data_dir, Console())
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on with what is missing")
+            raise
 
-    try:
-        if arguments.command == "tfds":
-            preparation.prepare_tfds(arguments.name, data_dir, console)
-            return
-        threads = arguments.num_threads
-        if threads < 1:
-            raise UserError(f"--num-threads is {threads}, expected at least 1")
-        source = _absolute(arguments.source)
-        if arguments.command == "imagenet2012":
-            preparation.prepare_imagenet(source, data_dir, threads, console)
-        elif arguments.command == "tfrecord":
-            preparation.prepare_tfrecord(source, data_dir, threads, console)
-        else:
-            preparation.prepare_folder(source, arguments.name, data_dir, threads, console)
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on with what is missing")
-        sys.exit(130)
+
+def _prepare(arguments: argparse.Namespace, data_dir: Path, console: Console) -> None:
+    from activemlp_jax.data import preparation  # here, as --help need not wait for it
+
+    if arguments.command == "tfds":
+        preparation.prepare_tfds(arguments.name, data_dir, console)
+        return
+    threads = arguments.num_threads
+    if threads < 1:
+        raise UserError(f"--num-threads is {threads}, expected at least 1")
+    check_numbers({"num_threads": threads})
+    source = _absolute(arguments.source)
+    if arguments.command == "imagenet2012":
+        preparation.prepare_imagenet(source, data_dir, threads, console)
+    elif arguments.command == "tfrecord":
+        preparation.prepare_tfrecord(source, data_dir, threads, console)
+    else:
+        preparation.prepare_folder(source, arguments.name, data_dir, threads, console)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from activemlp_jax.arguments import check_numbers
 from activemlp_jax.benchmarks.measuring import (
     Contender,
     Measurement,
@@ -28,19 +29,13 @@ from activemlp_jax.benchmarks.programs import (
     draw_inputs,
 )
 from activemlp_jax.errors import UserError, install_command
+from activemlp_jax.files import check_output_file
 from activemlp_jax.models.backbone import create_model, list_models
 from activemlp_jax.models.counting import count_cost
 
 MIB = 2**20
 
 say: Callable[[str], None] = partial(print, flush=True)
-
-
-def check_positive(**options: int) -> None:
-    """Raises UserError, naming the option, if one is less than 1."""
-    for option, count in options.items():
-        if count < 1:
-            raise UserError(f"--{option.replace('_', '-')} is {count}, expected at least 1")
 
 
 def check_peer() -> None:
@@ -129,8 +124,7 @@ def prepare(options: Options) -> None:
     Raises:
       UserError: nothing to measure, or no peer to compare with.
     """
-    counts = ("batch_size", "image_size", "rounds", "steps")
-    check_positive(**{name: getattr(options, name) for name in counts})
+    check_numbers(options._asdict())
     if options.compare:
         # Else JAX would take three quarters of a GPU's memory from the peer.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -154,7 +148,7 @@ def measure_all(
     measurements: list[Measurement] = []
     file = Path(options.csv) if options.csv else None
     if file:
-        write_csv(file, measurements, machine)  # before any work: can it be?
+        check_output_file(file)
     others = f", torch {machine.torch_version}" if options.compare else ""
     say(
         f"{machine.device_kind}, {machine.cores} cores of {machine.cpu}; "
@@ -235,8 +229,7 @@ def print_operator(deviation: float, options: Options) -> None:
       ValueError: images that the model does not take.
     """
     prepare(options)
-    if not 0 <= deviation < float("inf"):
-        raise UserError(f"--deviation is {deviation}, expected a number of pixels, at least 0")
+    check_numbers({"deviation": deviation})
     deform_conv2d = None
     if options.compare:
         from activemlp_jax.benchmarks import torch_peer

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 
 from activemlp_jax.errors import UserError
+from activemlp_jax.files import write_aside
 
 MATMUL, COPY = "matmul", "copy"  # what the rates of all else are fractions of
 JAX = "jax"  # the first word of the implementations that peers are compared with
@@ -193,7 +194,7 @@ def write_csv(path: Path, measurements: Sequence[Measurement], machine: Machine)
       UserError: the file cannot be written.
     """
     try:
-        with path.open("w", newline="") as file:
+        with write_aside(path) as aside, aside.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows([_cell(value) for value in (*row, *machine)] for row in measurements)
