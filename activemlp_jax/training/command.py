@@ -1,8 +1,10 @@
 """Command lines with a config: flags in, one clear line out when they are wrong."""
 
 import difflib
+import os
 import runpy
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,9 +13,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from activemlp_jax.errors import Interrupted, UserError, exit_with
+from activemlp_jax.errors import Interrupted, UserError, errors_in_one_line, exit_with, one_line
 from activemlp_jax.process import collect_garbage_rarely, keep_freed_memory
-from activemlp_jax.training.config import default_config
+from activemlp_jax.training.config import default_config, flatten
 
 # The fields of sharding.Hosts: name, type, default, help.
 HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
@@ -29,7 +31,7 @@ HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
     ("timeout", int, 300, "Seconds the processes wait for each other to start."),
 )
 _HOST_NAMES = tuple(name for name, *_ in HOST_OPTIONS)
-HELP = ("help", "helpfull", "helpshort", "helpxml", "?")
+HELP = ("help", "helpfull", "helpshort", "?")
 
 
 def _keys(config: ConfigDict, prefix: str = "config.") -> list[str]:
@@ -59,8 +61,8 @@ def load_config(path: str) -> ConfigDict:
     return config
 
 
-def _check_keys(argv: list[str], default_path: Path | None) -> None:
-    """Raises UserError for a config file that fails, or an override of a key it does not have."""
+def _named(argv: list[str], default_path: Path | None) -> tuple[str, list[str]]:
+    """The config file that the command line names, '' for none, and the keys that it changes."""
     path, overrides = str(default_path or ""), []
     for position, argument in enumerate(argv):
         name, _, value = argument.lstrip("-").partition("=")
@@ -70,6 +72,12 @@ def _check_keys(argv: list[str], default_path: Path | None) -> None:
             path = value or " ".join(argv[position + 1 : position + 2])
         elif name.startswith("config."):
             overrides.append(name)
+    return path, overrides
+
+
+def _check_keys(argv: list[str], default_path: Path | None) -> None:
+    """Raises UserError for a config file that fails, or an override of a key it does not have."""
+    path, overrides = _named(argv, default_path)
     if not path:
         raise UserError("--config is missing, expected a config file such as configs/digits.py")
     known = _keys(load_config(path))
@@ -78,6 +86,35 @@ def _check_keys(argv: list[str], default_path: Path | None) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise UserError(f"{path} has no key {name}{hint}")
+
+
+def describe_keys(config: ConfigDict) -> str:
+    """All keys with their values, a paragraph a group, for --help."""
+    groups: dict[str, list[str]] = {}
+    for key, value in flatten(config.to_dict()).items():
+        group, _, name = key.rpartition(".")
+        # Not broken at the blanks of a tuple.
+        groups.setdefault(group, []).append(f"{name}={value!r}".replace(" ", "\N{NO-BREAK SPACE}"))
+    paragraphs = [
+        textwrap.fill(
+            " ".join(pairs),
+            width=100,
+            initial_indent=f"  --config.{group}{'.' * bool(group)}  ",
+            subsequent_indent="      ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for group, pairs in groups.items()
+    ]
+    return "\n".join(paragraphs).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _print_keys(default_path: Path | None) -> None:
+    """Print the keys of the config file that the command line names, for --help."""
+    path, _ = _named(sys.argv[1:], default_path)
+    config = load_config(path) if path else default_config()
+    print(f"\nKeys of {path or 'a config'}, changed by --config.KEY=VALUE:\n")
+    print(describe_keys(config))
 
 
 def start(
@@ -93,7 +130,9 @@ def start(
       default_path: the config file where the command line names none; None where it must.
     """
     collect_garbage_rarely()
-    asks_for_help = any(argument.lstrip("-") in HELP for argument in sys.argv[1:])
+    asks_for_help = any(
+        argument.startswith("-") and argument.lstrip("-") in HELP for argument in sys.argv[1:]
+    )
     if not asks_for_help:
         try:
             _check_keys(sys.argv[1:], default_path)
@@ -111,6 +150,10 @@ def start(
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
+        except SystemExit:  # absl has printed the flags, and would exit with status 1
+            with errors_in_one_line():
+                _print_keys(default_path)
+            sys.exit(0)
         except (flags.Error, TypeError, ValueError) as error:
             exit_with(" ".join(str(error).split()))
         if len(rest) > 1:
@@ -125,10 +168,8 @@ def start(
 
     def run_main(argv: list[str]) -> None:
         del argv
-        try:
+        with errors_in_one_line():
             main()
-        except UserError as error:
-            exit_with(error)
 
     app.run(run_main, flags_parser=parse)
 
@@ -160,16 +201,27 @@ def _train() -> None:
     workdir = flags.FLAGS.workdir or f"runs/{name}"
     if "://" in workdir:
         raise UserError(f"--workdir is {workdir}, expected a directory of this machine")
-    # Here, as --help need not wait for them.
-    from activemlp_jax.training import sharding
+    chosen: dict[str, Any] = {name: flags.FLAGS[name].value for name in _HOST_NAMES}
+    place = Path(workdir).expanduser()
+    if not chosen["process_id"]:
+        # What follows takes seconds to import, and longer on a slow disk.
+        print(one_line(f"starting: config {name}, workdir {workdir}"), flush=True)
+    from activemlp_jax.training import sharding  # here, as --help need not wait for them
     from activemlp_jax.training.loop import train
 
-    chosen: dict[str, Any] = {name: flags.FLAGS[name].value for name in _HOST_NAMES}
     hosts = sharding.Hosts(**chosen)
     try:
         with sharding.connected(hosts):
-            place = Path(workdir).expanduser()
             train(config, place, Console(), config_name=name, timeout=hosts.timeout)
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"\n{error or 'interrupted'}; the same command goes on from there in {workdir}")
+        print(f"\n{_interrupted(str(error), place)}")
         sys.exit(getattr(error, "status", 130))
+
+
+def _interrupted(reason: str, workdir: Path) -> str:
+    """What an interruption has left, and how to go on."""
+    reason, checkpoints = reason or "interrupted", workdir / "checkpoints"
+    saved = checkpoints.is_dir() and any(name.isdigit() for name in os.listdir(checkpoints))
+    if saved:
+        return f"{reason}; the same command goes on from there in {one_line(workdir)}"
+    return f"{reason}; nothing is saved yet, and the same command starts from the first step"
