@@ -101,13 +101,13 @@ def test_training_is_timed_by_gradient_and_step_or_one_of_them(
         (["op", "--steps", "0"], "--steps is 0, expected at least 1"),
         (["train", "--batch-size", "0"], "--batch-size is 0, expected at least 1"),
         (["model", "--model", "active_huge"], "no model 'active_huge', expected one of active_b"),
-        (["op", "--deviation", "-1"], "--deviation is -1.0, expected a number of pixels, at least"),
-        (["op", "--image-size", "31"], "expected sides of at least 32"),
+        (["op", "--deviation", "-1"], "--deviation is -1.0, expected at least 0"),
+        (["op", "--image-size", "31"], "--image-size is 31, expected at least 32"),
         (
-            ["model", "--model", "active_xtiny", "--csv", "no/such/place.csv"],
-            "--csv no/such/place.csv: No such file or dir",
+            ["model", "--model", "active_xtiny", "--csv", f"{__file__}/place.csv"],
+            "test_benchmark_command.py is no folder",
         ),
-        (["op", "--csv", "/"], "--csv /: Is a directory"),
+        (["op", "--csv", "/"], "/ cannot be written: it is a folder"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(arguments: list[str], message: str):

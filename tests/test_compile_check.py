@@ -101,6 +101,7 @@ def test_on_tpus_the_step_of_a_recipe_reads_and_writes_nothing_by_index(name: st
             "config.mesh is all x 3 (data x fsdp), which the 8 devices do not fill",
         ),
         ([*SMALL, "--topology=cpu:8", "--images=0"], "images=0"),
+        ([*SMALL, "--topology=cpu:8", f"--classes={10**9}"], "classes=1000000000"),
         ([*SMALL, "--topology=cpu:8", "--images=20"], "only 20 images"),
         ([*SMALL, "--topology=cpu:8", "--config.bath_size=8"], "did you mean config.batch_size?"),
     ],
@@ -123,8 +124,11 @@ def test_a_missing_compiler_is_named_with_the_command_that_brings_it():
 
 
 def test_help_shows_examples():
-    output = check("--help").stdout
+    result = check("--help")
+    assert result.returncode == 0
+    output = result.stdout
     assert "--config configs/active_tiny.py --topology v5e:4x4" in output
     assert "--topology: A TPU slice" in output
     for name in ("images", "classes"):
         assert f"--{name}: Number of {name} of the training set; default:" in output
+    assert "--config.mesh.  data=-1 fsdp=1" in output

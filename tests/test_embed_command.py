@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from pyarrow import parquet
@@ -68,6 +69,12 @@ def test_a_folder_becomes_names_in_it_and_a_row_for_each(
     assert [file.name for file in Path("new").iterdir()] == ["features.npz"]
     _, output, _ = call(classifier, "val/dog", "--output", "new/features.npz")
     assert output == "replaced new/features.npz: 2 images, 16 numbers each\n"
+    link = Path("new/link.npz")
+    link.symlink_to("features.npz")
+    before = Path("new/features.npz").read_bytes()
+    assert call(classifier, "val/dog", "--output", link)[0] == 0
+    assert not link.is_symlink(), "a link is replaced, not followed"
+    assert Path("new/features.npz").read_bytes() == before
 
 
 def test_parquet_has_the_same_and_several_paths_keep_their_names(
@@ -94,6 +101,28 @@ def test_an_image_that_cannot_be_read_has_no_row(call: Any, classifier: Path, ph
         assert list(arrays["names"]) == ["0.png", "2.png"]
         rows = expected_rows(classifier, [photos[0], photos[2]])
         np.testing.assert_allclose(arrays["embeddings"], rows, atol=1e-5)
+
+
+def test_features_that_are_not_finite_and_a_full_disk_leave_no_file(
+    call: Any, classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    read = embed.read_weights
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, read(classifier, am.read_card(classifier)))
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "read_weights", lambda *_: broken)
+        status, output, errors = call(classifier, "val/dog", "--output", "new/features.npz")
+    assert (status, output) == (2, "")
+    assert "gives 0.png features that are not finite" in errors
+
+    def full(file: Any, *_: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(embed.WRITERS, ".npz", full)
+    status, output, errors = call(classifier, "val/dog", "--output", "new/features.npz")
+    assert (status, output) == (2, "")
+    assert errors == "command: error: new/features.npz: No space left on device\n"
+    assert not list(Path("new").glob("*")), f"{photos} alone"
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import free_address
+from rich.console import Console
 
 from activemlp_jax import ActiveMLP, evaluate
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.data.transforms import eval_transform
+from activemlp_jax.errors import UserError
 from activemlp_jax.evaluate import hardest_classes
+from activemlp_jax.inference.scene_evaluation import class_table
 from activemlp_jax.weights.model_directory import (
     ModelCard,
     whole_or_nothing,
@@ -188,16 +191,32 @@ def test_the_hardest_classes_are_printed_and_recorded(on_one_device: str):
         assert f"{row['class']} ({row['accuracy']:.1f}% of {row['images']}" in line
 
 
-def test_of_two_classes_nothing_is_said_of_five_guesses(monkeypatch: pytest.MonkeyPatch):
+def test_of_two_classes_nothing_is_said_of_five_guesses_and_names_are_printable(
+    monkeypatch: pytest.MonkeyPatch,
+):
     metrics = {"ema": {"accuracy": 75.0, "accuracy_top5": 100.0, "loss": 0.5}}
     confusion = {"ema": np.array([[2, 0], [1, 1]])}
-    found = evaluate.Evaluation(4, metrics, confusion, ("cat", "dog"))
+    found = evaluate.Evaluation(4, metrics, confusion, ("cät", "dog\x1b[2J"))
     monkeypatch.setattr(evaluate, "evaluate_directory", lambda **_: found)
     options = ("directory", "data", "split", "num_threads", "batch_size", "image_size")
     scenes = ("multi_scale", "slide", "size_multiple")
-    first, *_, last = evaluate._report_images(dict.fromkeys((*options, *scenes)))
+    first, hardest, last = evaluate._report_images(dict.fromkeys((*options, *scenes)))
     assert first == "[ema] accuracy on 4 test images: 75.000% acc@1"
-    assert json.loads(last)["ema"]["acc5"] == 100
+    assert hardest == "[ema] hardest classes: dog?[2J (50.0% of 2, else cät)"
+    record = json.loads(last)["ema"]
+    assert "acc5" not in record
+    assert record["hardest"][0]["class"] == "dog\x1b[2J"
+    metrics["ema"]["loss"] = float("nan")
+    with pytest.raises(UserError, match="has a number that is not finite"):
+        evaluate._report_images(dict.fromkeys((*options, *scenes)))
+
+
+def test_the_table_of_classes_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]):
+    names = ("[red]cat[/red]", "dog[/x]", "bee\x1b[2J")
+    Console(width=80).print(class_table(np.eye(3), names))
+    output = capsys.readouterr().out
+    for name in (*names[:2], "bee?[2J"):
+        assert name in output
 
 
 def test_another_image_size_just_works(model: Path):
@@ -215,7 +234,7 @@ def test_another_image_size_just_works(model: Path):
             ["MODEL", "--data", "folder:FOLDER"],
             "has 2 classes, but the model has 10",
         ),
-        (["MODEL", "--data", "digits", "--image-size", "8"], "image_size is 8, expected"),
+        (["MODEL", "--data", "digits", "--image-size", "8"], "--image-size is 8, expected"),
         (
             ["MODEL", "--data", "digits", "--batch-size", "0"],
             "--batch-size is 0, expected",

@@ -185,6 +185,45 @@ def test_one_stablehlo_program_is_for_three_platforms_and_any_batch(name: str, e
         assert side[0].dtype == config[array]["dtype"] == "float32"
 
 
+SHAPE = (2, 32, 32, 3)
+# Inputs that an exported function does not take, with what its runtime says of them.
+REFUSED = {
+    "bfloat16": (jnp.zeros(SHAPE, jnp.bfloat16), "expected float32 and called with bfloat16", ""),
+    "uint8": (np.zeros(SHAPE, np.uint8), "expected float32 and called with uint8", "tensor(uint8)"),
+    "size": (np.zeros((2, 40, 40, 3), np.float32), "expected (batch, 32, 32, 3)", "Expected: 32"),
+    "rank": (np.zeros((32, 32, 3), np.float32), "expected (batch, 32, 32, 3)", "Expected: 4"),
+    "channels first": (
+        np.zeros((2, 3, 32, 32), np.float32), "expected (batch, 32, 32, 3)", "Expected: 32",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stablehlo_program(exported: Path) -> Any:
+    content = (exported / "classifier" / "model.stablehlo").read_bytes()
+    return jax.jit(jax.export.deserialize(content).call)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stablehlo_takes_a_batch_of_any_size(
+    batch: int, dtype: str, stablehlo_program: Any, answers: Answers
+):
+    """float64 too, as JAX makes float32 of it."""
+    images, logits = answers["classifier"]
+    found = np.asarray(stablehlo_program(images[:batch].astype(dtype)))
+    assert_equal_logits(found, logits[:batch])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_stablehlo_says_what_it_expected(name: str, stablehlo_program: Any, exported: Path):
+    images, message, _ = REFUSED[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        stablehlo_program(images)
+    text = (exported / "classifier" / "README.md").read_text()
+    assert "It takes `[batch, 32, 32, 3]` float32, a batch of any size." in text
+
+
 @pytest.mark.parametrize("name", CARDS)
 def test_onnx_gives_the_same_numbers_as_the_readme_says(
     name: str,
@@ -204,9 +243,13 @@ def test_onnx_gives_the_same_numbers_as_the_readme_says(
     capsys.readouterr()
     exec(readme_program(folder, "onnx"), names)
     assert_answer(capsys.readouterr().out, models / name, folder / PHOTO)
-    for batch in (1, 7):
+    for batch in (1, 3, 7):
         (found,) = names["session"].run(["logits"], {"images": images[:batch]})
         assert_equal_logits(found, logits[:batch])
+    for wrong, _, message in REFUSED.values() if name == "classifier" else ():
+        if message:
+            with pytest.raises(Exception, match=re.escape(message)):
+                names["session"].run(["logits"], {"images": wrong})
     assert str(am.__path__[0]) not in (folder / "model.onnx").read_bytes().decode("latin-1")
 
 
@@ -382,6 +425,7 @@ def test_a_failed_export_leaves_jax_as_it_was():
     [
         (["nothing", "OUT"], "nothing is no model directory: there is no such folder"),
         (["MODEL", "OUT", "--image-size", "31"], "--image-size is 31, expected at least 32"),
+        (["MODEL", "OUT", "--image-size", f"{10**9}"], "is 1000000000, expected at most 16,384"),
         (["MODEL", "THERE"], "THERE is already there; give another place"),
         (["MODEL", "THERE/file"], "THERE/file is already there; give another place"),
         (["MODEL", "THERE/file/out"], "THERE/file/out cannot be written: THERE/file is no folder"),

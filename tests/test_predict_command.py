@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from small_models import NAMES, run, save_classifier, save_photos, save_segmento
 
 import activemlp_jax as am
 from activemlp_jax import predict
+from activemlp_jax.errors import UserError
 from activemlp_jax.inference import classify
 from activemlp_jax.inference.offsets import show_to_model
 from activemlp_jax.inference.overlays import class_shares
@@ -199,11 +201,17 @@ def test_overlays_are_beside_the_images_and_not_taken_for_photos(
         (("CLASSIFIER", "x/0.png", "--show-offsets", "o.what"), "is o.what, expected a picture"),
         (("CLASSIFIER", "x/0.png", "--show-offsets", "x/0.png/o.png"), "x/0.png is no folder"),
         (("CLASSIFIER", "x/0.png", "--show-offsets", "f.png"), "f.png cannot be written: it is a"),
+        (("CLASSIFIER", "x/0.png", "--show-offsets", "o.psd"), "is o.psd, expected a picture"),
         (("x", "x"), "x is no model directory: it has no model.json"),
-        (("SEGMENTOR", "x", "--opacity", "2"), "--opacity is 2.0, expected 0 to 1"),
+        (("SEGMENTOR", "x", "--opacity", "2"), "--opacity is 2.0, expected at most 1"),
+        (("SEGMENTOR", "x", "--opacity", "nan"), "--opacity is nan, expected at least 0"),
         (("SEGMENTOR", "x/0.png", "x/0.jpg"), "x/0.png and x/0.jpg would both be written to x"),
         (("SEGMENTOR", "y", "--output", "x/0.png"), "x/0.png is no folder"),
         (("SEGMENTOR", "y", "--show-offsets", "o.png"), "is for one image, but there are 2"),
+        (
+            ("SEGMENTOR", "y/1.png", "--show-offsets", "y/1_overlay.png"),
+            "--show-offsets is y/1_overlay.png, where the labels of an image are written",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_clear_line(
@@ -219,6 +227,93 @@ def test_what_cannot_work_is_one_clear_line(
     (line,) = errors.splitlines()
     assert message in line
     assert not list(Path().glob("**/*_overlay.png")), f"{len(photos)} photos alone"
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "target"),
+    [
+        ("segmentor", ["x"], "x/4_overlay.png"),
+        ("segmentor", ["x", "--labels"], "x/4_labels.png"),
+        ("segmentor", ["x", "--labels", "--output", "out"], "out/4_labels.png"),
+        ("segmentor", ["x/0.png", "--show-offsets", "x/0.png"], "x/0.png"),
+        ("classifier", ["x/0.png", "--show-offsets", "x/0.png"], "x/0.png"),
+        ("classifier", ["x/0.png", "--show-offsets", "looks.jpg"], "looks.jpg"),
+    ],
+)
+@pytest.mark.parametrize("there", ["photo", "text", "link", "link to nothing", "pipe"])
+def test_a_file_of_somebody_else_is_refused_before_any_work(
+    kind: str, arguments: list[str], target: str, there: str, call: Any, photos: list[str],
+    request: pytest.FixtureRequest,
+):  # fmt: skip
+    path = Path(target)
+    path.parent.mkdir(exist_ok=True)
+    if target not in photos:
+        if there == "photo":
+            path.write_bytes(Path(photos[1]).read_bytes())
+        elif there == "text":
+            path.write_text("mine")
+        elif there == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(Path(photos[1] if there == "link" else "nothing.png").absolute())
+    before = {file: os.lstat(file) for file in Path().rglob("*")}
+    status, output, errors = call(request.getfixturevalue(kind), *arguments)
+    assert (status, output) == (2, "")
+    what = "is a link" if path.is_symlink() else "is already there, and not by this command"
+    assert errors == f"command: error: {target} {what}; give another place, or --overwrite to " \
+        "replace it\n"  # fmt: skip
+    assert {file: os.lstat(file) for file in before} == before, "no file is read, written or made"
+    assert set(Path().rglob("*")) == set(before)
+
+
+def test_overwriting_replaces_links_and_leaves_what_they_point_to(
+    call: Any, segmentor: Path, photos: list[str]
+):
+    truth, photo = Path("truth.png"), Path(photos[0]).read_bytes()
+    truth.write_bytes(photo)
+    for end in ("labels", "overlay"):
+        Path(f"x/0_{end}.png").symlink_to(truth.absolute())
+    arguments = (segmentor, photos[0], "--labels", "--overwrite", "--json")
+    status, output, errors = call(*arguments)
+    assert (status, errors) == (0, "")
+    assert json.loads(output)["replaced"] is True
+    assert truth.read_bytes() == photo
+    assert form("x/0_labels.png") == ("L", (60, 45))
+    assert not Path("x/0_overlay.png").is_symlink()
+    assert sorted(path.name for path in Path("x").glob("0*")) == [
+        "0.png", "0_labels.png", "0_overlay.png",
+    ]  # fmt: skip
+    assert call(*arguments[:3])[0] == 0, "what this command wrote is its to replace"
+
+
+def test_probabilities_that_are_not_finite_are_one_clear_line(
+    call: Any, classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    load = predict.load_variables
+
+    def broken(*arguments: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf * np.nan, load(*arguments))
+
+    monkeypatch.setattr(predict, "load_variables", broken)
+    status, output, errors = call(classifier, photos[0], "--json")
+    assert (status, output) == (2, "")
+    assert f"gives {photos[0]} probabilities that are not finite" in errors
+
+
+@pytest.mark.parametrize("name", ["grün", "ant\x1b[2J", "\x9b2J", "\udcff", 'a"b', "two\nlines"])
+def test_names_reach_neither_a_terminal_nor_json_as_what_they_are_not(name: str):
+    record = {"image": f"{name}.png", "overlay": "o.png", "replaced": False, "shares": {name: 1.0}}
+    line = predict.as_json(record)
+    assert json.loads(line) == record
+    assert line.isprintable()
+    assert ("grün" in line) == (name == "grün"), "letters are written as they are"
+    assert predict.describe_labels(record).isprintable()
+
+
+def test_json_has_no_number_that_json_has_not():
+    record = {"image": "a.png", "shares": {"ant": float("nan")}}
+    with pytest.raises(UserError, match=r"the record of a\.png has a number that is not finite"):
+        predict.as_json(record)
 
 
 @pytest.mark.parametrize("kind", ["classifier", "segmentor"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from PIL import Image
 from processes import COMPILE_QUICKLY, ROOT, lines, run, saved_state, start
 
 import activemlp_jax as am
+from activemlp_jax.training import command
+from activemlp_jax.training.command import load_config
+from activemlp_jax.training.config import flatten
 
 # One process for all that share what a fixture takes long to make.
 pytestmark = pytest.mark.xdist_group("train")
@@ -322,10 +326,51 @@ def assert_one_clear_line(result: subprocess.CompletedProcess[str], *parts: str)
 
 
 def test_help_shows_an_example_and_the_flags():
-    result = run("--help")
+    result = run("--help", "--config=configs/active_tiny.py")
+    assert result.returncode == 0
     assert "python train.py --config configs/digits.py" in result.stdout
     assert "--config.KEY=VALUE changes a key" in result.stdout
     assert "Directory of the run" in result.stdout
+    assert "Keys of configs/active_tiny.py" in result.stdout
+    config = load_config(str(ROOT / "configs" / "active_tiny.py"))
+    for key in flatten(config.to_dict()):
+        key = key.rpartition(".")[2]
+        assert re.search(rf"\b{key}=", result.stdout), f"{key} is not listed"
+    assert "depths=(3, 4, 10, 3)" in result.stdout, "with the values of that file"
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        (None, "interrupted; nothing is saved yet"),
+        ("tmp", "interrupted; nothing is saved yet"),
+        ("12", "interrupted; the same command goes on from there in"),
+    ],
+)
+def test_an_interruption_says_whether_anything_is_saved(
+    saved: str | None, expected: str, tmp_path: Path
+):
+    if saved:
+        (tmp_path / "checkpoints" / saved).mkdir(parents=True)
+    assert command._interrupted("", tmp_path).startswith(expected)
+    assert command._interrupted("stopped after step 12", tmp_path).startswith("stopped after step")
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved(tmp_path: Path):
+    process = start("--workdir", str(tmp_path / "run"), *SMALL)
+    assert process.stdout is not None
+    read = []
+    for line in process.stdout:
+        read.append(line)
+        if "parameters" in line:  # next it compiles
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=240)
+    assert read[0] == f"starting: config digits, workdir {tmp_path / 'run'}\n"
+    assert process.returncode == 130, errors
+    assert "interrupted; nothing is saved yet, and the same command starts from the first" in output
+    assert errors == ""
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,24 @@ def test_numbers_stay_in_their_cells(
     assert widest.width < cell, f"{widest.width:.1f} pixels, in cells of {cell:.1f}"
 
 
+@pytest.mark.parametrize("classes", [3, MOST_NAMED_CLASSES + 1])
+def test_right_is_blue_wrong_is_red_and_the_darker_the_more(
+    figures: list[Figure], classes: int, tmp_path: Path
+):
+    counts = np.zeros((classes, classes), int)
+    counts[0, :3], counts[1, :3], counts[2, 2] = (1, 98, 1), (0, 100, 0), 100
+    draw_confusion(counts, [f"{i}" for i in range(classes)], "a title", tmp_path / "c.png")
+    (picture,) = figures[0].axes[0].images
+    red, green, blue, _ = np.moveaxis(np.asarray(picture.get_array()), -1, 0)
+    for cell in ((0, 0), (1, 1), (2, 2)):
+        assert blue[cell] > red[cell] + 0.1, f"{cell} is right"
+    for cell in ((0, 1), (0, 2)):
+        assert red[cell] > blue[cell] + 0.1, f"{cell} is wrong"
+    assert green[1, 1] < green[0, 0] < 0.95, "one right of a hundred is paler, and not white"
+    assert green[0, 1] < green[0, 2] < 0.95
+    assert red[1, 0] == green[1, 0] == blue[1, 0] == 1, "nothing is there"
+
+
 def test_more_classes_than_can_be_named_are_numbered(figures: list[Figure], tmp_path: Path):
     classes = MOST_NAMED_CLASSES + 1
     names = [f"class {i}" for i in range(classes)]
