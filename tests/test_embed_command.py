@@ -106,8 +106,8 @@ def test_an_image_that_cannot_be_read_has_no_row(call: Any, classifier: Path, ph
 def test_features_that_are_not_finite_and_a_full_disk_leave_no_file(
     call: Any, classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    read = embed.read_weights
-    broken = jax.tree.map(lambda leaf: leaf * np.nan, read(classifier, am.read_card(classifier)))
+    weights = embed.read_weights(classifier, am.read_card(classifier), "model")
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, weights)
     with monkeypatch.context() as patch:
         patch.setattr(embed, "read_weights", lambda *_: broken)
         status, output, errors = call(classifier, "val/dog", "--output", "new/features.npz")

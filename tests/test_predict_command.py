@@ -229,41 +229,47 @@ def test_what_cannot_work_is_one_clear_line(
     assert not list(Path().glob("**/*_overlay.png")), f"{len(photos)} photos alone"
 
 
+THERE = {
+    "a photo": lambda path: path.write_bytes(Path("x/0.png").read_bytes()),
+    "a text": lambda path: path.write_text("mine"),
+    "a link": lambda path: path.symlink_to(Path("x/0.png").absolute()),
+    "a link to nothing": lambda path: path.symlink_to("nothing.png"),
+    "a pipe": os.mkfifo,
+}
+
+
 @pytest.mark.parametrize(
-    ("kind", "arguments", "target"),
+    ("kind", "arguments", "target", "there"),
     [
-        ("segmentor", ["x"], "x/4_overlay.png"),
-        ("segmentor", ["x", "--labels"], "x/4_labels.png"),
-        ("segmentor", ["x", "--labels", "--output", "out"], "out/4_labels.png"),
-        ("segmentor", ["x/0.png", "--show-offsets", "x/0.png"], "x/0.png"),
-        ("classifier", ["x/0.png", "--show-offsets", "x/0.png"], "x/0.png"),
-        ("classifier", ["x/0.png", "--show-offsets", "looks.jpg"], "looks.jpg"),
+        *(("segmentor", ["x", "--labels"], "x/4_labels.png", there) for there in THERE),
+        ("segmentor", ["x"], "x/4_overlay.png", "a photo"),
+        ("segmentor", ["x", "--labels", "--output", "out"], "out/4_labels.png", "a photo"),
+        ("segmentor", ["x/2.png", "--show-offsets", "x/2.png"], "x/2.png", "itself"),
+        ("classifier", ["x/2.png", "--show-offsets", "x/2.png"], "x/2.png", "itself"),
+        ("classifier", ["x/2.png", "--show-offsets", "looks.jpg"], "looks.jpg", "a link"),
     ],
 )
-@pytest.mark.parametrize("there", ["photo", "text", "link", "link to nothing", "pipe"])
+@pytest.mark.usefixtures("photos")
 def test_a_file_of_somebody_else_is_refused_before_any_work(
-    kind: str, arguments: list[str], target: str, there: str, call: Any, photos: list[str],
+    kind: str, arguments: list[str], target: str, there: str, call: Any,
     request: pytest.FixtureRequest,
 ):  # fmt: skip
     path = Path(target)
     path.parent.mkdir(exist_ok=True)
-    if target not in photos:
-        if there == "photo":
-            path.write_bytes(Path(photos[1]).read_bytes())
-        elif there == "text":
-            path.write_text("mine")
-        elif there == "pipe":
-            os.mkfifo(path)
-        else:
-            path.symlink_to(Path(photos[1] if there == "link" else "nothing.png").absolute())
-    before = {file: os.lstat(file) for file in Path().rglob("*")}
+    if there != "itself":
+        THERE[there](path)
+
+    def files() -> dict[Path, tuple[int, ...]]:
+        found = {file: os.lstat(file) for file in Path().rglob("*")}
+        return {file: (seen.st_ino, seen.st_mtime_ns) for file, seen in found.items()}
+
+    before = files()
     status, output, errors = call(request.getfixturevalue(kind), *arguments)
     assert (status, output) == (2, "")
     what = "is a link" if path.is_symlink() else "is already there, and not by this command"
-    assert errors == f"command: error: {target} {what}; give another place, or --overwrite to " \
-        "replace it\n"  # fmt: skip
-    assert {file: os.lstat(file) for file in before} == before, "no file is read, written or made"
-    assert set(Path().rglob("*")) == set(before)
+    expected = f"{target} {what}; give another place, or --overwrite to replace it"
+    assert errors == f"command: error: {expected}\n"
+    assert files() == before, "nothing is written or made"
 
 
 def test_overwriting_replaces_links_and_leaves_what_they_point_to(
