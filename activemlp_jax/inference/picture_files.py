@@ -15,13 +15,16 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture, in the format that the path's ending names.
 
     Raises:
-      OSError: the file cannot be written.
+      UserError: the file cannot be written.
     """
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = SOFTWARE
     form = Image.registered_extensions()[path.suffix.lower()]
-    with write_aside(path) as aside:
-        picture.save(aside, form, exif=exif)
+    try:
+        with write_aside(path) as aside:
+            picture.save(aside, form, exif=exif)
+    except OSError as error:  # Pillow's own names no file
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def check_picture(path: Path, overwrite: bool) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from activemlp_jax.errors import UserError
 from activemlp_jax.inference.overlays import (
     LEGEND_ENTRIES,
     class_colors,
@@ -25,6 +26,19 @@ def test_a_label_map_keeps_every_class(classes: int, mode: str, tmp_path: Path):
     with Image.open(tmp_path / "labels.png") as picture:
         assert picture.mode == mode
         np.testing.assert_array_equal(np.asarray(picture), labels)
+
+
+def test_a_picture_that_cannot_be_written_is_named_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(_: Image.Image, path: Path, *_arguments: object, **_options: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match=r"labels\.png cannot be written: No space left on device"):
+        save_picture(label_picture(np.zeros((2, 2), int), 2), tmp_path / "labels.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_classes_than_a_byte_counts_have_colors():
