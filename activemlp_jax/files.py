@@ -54,7 +54,7 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _previous_path(path: Path) -> Path:
+def previous_path(path: Path) -> Path:
     """Where a directory is kept while another takes its place."""
     return path.with_name(f".{path.name}.previous")
 
@@ -100,7 +100,7 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
     Raises:
       OSError: the directory cannot be written.
     """
-    aside, previous = partial_path(directory), _previous_path(directory)
+    aside, previous = partial_path(directory), previous_path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     recover_directory(directory)
     _remove(aside)
@@ -119,7 +119,7 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
 
 def recover_directory(directory: Path) -> None:
     """Undo a replacement of `directory` that a kill cut short; remove what it left."""
-    previous = _previous_path(directory)
+    previous = previous_path(directory)
     if os.path.lexists(previous):
         if os.path.lexists(directory):
             _remove(previous)

@@ -1,12 +1,17 @@
 """How an image becomes a model's input when nothing is random."""
 
 import dataclasses
-import math
 
+from activemlp_jax.json_files import short
 from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# More than any model is made for, and little enough that a file which asks for more costs nothing.
+MOST_INPUT_SIDE, MOST_SIDE = 2**12, 2**14  # pixels
+MOST_FACTOR = 4
+MOST_COLOR, LEAST_STD = 1000, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +37,12 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        size, factor = self.image_size, self.resize_factor
-        if type(size) is not int or size < MIN_IMAGE_SIDE:
-            raise ValueError(f"image_size is {size!r}, expected at least {MIN_IMAGE_SIDE}")
-        if not _is_number(factor) or factor < 1:
-            raise ValueError(f"resize_factor is {factor!r}, expected 1 or more")
+        _check_side("image_size", self.image_size, MIN_IMAGE_SIDE, MOST_INPUT_SIDE)
+        factor = self.resize_factor
+        if not _is_number(factor) or not factor >= 1:
+            raise ValueError(f"resize_factor is {short(factor)}, expected 1 or more")
+        if factor > MOST_FACTOR:
+            raise ValueError(f"resize_factor is {short(factor)}, expected at most {MOST_FACTOR}")
         _check_colours(self.mean, self.std)
 
 
@@ -65,22 +71,31 @@ class ScenePreprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name, least in (("short_side", MIN_IMAGE_SIDE), ("window", MIN_IMAGE_SIDE)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} is {value!r}, expected at least {least}")
-        long_side, least = self.long_side, self.short_side
-        if type(long_side) is not int or (long_side and long_side < least):
-            raise ValueError(f"long_side is {long_side!r}, expected 0 or at least {least}")
+        _check_side("short_side", self.short_side, MIN_IMAGE_SIDE, MOST_SIDE)
+        _check_side("window", self.window, MIN_IMAGE_SIDE, MOST_INPUT_SIDE)
+        if type(self.long_side) is not int or self.long_side:
+            _check_side("long_side", self.long_side, self.short_side, MOST_SIDE, "0 or ")
         _check_colours(self.mean, self.std)
 
 
+def _check_side(name: str, value: object, least: int, most: int, other: str = "") -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{name} is {short(value)}, expected {other}at least {least}")
+    if value > most:
+        raise ValueError(f"{name} is {short(value)}, expected at most {most:,}")
+
+
 def _check_colours(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    if len(mean) != 3 or not all(map(_is_number, mean)):
-        raise ValueError(f"mean is {mean!r}, expected three numbers")
-    if len(std) != 3 or not all(_is_number(value) and value > 0 for value in std):
-        raise ValueError(f"std is {std!r}, expected three numbers above 0")
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            raise ValueError(f"{name} is {short(values)}, expected three numbers")
+    if not all(_is_number(value) and abs(value) <= MOST_COLOR for value in mean):
+        raise ValueError(f"mean is {short(mean)}, expected three numbers up to {MOST_COLOR}")
+    if not all(_is_number(value) and LEAST_STD <= value <= MOST_COLOR for value in std):
+        raise ValueError(
+            f"std is {short(std)}, expected three numbers above 0, from {LEAST_STD} to {MOST_COLOR}"
+        )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)

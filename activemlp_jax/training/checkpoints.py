@@ -1,25 +1,65 @@
-"""Checkpoints of the whole state by orbax: asynchronous, and never half there."""
+"""Checkpoints of the whole state by orbax: asynchronous, never half there, checked when read.
+
+Beside what orbax writes, a checkpoint has the digests of all its files. A directory in which none
+was ever complete has a file that says so; without it, an empty directory is one that has lost its
+checkpoints.
+"""
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from activemlp_jax.errors import Interrupted, UserError
+from activemlp_jax.digests import check_digests, read_digests, write_digests
+from activemlp_jax.errors import Interrupted, UserError, one_line
+from activemlp_jax.files import write_aside
+from activemlp_jax.json_files import expect, read_json
 from activemlp_jax.training import sharding
 from activemlp_jax.training.config import differing_keys
 from activemlp_jax.training.step import TrainState
+from activemlp_jax.weights.finite import describe_non_finite
 
 BEST_BY = "score"
 NOT_EVALUATED = -1.0  # below every score
 STEPS_BETWEEN_CLOCKS = 10
+NONE_YET = ".none_complete"
+RUN = Path("run", "metadata")  # where orbax writes these items of a checkpoint
+METRICS = Path("metrics", "metrics")
+
+
+class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint that has the digests of its files before it has its name.
+
+    orbax calls `finalize` on the first host, in the thread that writes, once all hosts have
+    written; for the items of a checkpoint, too.
+    """
+
+    _final_path: Any
+
+    async def finalize(self) -> None:
+        """Give the directory its name."""
+        final = self._final_path
+        if not final.name.isdecimal():
+            await super().finalize()
+            return
+        # What orbax still writes is to have a digest, too; by this name, it clears up after kills.
+        self._final_path = final.with_name(f"{final.name}.written{_TEMPORARY}")
+        await super().finalize()
+        write_digests(Path(self._final_path))
+        os.rename(self._final_path, final)
+        self._final_path = final
+        Path(final.parent, NONE_YET).unlink(missing_ok=True)
+
+
+_TEMPORARY = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 
 class Restored(NamedTuple):
@@ -45,6 +85,9 @@ class Checkpoints:
     Args:
       directory: made if need be.
       config: the whole config; it is saved along, and compared with on the way back.
+
+    Raises:
+      UserError: the score of a checkpoint cannot be read.
     """
 
     def __init__(self, directory: Path, config: ConfigDict):
@@ -52,11 +95,14 @@ class Checkpoints:
         self._options = config.checkpoint
         self._last_save = time.monotonic()
         self._directory = directory.absolute()
+        for step in _steps(self._directory):
+            _check_score(self.path(step))
         best = BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,
             preservation_policy=AnyPreservationPolicy([LatestN(config.checkpoint.keep), best]),
             cleanup_tmp_directories=True,
+            temporary_path_class=_WithDigests,
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
@@ -92,38 +138,86 @@ class Checkpoints:
         """Where the checkpoint of a step is."""
         return self._directory / str(step)
 
+    def begin(self, has_records: bool) -> None:
+        """Begin a run that has no checkpoint; the first host calls it.
+
+        Args:
+          has_records: whether the run has taken steps before.
+
+        Raises:
+          UserError: it has, and there was a checkpoint then.
+        """
+        mark = self._directory / NONE_YET
+        if has_records and not mark.exists():
+            raise UserError(
+                f"{self._directory.parent} has the records of a run, but {self._directory} has "
+                "lost its checkpoints; is its disk mounted? To begin again remove metrics.jsonl "
+                "and steps.jsonl, or give another --workdir"
+            )
+        try:
+            with write_aside(mark) as aside:
+                aside.write_text("no checkpoint has been complete here yet\n")
+        except OSError as error:
+            raise UserError(f"{mark} cannot be written: {error.strerror or error}") from error
+
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
         """A state as it was saved, on whatever devices it is wanted now.
 
         Args:
           like: a state of shapes with their shardings.
-          step: of the checkpoint; None for the newest.
+          step: of the checkpoint; None for the newest, for which the others are checked as well,
+            so that a run does not end at one that it needs later.
 
         Returns:
           What was saved, or None where there is none.
 
         Raises:
-          UserError: it cannot be read, or is of a run with other settings, each named.
+          UserError: it cannot be read, is not as it was written, has weights that are not finite,
+            or is of a run with other settings, each named.
         """
-        step = self.latest_step() if step is None else step
-        if step is None:
+        steps = _steps(self._directory)
+        wanted = max(steps, default=None) if step is None else step
+        if wanted is None:
             return None
-        try:
-            run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
-            differences = differing_keys(self._config, run["run"]["config"])
-            if not differences:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-                state = self._manager.restore(step, args=args)["state"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path(step)} cannot be read: {_reason(error)}; "
-                "remove it to go on from the checkpoint before"
-            ) from error
+        host, hosts = sharding.this_host().values()
+        for other in sorted(steps) if step is None else []:
+            if other != wanted:
+                with self._named(other):
+                    # A kill may have cut short the removal of an old checkpoint.
+                    _read(self.path(other), host, hosts, may_lack_files=True)
+        with self._named(wanted):
+            run = _read(self.path(wanted), host, hosts)
+        differences = differing_keys(self._config, run["config"])
         if differences:
             raise UserError(
-                f"{self.path(step)} is of a run with other settings: {'; '.join(differences)}"
+                f"{self.path(wanted)} is of a run with other settings: {'; '.join(differences)}"
             )
-        return Restored(state, run["run"]["losses"])
+        with self._named(wanted):
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            state = self._manager.restore(wanted, args=args)["state"]
+            if broken := describe_non_finite({"variables": state.variables, "ema": state.ema}):
+                raise UserError(broken)
+        return Restored(state, run["losses"])
+
+    @contextlib.contextmanager
+    def _named(self, step: int) -> Iterator[None]:
+        """What goes wrong inside is the fault of a checkpoint; say which to go on from instead."""
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # orbax and its parts raise many kinds
+            raise UserError(
+                f"{self.path(step)} cannot be read: {_reason(error)}; {self._way_on(step)}"
+            ) from error
+
+    def _way_on(self, without: int) -> str:
+        """What there is to do about a damaged checkpoint."""
+        for step in sorted(_steps(self._directory) - {without}, reverse=True):
+            with contextlib.suppress(UserError):
+                _read(self.path(step))
+                return f"remove it to go on from {self.path(step)}"
+        return "remove it to go on from step 0, and metrics.jsonl and steps.jsonl with it"
 
     def save(
         self, state: TrainState, step: int, losses: list[float], score: float | None = None
@@ -190,5 +284,62 @@ def _score(metrics: dict[str, float]) -> float:
     return metrics[BEST_BY]
 
 
+def _steps(directory: Path) -> set[int]:
+    """Steps whose checkpoints are complete."""
+    names = {path.name for path in directory.glob("*") if path.is_dir()}
+    return {int(name) for name in names if name.isascii() and name.isdecimal()}
+
+
+def _check_score(checkpoint: Path) -> None:
+    """Raises UserError if a checkpoint has a score that cannot be read."""
+    path = checkpoint / METRICS
+    if path.exists():
+        metrics = read_json(path)
+        try:
+            expect(metrics[BEST_BY], BEST_BY, (int, float), NOT_EVALUATED, 100)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{path} is not the score of a checkpoint: {reason}; remove {checkpoint} to go on "
+                "from another"
+            ) from error
+
+
+def _read(
+    checkpoint: Path, part: int = 0, parts: int = 1, may_lack_files: bool = False
+) -> dict[str, Any]:
+    """Check the digests of a checkpoint's files; give what the run saved beside its state.
+
+    Args:
+      checkpoint: to read; earlier versions wrote no digests.
+      part: of the files to check; several hosts share them.
+      parts: hosts that share them.
+      may_lack_files: whether those that are missing do not matter.
+
+    Raises:
+      UserError: a file is missing or not as it was written.
+    """
+    names = read_digests(checkpoint)
+    digests = dict(list(names.items())[part::parts])
+    path = checkpoint / RUN
+    if may_lack_files:
+        digests = {name: digests[name] for name in digests if (checkpoint / name).exists()}
+        if not path.exists():
+            return {}
+    check_digests(checkpoint, digests)
+    run = read_json(path)
+    try:
+        config, losses = run["config"], run["losses"]
+        if not isinstance(config, dict):
+            raise ValueError("config is not an object")
+        for loss in losses:
+            expect(loss, "a loss", (int, float), float("-inf"), float("inf"))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} is not what a run saves: {reason}") from error
+    return {"config": config, "losses": losses}
+
+
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:1000]}"
+    reason = one_line(error)[:1000]
+    return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"

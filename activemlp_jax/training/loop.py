@@ -41,7 +41,14 @@ from activemlp_jax.training.run import (
     write_model_directory,
 )
 from activemlp_jax.training.step import Metrics, TrainState
-from activemlp_jax.training.workdir import EPOCHS, STEPS, Record, claim_workdir, rewind_records
+from activemlp_jax.training.workdir import (
+    EPOCHS,
+    STEPS,
+    Record,
+    claim_workdir,
+    read_records,
+    rewind_records,
+)
 
 
 def train(
@@ -64,8 +71,8 @@ def train(
       timeout: seconds that the hosts wait for each other before the first step.
 
     Raises:
-      UserError: settings that cannot work, a workdir that cannot be used, a checkpoint that cannot
-        be written, or a loss that is not finite.
+      UserError: settings that cannot work, a workdir that cannot be used or has lost its
+        checkpoints, a checkpoint that cannot be read or written, or a loss that is not finite.
       Interrupted: the run was asked to stop, and has saved its state.
     """
     run = prepare_run(config, workdir, timeout, config_name)
@@ -77,9 +84,13 @@ def train(
         if speaks:
             stack.enter_context(claim_workdir(workdir, run.config))
         check_shared(workdir, timeout)
+        # A line that is no record had better be found before training than after.
+        records = [read_records(workdir / name) for name in (EPOCHS, STEPS) if speaks]
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", run.config))
         restored = checkpoints.restore(run.program.state)
         if restored is None:
+            if speaks:
+                checkpoints.begin(has_records=any(records))
             variables = initial_variables(run.config, run.program.model, say)
             variables = sharding.put_everywhere(variables, run.mesh)
             restored = Restored(run.program.first_state(variables), [])

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from activemlp_jax.errors import UserError
+from activemlp_jax.files import write_directory_aside
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.training.step import Variables
 from activemlp_jax.training.tasks import Task
@@ -23,7 +24,6 @@ from activemlp_jax.weights.model_directory import (
     backbone,
     read_card,
     read_weights,
-    whole_or_nothing,
     write_model,
 )
 from activemlp_jax.weights.torch_files import choose_kind
@@ -158,8 +158,14 @@ def write_result(
       weights: numpy arrays by kind, 'ema' before 'model' where there is an average.
       class_names: by label.
       source: where the weights come from, as JSON takes it.
+
+    Raises:
+      UserError: it cannot be written, as on a full disk.
     """
     kinds = tuple(weights)
     card = ModelCard(task.model, task.preprocessing, kinds, kinds[0], class_names, source)
-    with whole_or_nothing(directory) as place:
-        write_model(place, card, weights)
+    try:
+        with write_directory_aside(directory) as place:
+            write_model(place, card, weights)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error

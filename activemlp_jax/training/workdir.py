@@ -17,12 +17,17 @@ from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from activemlp_jax.errors import UserError
+from activemlp_jax.files import partial_path, read_file, write_aside
+from activemlp_jax.json_files import expect, parse_json, read_json, short
 from activemlp_jax.training.config import differing_keys
 
 Record = dict[str, Any]
 
 LOCK, MARK = ".lock", ".mark"
 EPOCHS, STEPS = "metrics.jsonl", "steps.jsonl"
+COUNTS = {EPOCHS: ("epoch", "step"), STEPS: ("step",)}  # keys of each record
+MOST_BYTES = 2**30  # of a file of records
+MOST_CUT_BYTES = 2**16  # of the line that a kill cut short
 
 
 @contextlib.contextmanager
@@ -68,10 +73,7 @@ def _check_owner(workdir: Path, ours: dict[str, Any]) -> None:
     """Raises UserError if `workdir` holds something that is not of a run with these settings."""
     path = workdir / "config.json"
     if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is not readable as JSON: {error}") from error
+        theirs = read_json(path)
         if not isinstance(theirs, dict):
             raise UserError(f"{path} is no config of a run: expected a JSON object")
         differences = differing_keys(ours, theirs)
@@ -80,7 +82,10 @@ def _check_owner(workdir: Path, ours: dict[str, Any]) -> None:
                 f"{workdir} belongs to a run with other settings: {'; '.join(differences)}; "
                 "give another --workdir"
             )
-    elif any(other not in (_aside(path), workdir / LOCK) for other in workdir.iterdir()):
+        return
+    # Earlier versions wrote the config aside by a name that is not hidden.
+    started = {partial_path(path).name, f"{path.name}.partial", LOCK}
+    if any(other.name not in started for other in workdir.iterdir()):
         raise UserError(
             f"{workdir} holds files but no config.json of a run; give an empty or new --workdir"
         )
@@ -97,22 +102,10 @@ def read_mark(workdir: Path) -> str | None:
     return path.read_text() if path.exists() else None
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def _write(path: Path, mode: str, text: str) -> None:
-    """Write and wait for the disk, so that a power cut leaves no empty file behind."""
-    with path.open(mode) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _replace(path: Path, text: str) -> None:
     """Replace a file in one step, so that no reader or kill sees half of it."""
-    _write(_aside(path), "w", text)
-    os.replace(_aside(path), path)
+    with write_aside(path) as aside:
+        aside.write_text(text)
 
 
 @contextlib.contextmanager
@@ -130,26 +123,58 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file of JSON lines; a last line that a kill cut short does not count."""
+    """The records of a file of JSON lines; a last line that a kill cut short does not count.
+
+    Raises:
+      UserError: another line is not a record; its number is named.
+    """
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    *lines, rest = read_file(path, MOST_BYTES).split(b"\n")
+    if not _is_cut(rest):
+        lines.append(rest)
+    return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _is_cut(rest: bytes) -> bool:
+    """Whether what follows the last end of a line is nothing, or the beginning of a record."""
+    rest = rest.rstrip(b"\0")  # which some file systems leave after a power cut
+    begins = rest.startswith(b"{") and rest.isascii() and len(rest) <= MOST_CUT_BYTES
+    return not rest or (begins and not rest.endswith(b"}"))
+
+
+def _parse(path: Path, number: int, line: bytes) -> Record:
+    """A line as a record: numbers by name."""
+    place = f"{path}, line {number}"
+    record = parse_json(line, place)
+    try:
+        if not isinstance(record, dict):
+            raise ValueError(f"it is {short(record)}, expected an object")
+        for key in COUNTS.get(path.name, ("step",)):
+            if key not in record:
+                raise ValueError(f"it has no {key}")
+            expect(record[key], key, int, 0, 2**53)
+        for key, value in record.items():
+            expect(value, key, (int, float), float("-inf"), float("inf"))
+    except ValueError as error:
+        raise UserError(f"{place} is not a record of a run: {error}") from error
+    return record
 
 
 def rewind_records(path: Path, step: int) -> list[Record]:
-    """Forget what comes after `step`, which a resumed run repeats; returns what remains."""
+    """Forget what comes after `step`, which a resumed run repeats; returns what remains.
+
+    Raises:
+      UserError: as `read_records`, and nothing is forgotten; or the file cannot be written.
+    """
     records = [record for record in read_records(path) if record["step"] <= step]
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Write one line; raises UserError if it cannot be written."""
-    with _written(path):
-        _write(path, "a", json.dumps(record) + "\n")
+    """Write one line and wait for the disk; raises UserError if it cannot be written."""
+    with _written(path), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

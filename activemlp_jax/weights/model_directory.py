@@ -3,19 +3,18 @@
     model.json     architecture, classes, preprocessing, where the weights come from
     weights/ema    the averaged variables, by orbax, where there are any
     weights/model  the variables as training left them, likewise
+    SHA256SUMS     digests of all these files, checked when they are read
 
-Variables are `params`, and for segmentation `batch_stats`.
+Variables are `params`, and for segmentation `batch_stats`. Directories of earlier versions have no
+digests.
 
 Conversion and training write it; every other tool takes just the directory.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,29 @@ from flax import traverse_util
 
 from activemlp_jax.data.examples import check_same_classes
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.errors import UserError
+from activemlp_jax.digests import DIGESTS, check_digests, read_digests, write_digests
+from activemlp_jax.errors import UserError, one_line
+from activemlp_jax.files import previous_path
+from activemlp_jax.files import write_directory_aside as whole_or_nothing  # noqa: F401
+from activemlp_jax.json_files import expect, read_json, short
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.weights.architecture import Model, backbone, list_keys, variant_name
-from activemlp_jax.weights.torch_files import choose_kind
+from activemlp_jax.weights.finite import describe_non_finite
+from activemlp_jax.weights.torch_files import KINDS, choose_kind
 from activemlp_jax.weights.torch_names import variable_shapes
 
 FORMAT = 2
+CARD = "model.json"
+CARD_KEYS = ("task", "architecture", "classes", "preprocessing", "weights", "source")
 ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_interval")
 HEAD = ("head", "channels", "aux_channels", "neck_channels")
+
+# More than any model needs, and little enough that a file which asks for more costs nothing.
+MOST_CLASSES = 10**6
+MOST_BLOCKS = 500
+MOST_CHANNELS = 2**16
+MOST_RATIO = 64
 
 # What `ModelCard.from_json` raises where there is none.
 BROKEN_CARD = (AttributeError, KeyError, TypeError, ValueError)
@@ -124,33 +136,99 @@ class ModelCard:
           content: what `json.loads` reads in a `model.json`.
 
         Raises:
-          AttributeError, KeyError, TypeError, ValueError: it is not of this form, or contradicts
+          ValueError: it is not of this form, asks for more than any model needs, or contradicts
             itself.
         """
+        _expect_keys(content, "it", ("format", *CARD_KEYS))
         if content["format"] != FORMAT:
-            raise ValueError(f"format is {content['format']!r}, expected {FORMAT}")
-        classes, weights = content["classes"], content["weights"]
+            raise ValueError(f"format is {short(content['format'])}, expected {FORMAT}")
         if content["task"] not in ("classification", "segmentation"):
-            raise ValueError(f"task is {content['task']!r}, which is unknown")
+            raise ValueError(f"task is {short(content['task'])}, which is unknown")
         to_segment = content["task"] == "segmentation"
-        preprocessing = dict(content["preprocessing"])
-        for field in ("mean", "std"):
-            preprocessing[field] = tuple(preprocessing[field])
-        kinds, default = tuple(weights["kinds"]), weights["default"]
+        classes, weights = content["classes"], content["weights"]
+        _expect_keys(classes, "classes", ("number", "names"))
+        _expect_keys(weights, "weights", ("kinds", "default"))
+        number = expect(classes["number"], "classes.number", int, 1, MOST_CLASSES)
+        kinds, default = weights["kinds"], weights["default"]
+        if not isinstance(kinds, list | tuple) or not all(kind in list(KINDS) for kind in kinds):
+            raise ValueError(f"weights.kinds is {short(kinds)}, expected a list out of {[*KINDS]}")
         if default not in kinds:
-            raise ValueError(f"weights {default!r} are the default, but there are only {kinds}")
-        names = tuple(classes["names"]) if classes["names"] else None
-        if names and len(names) != classes["number"]:
-            raise ValueError(f"{len(names)} names for {classes['number']} classes")
-        model_type = ActiveSegmentor if to_segment else ActiveMLP
+            raise ValueError(
+                f"weights {short(default)} are the default, but there are only {tuple(kinds)}"
+            )
+        if not isinstance(content["source"], Mapping):
+            raise ValueError(f"source is {short(content['source'])}, expected an object")
+        make = _segmentor if to_segment else _classifier
         return cls(
-            model_type(**_tuples(content["architecture"]), num_classes=classes["number"]),
-            ScenePreprocessing(**preprocessing) if to_segment else Preprocessing(**preprocessing),
-            kinds,
+            make(content["architecture"], number),
+            _preprocessing(ScenePreprocessing if to_segment else Preprocessing, content),
+            tuple(kinds),
             default,
-            names,
+            _class_names(classes["names"], number),
             content["source"],
         )
+
+
+def _expect_keys(
+    content: Any, name: str, keys: Collection[str], known: Collection[str] | None = None
+) -> None:
+    """Raises ValueError if `content` is no mapping, lacks one of `keys`, or has one not `known`."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{name} is {short(content)}, expected an object")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}")
+    unknown = [key for key in content if known is not None and key not in known]
+    if unknown:
+        raise ValueError(f"{name} has {short(unknown[0])}, which is unknown")
+
+
+def _class_names(names: Any, number: int) -> tuple[str, ...] | None:
+    """Class names as JSON has them, where there are any."""
+    if not names:
+        return None
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"classes.names is {short(names)}, expected a list of names")
+    if len(names) != number:
+        raise ValueError(f"{len(names)} names for {number} classes")
+    return tuple(names)
+
+
+def _preprocessing(kind: type[Any], content: Mapping[str, Any]) -> Any:
+    """Preprocessing as JSON has it; the class checks the values."""
+    fields = content["preprocessing"]
+    names = [field.name for field in dataclasses.fields(kind)]
+    _expect_keys(fields, "preprocessing", ("mean", "std"), names)
+    return kind(**_tuples(fields))
+
+
+def _classifier(fields: Any, classes: int, name: str = "architecture") -> ActiveMLP:
+    """An ActiveMLP of the size of some model, from its fields as JSON has them."""
+    _expect_keys(fields, name, ARCHITECTURE, ARCHITECTURE)
+    number = (int, float)
+    for field, kind, most in (
+        ("depths", int, MOST_BLOCKS),
+        ("embed_dims", int, MOST_CHANNELS),
+        ("share_dims", int, MOST_CHANNELS),
+        ("mlp_ratios", number, MOST_RATIO),
+    ):
+        values = fields[field]
+        if not isinstance(values, list | tuple) or len(values) != 4:
+            raise ValueError(f"{name}.{field} is {short(values)}, expected four numbers")
+        for value in values:
+            expect(value, f"{name}.{field}", kind, 0, most)
+    expect(sum(fields["depths"]), f"the sum of {name}.depths", int, 0, MOST_BLOCKS)
+    expect(fields["offset_interval"], f"{name}.offset_interval", int, 1, 2**31)
+    return ActiveMLP(**_tuples(fields), num_classes=classes)
+
+
+def _segmentor(fields: Any, classes: int) -> ActiveSegmentor:
+    """An ActiveSegmentor, likewise."""
+    _expect_keys(fields, "architecture", ("backbone", *HEAD), ("backbone", *HEAD))
+    for field in HEAD[1:]:
+        expect(fields[field], f"architecture.{field}", int, 1, MOST_CHANNELS)
+    below = _classifier(fields["backbone"], 1, "architecture.backbone")
+    return ActiveSegmentor(**{**fields, "backbone": architecture(below)}, num_classes=classes)
 
 
 def architecture(model: Model) -> dict[str, Any]:
@@ -188,39 +266,39 @@ def check_card(card: object, model: Model) -> None:
         raise ValueError(f"card is of an {theirs}, but the model is an {ours}")
 
 
-@contextlib.contextmanager
-def whole_or_nothing(directory: Path) -> Iterator[Path]:
-    """A new directory to write into, which takes the place of `directory` if nothing is raised."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent
-    ) as aside:
-        written = Path(aside) / directory.name
-        written.mkdir()
-        yield written
-        if directory.exists():
-            shutil.rmtree(directory)
-        written.rename(directory)
-
-
 def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Variables]) -> None:
     """Fill an empty directory; of several hosts, one alone calls it.
 
     Args:
-      directory: to write into; see `whole_or_nothing`.
+      directory: to write into; see `files.write_directory_aside`.
       card: what to say of the weights.
       weights: variables of `card.model`, numpy arrays, by the kinds that `card` names.
+
+    Raises:
+      UserError: it cannot be written, as on a full disk.
     """
     host = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=host, active_processes={host}, barrier_sync_key_prefix="write_model"
     )
-    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-        for kind in card.kinds:
-            checkpointer.save(directory.absolute() / "weights" / kind, weights[kind])
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     # A line a topic: easier to read than a line a number.
     topics = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in card.to_json().items()]
-    (directory / "model.json").write_text("{\n" + ",\n".join(topics) + "\n}\n")
+    try:
+        # Not orbax's asynchronous one, which would log the traceback of what is raised here.
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            for kind in card.kinds:
+                place = directory.absolute() / "weights" / kind
+                checkpointer.save(place, args=ocp.args.StandardSave(weights[kind]))
+        (directory / CARD).write_text("{\n" + ",\n".join(topics) + "\n}\n")
+        write_digests(directory)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a full disk is any of them to tensorstore
+        reason = one_line(getattr(error, "strerror", None) or error)[:500]
+        raise UserError(f"no model can be written in {directory.parent}: {reason}") from error
 
 
 def read_card(directory: str | os.PathLike[str]) -> ModelCard:
@@ -233,23 +311,32 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
       A `ModelCard`.
 
     Raises:
-      UserError: there is no `model.json`, or it is not one.
+      UserError: there is no `model.json`, or it is not one, or not as it was written.
     """
     place = Path(directory).expanduser()
-    path = place / "model.json"
+    path = place / CARD
     if not path.is_file():
         raise UserError(f"{directory} is no model directory: {_missing_card(place)}")
     try:
-        return ModelCard.from_json(json.loads(path.read_text()))
+        card = ModelCard.from_json(read_json(path))
     except BROKEN_CARD as error:
+        raise UserError(f"{path} is no description of a model: {one_line(error)}") from error
+    digests = read_digests(place)
+    try:
+        check_digests(place, {CARD: digests[CARD]} if CARD in digests else {})
+    except UserError as error:
         raise UserError(
-            f"{path} is no description of a model: {type(error).__name__}: {error}"
+            f"{error}; if you changed it on purpose, remove its line from {place / DIGESTS}"
         ) from error
+    return card
 
 
 def _missing_card(place: Path) -> str:
     """Why there is no `model.json` in `place`, and what there is to do."""
     if not place.exists():
+        previous = previous_path(place)
+        if previous.exists():
+            return f"a kill cut short its replacement; what was there before is {previous}"
         return "there is no such folder"
     if place.is_file():
         return "it is a file; convert_torch_weights.py makes a model directory of PyTorch's files"
@@ -267,14 +354,24 @@ def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) 
       kind: one of `card.kinds`.
 
     Raises:
-      UserError: they are missing, unreadable, or not those of the model that `card` names.
+      UserError: they are missing, unreadable, not as they were written, not finite, or not those
+        of the model that `card` names.
     """
-    path = Path(directory).expanduser().absolute() / "weights" / kind
+    place = Path(directory).expanduser().absolute()
+    path = place / "weights" / kind
+    try:
+        check_digests(place, read_digests(place))
+    except UserError as error:
+        raise UserError(
+            f"{path} cannot be read: {error}; take another copy of {directory}"
+        ) from error
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             variables = checkpointer.restore(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # orbax and its parts raise many kinds
+        reason = one_line(str(error).split("\n")[0]) or type(error).__name__
         raise UserError(f"{path} cannot be read: {reason}") from error
     variables = jax.tree.map(np.asarray, variables)
     shapes = {key: value.shape for key, value in traverse_util.flatten_dict(variables).items()}
@@ -286,6 +383,8 @@ def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) 
             f"{path} does not fit the model.json beside it: {len(wrong)} parameters differ; "
             f"{name} is {found}, expected {expected.get(wrong[0], 'none')}"
         )
+    if broken := describe_non_finite(variables):
+        raise UserError(f"{path} cannot be used: {broken}")
     return variables
 
 
