@@ -33,6 +33,7 @@ STEPS_BETWEEN_CLOCKS = 10
 NONE_YET = ".none_complete"
 RUN = Path("run", "metadata")  # where orbax writes these items of a checkpoint
 METRICS = Path("metrics", "metrics")
+TEMPORARY = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 
 class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -51,15 +52,12 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
             await super().finalize()
             return
         # What orbax still writes is to have a digest, too; by this name, it clears up after kills.
-        self._final_path = final.with_name(f"{final.name}.written{_TEMPORARY}")
+        self._final_path = final.with_name(f"{final.name}.written{TEMPORARY}")
         await super().finalize()
         write_digests(Path(self._final_path))
         os.rename(self._final_path, final)
         self._final_path = final
         Path(final.parent, NONE_YET).unlink(missing_ok=True)
-
-
-_TEMPORARY = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 
 class Restored(NamedTuple):
@@ -96,7 +94,8 @@ class Checkpoints:
         self._last_save = time.monotonic()
         self._directory = directory.absolute()
         for step in _steps(self._directory):
-            _check_score(self.path(step))
+            with self._named(step):
+                _check_score(self.path(step))
         best = BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,
@@ -293,16 +292,13 @@ def _steps(directory: Path) -> set[int]:
 def _check_score(checkpoint: Path) -> None:
     """Raises UserError if a checkpoint has a score that cannot be read."""
     path = checkpoint / METRICS
-    if path.exists():
-        metrics = read_json(path)
-        try:
-            expect(metrics[BEST_BY], BEST_BY, (int, float), NOT_EVALUATED, 100)
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"{path} is not the score of a checkpoint: {reason}; remove {checkpoint} to go on "
-                "from another"
-            ) from error
+    if not path.exists():
+        return
+    metrics = read_json(path)
+    try:
+        expect(metrics[BEST_BY], BEST_BY, (int, float), NOT_EVALUATED, 100)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not the score of a checkpoint: {_reason(error)}") from error
 
 
 def _read(
@@ -335,8 +331,7 @@ def _read(
         for loss in losses:
             expect(loss, "a loss", (int, float), float("-inf"), float("inf"))
     except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path} is not what a run saves: {reason}") from error
+        raise UserError(f"{path} is not what a run saves: {_reason(error)}") from error
     return {"config": config, "losses": losses}
 
 

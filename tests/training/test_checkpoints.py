@@ -1,7 +1,9 @@
 """Checkpoints hold the whole state as it was, while training goes on."""
 
+import re
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from damage import single_bit_flips
 from ml_collections import ConfigDict
 
+from activemlp_jax.digests import DIGESTS
 from activemlp_jax.errors import UserError
 from activemlp_jax.training import sharding
 from activemlp_jax.training.checkpoints import Best, Checkpoints
@@ -114,6 +118,150 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_stays(tmp_path: Path):
     ):
         checkpoints.restore(shapes())
     assert (tmp_path / "1").exists()
+
+
+def restore(directory: Path) -> int:
+    """The step that a run goes on from."""
+    with Checkpoints(directory, config()) as checkpoints:
+        restored = checkpoints.restore(shapes())
+    assert restored is not None
+    return int(restored.state.step)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints, of which the oldest is the best."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    assert save_all(directory, [80.0, None, 70.0]) == {"1", "2", "3"}
+    return directory
+
+
+@pytest.fixture
+def directory(saved: Path, tmp_path: Path) -> Path:
+    """A copy of `saved`."""
+    return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def test_no_flipped_bit_of_a_checkpoint_is_restored(directory: Path):
+    """Whichever file it is in, the checkpoint is named, and the newest good one is offered."""
+    message = rf"/3 cannot be read: .*; remove it to go on from {directory}/2$"
+    expected = shapes()
+    with Checkpoints(directory, config()) as checkpoints:
+        for flip in single_bit_flips(directory / "3", 200):
+            with pytest.raises(UserError) as error:
+                checkpoints.restore(expected)
+            assert re.search(message, str(error.value)), flip
+        assert checkpoints.restore(expected) is not None
+
+
+def test_a_flipped_bit_of_an_older_checkpoint_is_found_before_training(directory: Path):
+    """A run needs its best checkpoint when all steps are done."""
+    message = rf"/1 cannot be read: .*; remove it to go on from {directory}/3$"
+    expected = shapes()
+    with Checkpoints(directory, config()) as checkpoints:
+        for flip in single_bit_flips(directory / "1" / "state", 50):
+            with pytest.raises(UserError) as error:
+                checkpoints.restore(expected)
+            assert re.search(message, str(error.value)), flip
+
+
+@pytest.mark.parametrize("left", [("run", "state"), (DIGESTS, "metrics"), ("state",)])
+def test_what_a_kill_left_of_an_old_checkpoint_is_not_missed(left: Sequence[str], directory: Path):
+    for path in (directory / "1").iterdir():
+        if path.name not in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert restore(directory) == 3
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digests_and_is_restored(directory: Path):
+    (directory / "3" / DIGESTS).unlink()
+    assert restore(directory) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("metrics/metrics", ""),
+        ("metrics/metrics", "[]"),
+        ("metrics/metrics", '{"score": "high"}'),
+        ("run/metadata", "{}"),
+        ("run/metadata", "[" * 100_000),
+        ("run/metadata", '{"config": 5, "losses": []}'),
+        ("run/metadata", '{"config": {}, "losses": 5}'),
+        ("state/_METADATA", "[]"),
+        ("state/_METADATA", '{"tree_metadata": 5}'),
+        ("state/_METADATA", "{}"),
+        (DIGESTS, "0123  state/_METADATA"),
+        (DIGESTS, f"{'0' * 64}  /dev/zero"),
+        (DIGESTS, f"{'0' * 64}  ../2/state/_METADATA"),
+    ],
+)
+def test_a_damaged_record_of_a_checkpoint_without_digests_is_named_in_one_line(
+    file: str, content: str, directory: Path
+):
+    (directory / "3" / DIGESTS).unlink()
+    (directory / "3" / file).write_text(content)
+    message = rf"^{directory}/3 cannot be read: .*; remove it to go on from {directory}/2$"
+    with pytest.raises(UserError, match=message) as error:
+        restore(directory)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "{"])
+def test_a_damaged_record_of_an_older_checkpoint_is_named_before_training(
+    content: str, directory: Path
+):
+    (directory / "1" / DIGESTS).unlink()
+    (directory / "1" / "run" / "metadata").write_text(content)
+    with pytest.raises(UserError, match=r"/1 cannot be read: .*run/metadata is not"):
+        restore(directory)
+
+
+def test_weights_that_are_not_finite_are_not_gone_on_from(directory: Path):
+    broken = new_state().replace(step=jnp.asarray(4))
+    broken.variables["params"]["large"] = jnp.ones((512, 512)).at[1, :3].set(jnp.nan)
+    with Checkpoints(directory, config()) as checkpoints:
+        checkpoints.save(broken, 4, [])
+    values = "3 of 262,144 values of variables/params/large are not finite"
+    with pytest.raises(UserError, match=rf"/4 cannot be read: {values}; remove it to .*/3$"):
+        restore(directory)
+
+
+def empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path)
+
+
+def unmount(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.mkdir()
+
+
+@pytest.mark.parametrize("lose", [empty, unmount, shutil.rmtree])
+def test_records_whose_checkpoints_are_lost_are_no_beginning(
+    lose: Callable[[Path], None], tmp_path: Path
+):
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory, config()) as checkpoints:
+        checkpoints.begin(has_records=False)
+    save_all(directory, [None])
+    lose(directory)
+    with Checkpoints(directory, config()) as checkpoints:
+        with pytest.raises(UserError, match="has lost its checkpoints; is its disk mounted"):
+            checkpoints.begin(has_records=True)
+        checkpoints.begin(has_records=False)  # the records were removed, as the message says
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path: Path):
+    directory = tmp_path / "checkpoints"
+    for has_records in (False, True, True):
+        with Checkpoints(directory, config()) as checkpoints:
+            assert checkpoints.restore(shapes()) is None
+            checkpoints.begin(has_records)
+        for name in ("1.orbax-checkpoint-tmp", "1.written.orbax-checkpoint-tmp"):
+            (directory / name).mkdir()  # what the kill left
+    assert save_all(directory, [None]) == {"1"}
+    assert {path.name for path in directory.iterdir()} == {"1"}
 
 
 def test_checkpoints_are_due_by_number_or_by_the_clock(tmp_path: Path):

@@ -10,6 +10,7 @@ from activemlp_jax.errors import UserError
 from activemlp_jax.training.config import check_config, default_config
 from activemlp_jax.training.workdir import (
     EPOCHS,
+    STEPS,
     append_record,
     claim_workdir,
     read_records,
@@ -103,13 +104,72 @@ def test_records_after_the_restored_step_are_forgotten(tmp_path: Path):
     assert [record["epoch"] for record in read_records(tmp_path / EPOCHS)] == [1, 2, 3]
 
 
-def test_a_line_that_a_kill_cut_short_does_not_count(tmp_path: Path):
-    append_record(tmp_path / EPOCHS, {"epoch": 1, "step": 10})
-    with (tmp_path / EPOCHS).open("a") as file:
-        file.write('{"epoch": 2, "st')
-    assert [record["epoch"] for record in rewind_records(tmp_path / EPOCHS, 20)] == [1]
-    append_record(tmp_path / EPOCHS, {"epoch": 2, "step": 20})
-    assert [record["epoch"] for record in read_records(tmp_path / EPOCHS)] == [1, 2]
+@pytest.mark.parametrize(
+    ("end", "epochs"),
+    [
+        ("", [1]),
+        ("{", [1]),
+        ('{"epoch": 2, "st', [1]),
+        ('{"epoch": 2, "step": 2', [1]),
+        ("\0\0\0", [1]),
+        ('{"epoch": 2, "step": 20}', [1, 2]),  # all but the end of its line
+    ],
+)
+def test_what_a_kill_left_of_the_last_line_does_not_count(
+    end: str, epochs: list[int], tmp_path: Path
+):
+    path = tmp_path / EPOCHS
+    append_record(path, {"epoch": 1, "step": 10})
+    with path.open("a") as file:
+        file.write(end)
+    assert [record["epoch"] for record in rewind_records(path, 20)] == epochs
+    append_record(path, {"epoch": 3, "step": 30})
+    assert [record["epoch"] for record in read_records(path)] == [*epochs, 3]
+
+
+NO_RECORDS = {
+    "no JSON": (b"oops", "is not readable as JSON"),
+    "an empty line": (b"", "is not readable as JSON"),
+    "another bracket": (b'{"epoch": 2, "step": 20]', "is not readable as JSON"),
+    "a list": (b'["epoch", "step"]', "expected an object"),
+    "no step": (b'{"epoch": 2}', "it has no step"),
+    "no epoch": (b'{"step": 20}', "it has no epoch"),
+    "a string for a step": (b'{"epoch": 2, "step": "20"}', "step is '20', expected a number"),
+    "half a step": (b'{"epoch": 2, "step": 20.5}', "step is 20.5, expected a number"),
+    "a negative step": (b'{"epoch": 2, "step": -1}', "step is -1, expected 0 to"),
+    "a list for a loss": (b'{"epoch": 2, "step": 20, "loss": []}', r"loss is \[\], expected"),
+    "NaN": (b'{"epoch": 2, "step": 20, "loss": NaN}', "is not readable as JSON"),
+    "no UTF-8": (b'{"epoch": 2, "st\xffep": 20}', "is not readable as JSON"),
+    "deep": (b'{"epoch": ' + b"[" * 9999 + b"]" * 9999 + b"}", "nested 10000 levels deep"),
+    "long": (b'"' + b"x" * 2**24 + b'"', "expected at most 16,777,216"),
+}
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last", "last without its end"])
+@pytest.mark.parametrize("kind", NO_RECORDS)
+def test_a_line_that_is_no_record_is_named_and_nothing_is_forgotten(
+    kind: str, place: str, tmp_path: Path
+):
+    line, message = NO_RECORDS[kind]
+    good = [json.dumps({"epoch": epoch, "step": 10 * epoch}).encode() for epoch in (1, 3)]
+    number = {"first": 0, "middle": 1}.get(place, 2)
+    if place == "last without its end" and kind in ("an empty line", "another bracket"):
+        return  # which may be what a kill left
+    content = b"\n".join([*good[:number], line, *good[number:]])
+    (tmp_path / EPOCHS).write_bytes(content + b"\n" * (place != "last without its end"))
+    before = contents(tmp_path)
+    expected = rf"{EPOCHS}, line {number + 1} .*{message}"
+    with pytest.raises(UserError, match=expected) as error:
+        rewind_records(tmp_path / EPOCHS, 30)
+    assert "\n" not in str(error.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_file_of_records_that_is_too_large_is_not_read(tmp_path: Path):
+    with (tmp_path / STEPS).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=rf"{STEPS} has 1,099,511,627,776 bytes, expected at most"):
+        rewind_records(tmp_path / STEPS, 30)
 
 
 def test_a_directory_in_use_by_a_live_run_is_left_alone(tmp_path: Path):
@@ -121,7 +181,7 @@ def test_a_directory_in_use_by_a_live_run_is_left_alone(tmp_path: Path):
     claim(tmp_path, config())
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{"])
+@pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"seed":' + "[" * 100_000])
 def test_a_config_json_that_is_none_is_refused(content: str, tmp_path: Path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json is no"):
@@ -129,7 +189,8 @@ def test_a_config_json_that_is_none_is_refused(content: str, tmp_path: Path):
 
 
 def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path):
-    (tmp_path / "config.json.partial").write_text("{")
+    for name in (".config.json.partial", "config.json.partial"):  # an earlier version's is the last
+        (tmp_path / name).write_text("{")
     claim(tmp_path, config())
     assert (tmp_path / "config.json").exists()
 
