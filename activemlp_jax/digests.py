@@ -22,8 +22,9 @@ def sha256(path: Path) -> str:
 
 def write_digests(directory: Path) -> None:
     """Write the digests of all files below `directory`, which then are not to change."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
+    files = set(directory.rglob("*")) - {directory / DIGESTS}
+    paths = sorted(path for path in files if path.is_file())
+    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in paths]
     with write_aside(directory / DIGESTS) as aside:
         aside.write_text("".join(lines))
 

@@ -22,6 +22,7 @@ from activemlp_jax.digests import check_digests, read_digests, write_digests
 from activemlp_jax.errors import Interrupted, UserError, one_line
 from activemlp_jax.files import write_aside
 from activemlp_jax.json_files import expect, read_json
+from activemlp_jax.orbax_logs import without_tracebacks
 from activemlp_jax.training import sharding
 from activemlp_jax.training.config import differing_keys
 from activemlp_jax.training.step import TrainState
@@ -106,9 +107,17 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet = without_tracebacks()
+        self._quiet.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        try:
+            self._close(kind)
+        finally:
+            self._quiet.__exit__(kind, *error)
+
+    def _close(self, kind: type[BaseException] | None) -> None:
         if kind is None or issubclass(kind, Interrupted):
             self.wait()
             self._manager.close()

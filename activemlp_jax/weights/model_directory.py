@@ -33,6 +33,7 @@ from activemlp_jax.files import write_directory_aside as whole_or_nothing  # noq
 from activemlp_jax.json_files import expect, read_json, short
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.orbax_logs import without_tracebacks
 from activemlp_jax.weights.architecture import Model, backbone, list_keys, variant_name
 from activemlp_jax.weights.finite import describe_non_finite
 from activemlp_jax.weights.torch_files import KINDS, choose_kind
@@ -285,8 +286,10 @@ def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Variable
     # A line a topic: easier to read than a line a number.
     topics = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in card.to_json().items()]
     try:
-        # Not orbax's asynchronous one, which would log the traceback of what is raised here.
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        with (
+            without_tracebacks(),
+            ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+        ):
             for kind in card.kinds:
                 place = directory.absolute() / "weights" / kind
                 checkpointer.save(place, args=ocp.args.StandardSave(weights[kind]))
@@ -366,7 +369,7 @@ def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) 
             f"{path} cannot be read: {error}; take another copy of {directory}"
         ) from error
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
             variables = checkpointer.restore(path)
     except MemoryError:
         raise

@@ -11,13 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from small_models import BACKBONE, save_classifier
 
 import activemlp_jax as am
+from activemlp_jax.digests import DIGESTS
+from activemlp_jax.errors import UserError
 from activemlp_jax.export import export_model
 from activemlp_jax.exporting.description import describe, write_readme
 from activemlp_jax.training.config import default_config
+from activemlp_jax.training.loop import train
 from activemlp_jax.training.run import Run, describe_source, prepare_run, write_model_directory
+from activemlp_jax.training.workdir import EPOCHS, STEPS, append_record, claim_workdir
 from activemlp_jax.weights.model_directory import ModelCard
 
 
@@ -27,6 +32,36 @@ def prepared(workdir: Path, config_name: str = "digits", **changes: Any) -> Run:
     config.model.update(BACKBONE | {"mlp_ratios": (2.0,) * 4})
     config.update_from_flattened_dict({"epochs": 40, **changes})
     return prepare_run(config, workdir, timeout=10, config_name=config_name)
+
+
+def train_again(run: Run) -> None:
+    console = Console(quiet=True)
+    train(run.config, run.workdir, console, timeout=10)
+
+
+def test_records_without_checkpoints_are_no_beginning_and_stay(tmp_path: Path):
+    """As where the disk of the checkpoints is not mounted."""
+    run = prepared(tmp_path / "run")
+    with claim_workdir(run.workdir, run.config):
+        for step in (11, 22):
+            append_record(run.workdir / EPOCHS, {"epoch": step // 11, "step": step})
+            append_record(run.workdir / STEPS, {"step": step, "loss": 0.5})
+    records = {name: (run.workdir / name).read_bytes() for name in (EPOCHS, STEPS)}
+    with pytest.raises(UserError, match=r"has lost its checkpoints; is its disk mounted\?"):
+        train_again(run)
+    assert {name: (run.workdir / name).read_bytes() for name in (EPOCHS, STEPS)} == records
+
+
+@pytest.mark.parametrize("name", [EPOCHS, STEPS])
+def test_a_broken_record_is_named_before_anything_is_forgotten(name: str, tmp_path: Path):
+    run = prepared(tmp_path / "run")
+    with claim_workdir(run.workdir, run.config):
+        good = '{"epoch": 1, "step": 11}\n'
+        (run.workdir / name).write_text(f'{good}{{"epoch"\n{good}')
+    before = (run.workdir / name).read_bytes()
+    with pytest.raises(UserError, match=f"{name}, line 2 is not readable as JSON"):
+        train_again(run)
+    assert (run.workdir / name).read_bytes() == before
 
 
 def readme(run: Run, source: dict[str, Any]) -> str:
@@ -125,12 +160,13 @@ def test_any_key_but_the_data_may_be_missing(run: Run, key: str):
 
 
 def test_a_directory_of_an_earlier_version_is_loaded_and_exported(directory: Path, tmp_path: Path):
-    """Its source has three keys."""
+    """Its source has three keys, and it has no digests."""
     old = shutil.copytree(directory, tmp_path / "old")
     content = json.loads((old / "model.json").read_text())
     kept = ("trained_on", "epoch", "test_accuracy")
     content["source"] = {key: content["source"][key] for key in kept}
     (old / "model.json").write_text(json.dumps(content))
+    (old / DIGESTS).unlink()
 
     export_model(str(old), str(tmp_path / "exported"), ["safetensors"])
     text = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
