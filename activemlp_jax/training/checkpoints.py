@@ -133,7 +133,7 @@ class Checkpoints:
         """The newest checkpoint of a step less than `below` that is whole."""
         with contextlib.suppress(Exception):  # a save that fails now leaves nothing
             self._manager.wait_until_finished()
-        steps = [step for step in self._manager.all_steps(read=True) if step < below]
+        steps = [step for step in _steps(self._directory) if step < below]
         return self.path(max(steps)) if steps else None
 
     def best(self) -> Best | None:
@@ -281,7 +281,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # orbax and its parts raise many kinds
-            steps = list(self._manager.all_steps(read=True))
+            steps = _steps(self._directory)
             kept = f"the newest whole one is {self.path(max(steps))}" if steps else "there is none"
             raise UserError(
                 f"a checkpoint cannot be written in {self._directory}: {_reason(error)}; {kept}"

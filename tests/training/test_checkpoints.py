@@ -1,6 +1,7 @@
 """Checkpoints hold the whole state as it was, while training goes on."""
 
 import re
+import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -225,6 +226,29 @@ def test_weights_that_are_not_finite_are_not_gone_on_from(directory: Path):
     values = "3 of 262,144 values of variables/params/large are not finite"
     with pytest.raises(UserError, match=rf"/4 cannot be read: {values}; remove it to .*/3$"):
         restore(directory)
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line(
+    directory: Path, caplog: pytest.LogCaptureFixture
+):
+    """A limit on the size of files stands for the full disk: writing fails in the same places."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save() -> None:
+        with Checkpoints(directory, config()) as checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+            checkpoints.save(new_state(), 4, [])
+            checkpoints.wait()
+
+    whole = rf"File too large.*; the newest whole one is {directory}/3$"
+    try:
+        with pytest.raises(UserError, match=whole) as error:
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    assert not caplog.records, "orbax logs tracebacks"
+    assert restore(directory) == 3
 
 
 def empty(directory: Path) -> None:
