@@ -7,6 +7,7 @@ checkpoints.
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -248,7 +249,8 @@ class Checkpoints:
             run=ocp.args.JsonSave({"config": self._config, "losses": list(losses)}),
         )
         self._last_save = time.monotonic()
-        metrics = {BEST_BY: NOT_EVALUATED if score is None else score}
+        evaluated = score is not None and math.isfinite(score)
+        metrics = {BEST_BY: score if evaluated else NOT_EVALUATED}
         with self._guard():  # the save before may be what fails here
             self._manager.save(step, args=args, metrics=metrics)
 

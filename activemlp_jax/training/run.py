@@ -1,5 +1,6 @@
 """A run as a whole: what it is made of, how it is tested, and what it leaves at the end."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +134,7 @@ def describe_source(run: Run, step: int, found: float) -> dict[str, Any]:
         "trained_on": config.data.name,
         "epoch": step // run.program.steps_per_epoch,
         "step": step,
-        f"test_{run.program.task.score}": found,
+        **({f"test_{run.program.task.score}": found} if math.isfinite(found) else {}),
         "train_images": len(run.train_source),
         "test_images": len(run.test_source),
         "test_split": config.data.test_split,

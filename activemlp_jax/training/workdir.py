@@ -7,6 +7,7 @@ for every `config.log_every_steps` steps, `checkpoints/` the states to go on fro
 import contextlib
 import errno
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -173,8 +174,12 @@ def rewind_records(path: Path, step: int) -> list[Record]:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Write one line and wait for the disk; raises UserError if it cannot be written."""
+    """Write one line and wait for the disk; raises UserError if it cannot be written.
+
+    JSON has no NaN, as which a figure over no examples comes: it is left out.
+    """
+    finite = {key: value for key, value in record.items() if math.isfinite(value)}
     with _written(path), path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite) + "\n")
         file.flush()
         os.fsync(file.fileno())

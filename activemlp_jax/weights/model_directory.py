@@ -28,9 +28,9 @@ from activemlp_jax.data.examples import check_same_classes
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.digests import DIGESTS, check_digests, read_digests, write_digests
 from activemlp_jax.errors import UserError, one_line
-from activemlp_jax.files import previous_path
+from activemlp_jax.files import previous_path, read_file
 from activemlp_jax.files import write_directory_aside as whole_or_nothing  # noqa: F401
-from activemlp_jax.json_files import expect, read_json, short
+from activemlp_jax.json_files import MOST_BYTES, expect, parse_json, short
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.orbax_logs import without_tracebacks
@@ -295,11 +295,8 @@ def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Variable
                 checkpointer.save(place, args=ocp.args.StandardSave(weights[kind]))
         (directory / CARD).write_text("{\n" + ",\n".join(topics) + "\n}\n")
         write_digests(directory)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # a full disk is any of them to tensorstore
+    # A full disk is any of them to tensorstore.
+    except (OSError, RuntimeError, ValueError) as error:
         reason = one_line(getattr(error, "strerror", None) or error)[:500]
         raise UserError(f"no model can be written in {directory.parent}: {reason}") from error
 
@@ -320,8 +317,9 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
     path = place / CARD
     if not path.is_file():
         raise UserError(f"{directory} is no model directory: {_missing_card(place)}")
+    text = read_file(path, MOST_BYTES)
     try:
-        card = ModelCard.from_json(read_json(path))
+        card = ModelCard.from_json(parse_json(text, "it"))
     except BROKEN_CARD as error:
         raise UserError(f"{path} is no description of a model: {one_line(error)}") from error
     digests = read_digests(place)

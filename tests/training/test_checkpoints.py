@@ -100,6 +100,12 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
     assert int(best.state.step) == 2
 
 
+def test_a_score_over_no_examples_is_none(tmp_path: Path):
+    save_all(tmp_path / "checkpoints", [float("nan")])
+    with Checkpoints(tmp_path / "checkpoints", config()) as checkpoints:
+        assert checkpoints.best() is None
+
+
 def test_every_setting_that_differs_is_named(tmp_path: Path):
     save_all(tmp_path, [None])
     other = config(**{"seed": 1, "model.depths": (2, 2, 4, 2)})

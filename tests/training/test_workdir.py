@@ -104,6 +104,11 @@ def test_records_after_the_restored_step_are_forgotten(tmp_path: Path):
     assert [record["epoch"] for record in read_records(tmp_path / EPOCHS)] == [1, 2, 3]
 
 
+def test_a_figure_over_no_examples_is_left_out_of_a_record(tmp_path: Path):
+    append_record(tmp_path / EPOCHS, {"epoch": 1, "step": 10, "test_mean_iou": float("nan")})
+    assert read_records(tmp_path / EPOCHS) == [{"epoch": 1, "step": 10}]
+
+
 @pytest.mark.parametrize(
     ("end", "epochs"),
     [
