@@ -10,12 +10,14 @@ PIP_FLAGS ?=
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
-# A limit of size makes JAX lock the cache; all who share one must set it.
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-export JAX_COMPILATION_CACHE_MAX_SIZE ?= 8589934592
-
 .PHONY: demo test lint clean
 
+# JAX locks a cache of compiled programs only where its size has a limit. All processes that share a
+# cache have to agree on that, so the user's own cache is taken as it is; the tests have another.
+ifndef JAX_COMPILATION_CACHE_DIR
+demo: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
+demo: export JAX_COMPILATION_CACHE_MAX_SIZE := 8589934592
+endif
 demo: .venv/demo-installed
 	.venv/bin/python train.py --config configs/digits.py $(DEMO_FLAGS)
 

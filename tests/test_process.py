@@ -90,3 +90,20 @@ def test_objects_that_live_on_are_rarely_searched_for_garbage():
     usual, rarely = found
     assert usual > 40, f"{usual} searches"
     assert rarely <= 1, f"{rarely} searches"
+
+
+TESTS = """
+import os
+import jax
+import conftest
+
+print(os.environ["JAX_COMPILATION_CACHE_DIR"], jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_the_tests_have_a_cache_of_their_own_where_the_user_has_another(tmp_path: Path):
+    tests = Path(__file__).parent
+    environment = os.environ | {CACHE_DIR: str(tmp_path), "PYTHONPATH": f"{tests}:{tests.parent}"}
+    command = [sys.executable, "-c", TESTS]
+    printed = subprocess.check_output(command, env=environment, text=True)
+    assert printed.split() == [str(tests.parent / ".cache" / "jax-tests")] * 2
