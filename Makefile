@@ -48,6 +48,7 @@ clean:
 .venv/test-installed: EXTRA = [test]
 .venv/dev-installed: EXTRA = [dev]
 .venv/%-installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing into .venv; pip says nothing until it is done, which may take some minutes"
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint constraints.txt $(PIP_FLAGS) --editable '.$(EXTRA)'
 	touch $@

@@ -23,12 +23,14 @@ def main() -> None:
     folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
     source = open_source("digits", "test")
-    wanted = set(range(len(source.class_names)))
+    digits: dict[str, Image.Image] = {}  # the first of each class
     for index in range(len(source)):
         image, label = source[index]
-        if label in wanted:
-            wanted.remove(label)
-            Image.fromarray(image).save(folder / f"{source.class_names[label]}.png")
+        digits.setdefault(source.class_names[label], Image.fromarray(image))
+    for name, digit in digits.items():
+        digit.save(folder / f"{name}.png")
+    first, *_, last = sorted(digits)
+    print(f"wrote {folder}/{first}.png to {folder}/{last}.png, {len(digits)} images")
 
 
 if __name__ == "__main__":

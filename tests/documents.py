@@ -32,6 +32,20 @@ class Passage(NamedTuple):
         return f"{self.page.relative_to(ROOT)}:{self.line}: {self.text}"
 
 
+class Step(NamedTuple):
+    """A block of commands or of Python on a page, and the text that it is said to print."""
+
+    block: Passage
+    shown: str
+
+    @property
+    def script(self) -> str:
+        """What a reader types into bash for it."""
+        if self.block.language == "python":
+            return f"python - <<'END_OF_PYTHON'\n{self.block.text}END_OF_PYTHON\n"
+        return self.block.text
+
+
 def fences(page: Path) -> Iterator[Passage]:
     """The blocks of code."""
     for token in MARKDOWN.parse(page.read_text()):
@@ -100,3 +114,23 @@ def commands(page: Path) -> Iterator[tuple[Passage, list[str]]]:
         text = token.content.replace("\n", " ")
         if PROGRAM.match(text):
             yield Passage(page, line, text, INLINE), split(text)
+
+
+def steps(page: Path) -> list[Step]:
+    """The blocks that a reader of the page runs, in order."""
+    found: list[Step] = []
+    for fence in fences(page):
+        if fence.language == "python" or (
+            fence.language in SHELL and re.match(r"(source|make|python|pip) ", fence.text)
+        ):
+            found.append(Step(fence, ""))
+        elif fence.language == "" and found:
+            found[-1] = found[-1]._replace(shown=fence.text)
+    return found
+
+
+def form(text: str) -> list[str]:
+    """The lines of a command's output without numbers, widths of columns, and what `...` leaves out."""
+    lines = (re.sub(r"[\d,]*\d(\.\d+)?(e[-+]?\d+)?", "#", line) for line in text.splitlines())
+    lines = (re.sub(r"([─━])\1+", r"\1", re.sub(r"\s+", " ", line)) for line in lines)
+    return [kept for line in lines if (kept := line.partition("...")[0].strip())]

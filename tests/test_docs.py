@@ -1,6 +1,7 @@
 """What the documentation says can be done as it says: commands, links, code, messages."""
 
 import ast
+import builtins
 import importlib.util
 import re
 import runpy
@@ -12,7 +13,9 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import create_autospec
 
 import flax.linen as nn
 import jax
@@ -23,12 +26,13 @@ import yaml
 from absl import app, flags
 from absl.testing import flagsaver
 from documents import INLINE, PAGES, ROOT, Passage, anchors, commands, fences, links
+from rich.console import Console
 from small_models import BACKBONE, save_classifier, save_photos, save_segmentor
 
 import activemlp_jax as am
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import VARIANTS
-from activemlp_jax.training import command
+from activemlp_jax.training import command, loop
 from activemlp_jax.training.config import check_config
 
 COMMANDS = [found for page in PAGES for found in commands(page)]
@@ -171,11 +175,28 @@ def test_every_link_leads_somewhere(link: Passage):
         assert anchor in anchors(target), f"{link} has no such heading"
 
 
+def names_in(tree: ast.AST) -> tuple[set[str], set[str]]:
+    """The names that some code gives a meaning to, and those that it uses."""
+    bound, used = set(dir(builtins)), set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.FunctionDef(name=name):
+                bound.add(name)
+            case ast.alias(name=name, asname=other):
+                bound.add(other or name.partition(".")[0])
+    return bound, used
+
+
 @pytest.mark.parametrize("fence", PYTHON, ids=lambda fence: str(fence).split(": ")[0])
 def test_python_in_pages_compiles_and_uses_what_is_there(fence: Passage):
     if fence.page.name == "api.md":
         return  # signatures
     tree = ast.parse(fence.text)
+    read = [other for other in PYTHON if other.page == fence.page and other.line <= fence.line]
+    bound, used = names_in(ast.parse("".join(other.text for other in read)))
+    assert not used - bound, f"{fence.page}: {used - bound} is nowhere before"
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith(am.__name__):
             module = importlib.import_module(str(node.module))
@@ -212,6 +233,20 @@ def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(nn.Module, name, give_zeros(getattr(nn.Module, name)))
 
 
+WANDB: Any = ModuleType("wandb")  # not installed; these are its functions as of 0.30
+WANDB.init = lambda *, project: None
+WANDB.log = lambda data: None
+
+
+def track_a_step(config: object, workdir: Path, console: Console, *, trackers: Any) -> None:
+    """In place of training, which other tests do: a record to each tracker."""
+    check_config(config)
+    assert isinstance(workdir, Path)
+    assert isinstance(console, Console)
+    for tracker in trackers:
+        tracker({"step": 1, "loss": 2.3})
+
+
 @pytest.mark.usefixtures("shapes_alone")
 @pytest.mark.parametrize(
     "page",
@@ -219,15 +254,18 @@ def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         "README.md",
         "docs/converting.md",
         "docs/faq.md",
-        "docs/first_steps.md",
+        "docs/from_timm.md",
         "docs/segmentation.md",
+        "docs/training.md",
     ],
 )
 def test_python_in_pages_runs(page: str, place_of_a_reader: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(place_of_a_reader)
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setitem(VARIANTS, "active_tiny", BACKBONE)
-    names: dict[str, Any] = {"images": np.zeros((1, 64, 64, 3), np.float32)}
+    monkeypatch.setitem(sys.modules, "wandb", WANDB)
+    monkeypatch.setattr(loop, "train", create_autospec(loop.train, side_effect=track_a_step))
+    names: dict[str, Any] = {}
     for fence in PYTHON:
         if fence.page == ROOT / page:
             lines = "\n" * (fence.line - 1)  # so that errors have the numbers of the page

@@ -1,25 +1,32 @@
-"""A newcomer's first hour: train, ask, embed, export, convert, open the notebook.
+"""A newcomer's first hour: the pages as they are printed, a conversion, the notebook.
 
-The real commands, but for the time that LLVM takes to optimise.
+The blocks of README.md and docs/first_steps.md go into bash one after the other, in a copy of the
+project in which nothing else was done before. What differs from a newcomer's machine:
+
+- pip installs nothing: `.venv` is new and finds the packages of the environment of the tests;
+- `make demo` trains a smaller model for fewer epochs, by DEMO_FLAGS, and LLVM does not optimize;
+- `NOT_RUN` are left to others.
 """
 
 import json
 import os
+import shutil
+import site
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from documents import Step, form, steps
 from processes import COMPILE_QUICKLY
 from small_models import run
 from test_train_command import ROOT, SMALL
 
 import activemlp_jax as am
 from activemlp_jax import predict
-from activemlp_jax.data.sources import open_source
 from activemlp_jax.weights import convert
 
 # One process with test_train_command: whichever comes second finds the compiled programs in
@@ -45,52 +52,86 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 """
 
 
+# CI runs `make test` itself, and a published model compiles for long: test_docs finds its shapes.
+NOT_RUN = ("make test", "am.create_model(")
+# Of a line that is printed only where the last epoch is not the best one.
+BY_CHANCE = "best_model is of step"
+PAGES = ("README.md", "docs/first_steps.md", "docs/from_timm.md")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of `train.py` in runs/digits, and ten test digits in digits/."""
-    place = tmp_path_factory.mktemp("newcomer")
-    command(place, str(ROOT / "train.py"), "--workdir=runs/digits", *SMALL)
-    (place / "digits").mkdir()
-    digits = open_source("digits", "test")
-    for index in range(10):
-        Image.fromarray(digits[index].image).save(place / "digits" / f"{index}.png")
+    """A copy of the project, as `git clone` makes it, with a `.venv` in which `make` has no work."""
+    place = tmp_path_factory.mktemp("newcomer") / "activemlp-jax"
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
+    )
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place / name)
+    environment = place / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "newcomer.pth").write_text("\n".join([str(place), *site.getsitepackages()]))
+    (environment / "demo-installed").touch()
     return place
 
 
-def command(place: Path, *arguments: str, **variables: str) -> str:
-    """What a command prints that ends well."""
+def variables() -> dict[str, str]:
+    """The environment of a newcomer's shell, with the cache of the tests and a short demo."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return inherited | COMPILE_QUICKLY | {"DEMO_FLAGS": " ".join(SMALL)}
+
+
+def follow(page: str, place: Path) -> list[tuple[Step, str]]:
+    """The blocks of a page that are run, in one bash, and what each printed."""
+    run = [step for step in steps(ROOT / page) if not any(part in step.script for part in NOT_RUN)]
+    mark = "-- block "
+    script = "".join(f"echo '{mark}{number}'\n{step.script}" for number, step in enumerate(run))
     result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=place, env={**os.environ, **COMPILE_QUICKLY, "PYTHONPATH": str(ROOT), **variables},
-        capture_output=True, text=True, timeout=300,
+        ["bash", "-euo", "pipefail", "-c", script], cwd=place, env=variables(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    parts = [part.partition("\n")[2] for part in result.stdout.split(mark)[1:]]
+    assert result.returncode == 0, f"{run[len(parts) - 1].block}\n{parts[-1][-3000:]}"
+    return list(zip(run, parts, strict=True))
 
 
-def answers(output: str) -> dict[str, str]:
-    """By the name of the image, the most probable class of each line of JSON."""
-    records = map(json.loads, output.splitlines())
-    return {record["image"]: record["classes"][0]["name"] for record in records}
+@pytest.fixture(scope="module")
+def followed(place: Path) -> dict[str, list[tuple[Step, str]]]:
+    """The pages in the order in which the README leads to them; each goes on where one ended."""
+    return {page: follow(page, place) for page in PAGES}
 
 
-def test_what_was_trained_is_asked_embedded_and_exported(place: Path):
-    model = "runs/digits/model"
-    found = answers(command(place, "-m", "activemlp_jax.predict", model, "digits", "--json"))
-    assert list(found) == [f"digits/{index}.png" for index in range(10)]
-    card, loaded = am.read_card(place / model), am.load_pretrained(place / model)
-    (ours,) = am.classify(*loaded, place / "digits" / "0.png", card, top=1)
-    assert found["digits/0.png"] == ours.name
+def missing(shown: list[str], printed: Iterator[str]) -> list[str]:
+    """The first of the shown lines that does not begin a printed one, in order."""
+    for line in shown:
+        if not any(other.startswith(line) for other in printed):
+            return [line]
+    return []
 
-    command(place, "-m", "activemlp_jax.embed", model, "digits", "--output", "digits.npz")
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_as_it_is_printed_and_shows_what_it_says(
+    page: str, followed: dict[str, list[tuple[Step, str]]]
+):
+    assert followed[page]
+    for step, printed in followed[page]:
+        shown = [line for line in form(step.shown) if not line.startswith(BY_CHANCE)]
+        gone = missing(shown, iter(form(printed)))
+        assert not gone, f"{step.block}\nprints no {gone}, but\n{printed}"
+
+
+def test_what_the_pages_leave_is_whole(place: Path, followed: object):
+    del followed
     with np.load(place / "digits.npz") as arrays:
         assert list(arrays["names"]) == [f"{index}.png" for index in range(10)]
         assert arrays["embeddings"].shape == (10, 16)
-
-    command(place, "-m", "activemlp_jax.export", model, "exported")
-    names = {file.name for file in (place / "exported").iterdir()}
+    exported = place / "exported" / "digits"
+    names = {file.name for file in exported.iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors", "model.stablehlo"}
-    text = (place / "exported" / "README.md").read_text()
+    text = (exported / "README.md").read_text()
     recipe = "Trained by the config `digits` on 1,437 images of `digits` for 4 epochs"
     assert recipe in text
     assert "on the 360 test images of `digits`, measured after 4 epochs." in text
