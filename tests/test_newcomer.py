@@ -56,7 +56,7 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 NOT_RUN = ("make test", "am.create_model(")
 # Of a line that is printed only where the last epoch is not the best one.
 BY_CHANCE = "best_model is of step"
-PAGES = ("README.md", "docs/first_steps.md", "docs/from_timm.md")
+PAGES = ("README.md", "docs/first_steps.md")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_page_runs_as_it_is_printed_and_shows_what_it_says(
         assert not gone, f"{step.block}\nprints no {gone}, but\n{printed}"
 
 
-def test_what_the_pages_leave_is_whole(place: Path, followed: object):
+def test_what_the_pages_write_is_complete(place: Path, followed: object):
     del followed
     with np.load(place / "digits.npz") as arrays:
         assert list(arrays["names"]) == [f"{index}.png" for index in range(10)]

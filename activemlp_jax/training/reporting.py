@@ -41,6 +41,9 @@ LAG = 5.0  # percentage points by which an average that follows its weights is n
 def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str:
     """How long a run is and the highest learning rate that its schedule aims at, in one line.
 
+    An epoch of a single step is a sign of a batch that is too large for the data, and the line says
+    what to lower.
+
     Args:
       config: of the run.
       steps_per_epoch: of the run.
@@ -50,10 +53,17 @@ def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str
       Such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
     """
     peak = peak_learning_rate(config.optimizer, config.batch_size)
-    length = f"{steps_per_epoch:,} steps an epoch, {steps:,} in all"
+    number = f"{steps_per_epoch:,} step{'s' * (steps_per_epoch > 1)} an epoch"
+    length = f"{number}, {steps:,} in all, learning rate up to {peak:.1e}"
     rising = warmup_steps(config.optimizer, steps_per_epoch)
-    late = f", but its warm-up takes {rising:,} steps, more than the run" if rising > steps else ""
-    return f"{length}, learning rate up to {peak:.1e}{late}"
+    if rising > steps:
+        length += f", but its warm-up takes {rising:,} steps, more than the run"
+    if steps_per_epoch == 1 and config.batch_size > 1:
+        length += (
+            f"; config.batch_size is {config.batch_size}, more than half of an epoch: lower it to "
+            f"a few batches an epoch, such as --config.batch_size={max(1, config.batch_size // 4)}"
+        )
+    return length
 
 
 def lagging_average(config: ConfigDict, record: Record, score: str, images: int) -> str | None:
