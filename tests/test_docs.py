@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import create_autospec
+from unittest.mock import Mock, create_autospec
 
 import flax.linen as nn
 import jax
@@ -30,6 +30,7 @@ from rich.console import Console
 from small_models import BACKBONE, save_classifier, save_photos, save_segmentor
 
 import activemlp_jax as am
+from activemlp_jax.data.scene_sources import open_scenes
 from activemlp_jax.errors import UserError
 from activemlp_jax.models.backbone import VARIANTS
 from activemlp_jax.training import command, loop
@@ -233,9 +234,8 @@ def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(nn.Module, name, give_zeros(getattr(nn.Module, name)))
 
 
-WANDB: Any = ModuleType("wandb")  # not installed; these are its functions as of 0.30
-WANDB.init = lambda *, project: None
-WANDB.log = lambda data: None
+WANDB: Any = ModuleType("wandb")  # is not installed
+WANDB.init, WANDB.log = Mock(), Mock()
 
 
 def track_a_step(config: object, workdir: Path, console: Console, *, trackers: Any) -> None:
@@ -306,6 +306,33 @@ def test_every_file_of_the_package_has_its_place_in_the_table_of_rooms():
         assert named or path.name == "__init__.py", f"{path} is not in docs/architecture.md"
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("status", "queued"),
+    [(0, ""), (1, ""), (143, "requeue 7\n")],
+    ids=["done", "failed", "stopped"],
+)
+def test_the_script_for_slurm_starts_training_and_queues_again_where_it_was_stopped(
+    status: int, queued: str, tmp_path: Path, parse: Any
+):
+    stand_ins = {"srun": f'printf "%s\\n" "$@" > words; exit {status}', "scontrol": 'echo "$@"'}
+    for name, text in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_CPUS_PER_TASK": "12", "SLURM_JOB_ID": "7", "HOME": str(tmp_path)}
+    chosen = ["--config", "configs/active_tiny.py", "--workdir", "runs/with spaces"]
+    result = subprocess.run(
+        ["bash", ROOT / "examples" / "train.sbatch", *chosen],
+        cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin", **slurm},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (status, queued, "")
+    option, *words = (tmp_path / "words").read_text().splitlines()
+    assert option == "--cpus-per-task=12"
+    assert words[2:6] == chosen
+    check_command(words, parse, has_arguments=True)
+
+
 def test_the_citation_is_of_this_version_and_of_the_paper():
     content = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert content["cff-version"] == "1.2.0"
@@ -326,6 +353,16 @@ def test_the_changelog_has_this_version_and_what_comes_after():
     assert headings[0] == "Unreleased"
     assert PROJECT["version"] in headings
     assert headings[1:] == sorted(headings[1:], reverse=True)
+
+
+def test_drawn_shapes_are_scenes_with_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["draw_shapes.py", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / "draw_shapes.py"), run_name="__main__")
+    for split, count in (("train", 240), ("val", 40)):
+        source = open_scenes(f"folder:{tmp_path}", split)
+        assert (len(source), source.class_names[0]) == (count, "background")
+        shares = np.mean([np.bincount(source[i].label.ravel(), minlength=4) for i in range(40)], 0)
+        assert (shares > 100).all(), f"pixels of each class: {shares}"
 
 
 def test_a_detector_on_the_pyramid_has_a_box_around_every_place(

@@ -10,6 +10,7 @@ project in which nothing else was done before. What differs from a newcomer's ma
 
 import json
 import os
+import shlex
 import shutil
 import site
 import subprocess
@@ -25,7 +26,6 @@ from processes import COMPILE_QUICKLY
 from small_models import run
 from test_train_command import ROOT, SMALL
 
-import activemlp_jax as am
 from activemlp_jax import predict
 from activemlp_jax.weights import convert
 
@@ -61,7 +61,7 @@ PAGES = ("README.md", "docs/first_steps.md")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project, as `git clone` makes it, with a `.venv` in which `make` has no work."""
+    """A copy of the project, as `git clone` makes it, with a `.venv` for `make` to find."""
     place = tmp_path_factory.mktemp("newcomer") / "activemlp-jax"
     listed = subprocess.check_output(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
@@ -81,7 +81,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def variables() -> dict[str, str]:
     """The environment of a newcomer's shell, with the cache of the tests and a short demo."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    return inherited | COMPILE_QUICKLY | {"DEMO_FLAGS": " ".join(SMALL)}
+    return inherited | COMPILE_QUICKLY | {"DEMO_FLAGS": shlex.join(SMALL)}
 
 
 def follow(page: str, place: Path) -> list[tuple[Step, str]]:
@@ -91,7 +91,8 @@ def follow(page: str, place: Path) -> list[tuple[Step, str]]:
     script = "".join(f"echo '{mark}{number}'\n{step.script}" for number, step in enumerate(run))
     result = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script], cwd=place, env=variables(),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=900,
     )  # fmt: skip
     parts = [part.partition("\n")[2] for part in result.stdout.split(mark)[1:]]
     assert result.returncode == 0, f"{run[len(parts) - 1].block}\n{parts[-1][-3000:]}"
@@ -123,8 +124,8 @@ def test_a_page_runs_as_it_is_printed_and_shows_what_it_says(
         assert not gone, f"{step.block}\nprints no {gone}, but\n{printed}"
 
 
-def test_what_the_pages_write_is_complete(place: Path, followed: object):
-    del followed
+@pytest.mark.usefixtures("followed")
+def test_what_the_pages_write_is_complete(place: Path):
     with np.load(place / "digits.npz") as arrays:
         assert list(arrays["names"]) == [f"{index}.png" for index in range(10)]
         assert arrays["embeddings"].shape == (10, 16)
@@ -137,6 +138,7 @@ def test_what_the_pages_write_is_complete(place: Path, followed: object):
     assert "on the 360 test images of `digits`, measured after 4 epochs." in text
 
 
+@pytest.mark.usefixtures("followed")
 def test_a_checkpoint_of_the_original_is_converted_and_asked(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -146,25 +148,33 @@ def test_a_checkpoint_of_the_original_is_converted_and_asked(
     convert.main()
     assert "wrote models/micro" in capsys.readouterr().out
     assert run(predict.main, monkeypatch, "models/micro", "digits/7.png", "--json") == 0
-    (name,) = answers(capsys.readouterr().out).values()
-    assert name in set("0123456789")
+    (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert answer["image"] == "digits/7.png"
+    assert answer["classes"][0]["name"] in set("0123456789")
 
 
 def cells() -> list[dict[str, Any]]:
     return json.loads(NOTEBOOK.read_text())["cells"]
 
 
-def test_the_notebook_is_kept_without_results():
-    for cell in cells():
-        if cell["cell_type"] == "code":
-            assert (cell["outputs"], cell["execution_count"]) == ([], None), cell["id"]
+def test_the_notebook_is_kept_with_the_results_of_one_run_from_top_to_bottom():
+    code = [cell for cell in cells() if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"execute_result", "stream"}
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
 
 
+@pytest.mark.usefixtures("followed")
 def test_the_notebook_runs_and_shows_pictures(place: Path):
-    output = command(
-        NOTEBOOK.parent, "-c", RUN_NOTEBOOK, str(NOTEBOOK),
-        MODEL_DIR=str(place / "runs" / "digits" / "model"),
+    notebook = place / "examples" / "activemlp.ipynb"
+    result = subprocess.run(
+        [place / ".venv" / "bin" / "python", "-c", RUN_NOTEBOOK, notebook],
+        cwd=notebook.parent, env=variables(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    output = result.stdout
     pictures = [line for line in output.splitlines() if line.startswith("picture")]
     assert len(pictures) == 3, output
     assert "[(12, 8, 8, 8), (12, 4, 4, 8), (12, 2, 2, 16), (12, 1, 1, 16)]" in output
