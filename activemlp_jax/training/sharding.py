@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -25,17 +24,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from activemlp_jax.errors import Interrupted, UserError, one_line
+from activemlp_jax.training.rendezvous import MOST_PROCESSES, Rendezvous, join
 
 ROWS = PartitionSpec(("data", "fsdp"))
 SMALLEST_SPLIT = 4096  # elements; gathering a bias takes longer than keeping it
 
 # Keys of the store that JAX's coordination service keeps for all hosts.
-FACTS, FAILED, STOP = "activemlp/facts/", "activemlp/failed/", "activemlp/stop/"
+FACTS, STOP = "activemlp/facts/", "activemlp/stop/"
 END, END_TIMEOUT = "activemlp/end", 3600  # seconds
+LONGEST_TIMEOUT = 7 * 24 * 3600
 
 
 class Hosts(NamedTuple):
@@ -69,12 +71,14 @@ def _has_tpu() -> bool:
     return "tpu" in asked_for and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _connect(hosts: Hosts) -> None:
-    """`jax.distributed.initialize`, where there is anything to connect to; before any computing.
+def _find_others(hosts: Hosts) -> tuple[str, int, int, list[int] | None] | None:
+    """The coordinator, the number of processes, this one's, and its devices; None if it is alone.
 
     Raises:
       UserError: options that do not name a process among many.
     """
+    if not 1 <= hosts.timeout <= LONGEST_TIMEOUT:
+        raise UserError(f"timeout is {hosts.timeout}, expected 1 to {LONGEST_TIMEOUT} seconds")
     launched = _launched(os.environ)
     num_processes, process_id, local = hosts.num_processes, hosts.process_id, None
     if launched:
@@ -85,59 +89,77 @@ def _connect(hosts: Hosts) -> None:
         hosts.coordinator and num_processes is None
     ):
         raise UserError("the coordinator, the number of processes and the process id go together")
+    if num_processes is not None and not 1 <= num_processes <= MOST_PROCESSES:
+        raise UserError(
+            f"the number of processes is {num_processes}, expected 1 to {MOST_PROCESSES:,}"
+        )
     if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
         raise UserError(f"process id is {process_id}, expected 0 to {num_processes - 1}")
-    if hosts.coordinator and not hosts.coordinator.rpartition(":")[2].isdigit():
-        raise UserError(f"the coordinator is {hosts.coordinator}, expected HOST:PORT")
-    on_pod = num_processes is None and _has_tpu()
-    if not on_pod and num_processes in (None, 1):
-        return
+    coordinator = hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    host, _, port = coordinator.rpartition(":")
+    if coordinator and not (host and port.isdecimal() and 1 <= int(port) <= 65535):
+        raise UserError(f"the coordinator is {coordinator}, expected HOST:PORT, PORT 1 to 65535")
+    if num_processes == 1 or (num_processes is None and not _has_tpu()):
+        return None
+    if num_processes is None or process_id is None or not coordinator:
+        try:
+            found, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                coordinator or None, num_processes, process_id, local, None, hosts.timeout
+            )
+        except RuntimeError as error:
+            raise UserError(f"the processes cannot find each other: {error}") from error
+        coordinator = found or ""
+    if num_processes in (None, 1) or process_id is None:
+        return None  # a TPU that is not part of a pod
+    if not coordinator:
+        raise UserError(
+            f"the first of {num_processes} processes is not known; give its HOST:PORT as the "
+            "coordinator"
+        )
+    return coordinator, num_processes, process_id, local
 
-    def give_up() -> None:
-        where = f" at {hosts.coordinator}" if hosts.coordinator else ""
-        number = "this process" if process_id is None else f"process {process_id}"
-        others = "the others" if num_processes is None else f"all {num_processes}"
-        _leave(f"after {hosts.timeout} s {number} has not met {others}{where}; do they run?")
 
-    # JAX's own timeout ends the process with a stack trace of C++, and so comes second.
-    timer = threading.Timer(hosts.timeout, give_up)
-    timer.daemon = True
-    timer.start()
+def _connect(hosts: Hosts) -> Rendezvous | None:
+    """`jax.distributed.initialize`, where there are others to connect to; before any computing.
+
+    Raises:
+      UserError: options that do not fit together, or an address that cannot be used.
+    """
+    others = _find_others(hosts)
+    if others is None:
+        return None
+    coordinator, num_processes, process_id, local = others
+    group = join(coordinator, num_processes, process_id, hosts.timeout, _leave)
+    # JAX's client talks to this machine alone, for which gRPC would ask a proxy where there is one.
+    direct = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, (direct, "127.0.0.1")))  # noqa: SIM112
+    jax.config.update("jax_check_proxy_envs", False)
     try:
         jax.distributed.initialize(
-            hosts.coordinator or None,
+            group.jax_address,
             num_processes,
             process_id,
             local_device_ids=local,
             initialization_timeout=hosts.timeout + 60,
+            coordinator_bind_address=group.jax_address,
         )
-    except ValueError as error:
-        if not on_pod:  # else it is a TPU that is no part of a pod
-            raise UserError(
-                f"the first of {num_processes} processes is not known ({error}); give its "
-                "HOST:PORT as the coordinator"
-            ) from error
     except RuntimeError as error:
-        raise UserError(f"the processes cannot connect: {error}") from error
-    finally:
-        timer.cancel()
+        message = f"JAX's processes cannot connect: {error}"
+        group.report(message, certain=True)
+        raise UserError(message) from error
+    return group
 
 
-def _leave(message: str, linger: float = 0, status: int = 2) -> None:
-    """End in so many seconds, without the goodbye for which JAX would wait for the other hosts."""
+_ending = threading.Lock()
+
+
+def _leave(message: str, status: int = 2) -> None:
+    """End at once, without the goodbye for which JAX would wait for the other hosts."""
+    _ending.acquire()  # and never release: the first message is the only one
     sys.stdout.flush()
     print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr)
     sys.stderr.flush()
-    time.sleep(linger)
     os._exit(status)
-
-
-def _watch(done: threading.Event, linger: float) -> None:
-    """Until `done`, end this process soon after another one has failed."""
-    client = ocp.multihost.get_jax_distributed_client()
-    while not done.wait(1.0):
-        for key, message in client.key_value_dir_get(FAILED):
-            _leave(f"host {key.removeprefix(FAILED)} stopped: {message}", linger)
 
 
 class _TerminatedError(BaseException):  # which nobody takes for an error of theirs
@@ -149,47 +171,48 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _TerminatedError("stopped by SIGTERM")
 
 
+def _fail(group: Rendezvous, message: str, status: int) -> None:
+    group.report(message, certain=True)
+    _leave(message, status)
+
+
 @contextlib.contextmanager
 def connected(hosts: Hosts) -> Iterator[None]:
     """One of many processes inside, where options, launcher or TPU say so; else alone.
 
-    A failure of one among many ends all of them with its message, within seconds: they would
-    otherwise wait for it.
+    A failure of one among many ends all of them with its message, within seconds, as they would
+    otherwise wait for it; one that is killed is named.
 
     Raises:
       UserError: options that do not fit together.
     """
-    _connect(hosts)
-    if jax.process_count() == 1:
+    group = _connect(hosts)
+    if group is None:
         yield
         return
-    # The store in which the others look for the reason goes with the first host.
-    linger = 3.0 if is_first_host() else 0.0
-    done = threading.Event()
     # JAX's own handler would take note of a SIGTERM, and let the start go on.
     signal.signal(signal.SIGTERM, _terminate)
-    threading.Thread(target=_watch, args=(done, linger), daemon=True).start()
     client = ocp.multihost.get_jax_distributed_client()
     try:
         yield
         # The first host may have more to write, and may fail at it.
         client.wait_at_barrier(END, END_TIMEOUT * 1000)
-    except Interrupted:
+        group.leave()
+    except Interrupted:  # as all hosts are, after the same step
+        group.leave()
         raise
-    except (Exception, KeyboardInterrupt, _TerminatedError) as error:
-        done.set()
-        message, status = one_line(error) or type(error).__name__, 2
-        if isinstance(error, KeyboardInterrupt):
-            message, status = "interrupted", 128 + signal.SIGINT
-        elif isinstance(error, _TerminatedError):
-            status = 128 + signal.SIGTERM
-        elif not isinstance(error, UserError):
+    except KeyboardInterrupt:
+        _fail(group, "interrupted", 128 + signal.SIGINT)
+    except _TerminatedError as error:
+        _fail(group, str(error), 128 + signal.SIGTERM)
+    except SystemExit as error:
+        _fail(group, "stopped", error.code if isinstance(error.code, int) else 1)
+    except Exception as error:
+        message, is_known = one_line(error) or type(error).__name__, isinstance(error, UserError)
+        group.report(message, certain=is_known)
+        if not is_known:
             traceback.print_exc()
-        with contextlib.suppress(Exception):  # the coordinator may be what has failed
-            client.key_value_set(f"{FAILED}{jax.process_index()}", message)
-        _leave(message, linger, status)
-    finally:
-        done.set()
+        _leave(message)
 
 
 def check_same(what: str, facts: Mapping[str, Any], timeout: float) -> None:
