@@ -111,13 +111,15 @@ class Rendezvous:
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         return reader, writer
 
-    async def _say_hello(
-        self,
-    ) -> tuple[Message, asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _say_hello(self) -> tuple[Message, asyncio.StreamReader, asyncio.StreamWriter]:
         """The answer of the process that listens at the address, {} if it is none of ours."""
         reader, writer = await self._reach_first()
-        await _send(writer, self.me._asdict())
-        return await _receive(reader), reader, writer
+        try:
+            await _send(writer, self.me._asdict())
+            return await _receive(reader), reader, writer
+        except asyncio.CancelledError:
+            writer.close()
+            raise
 
 
 class _First(Rendezvous):
