@@ -3,11 +3,14 @@
     python tests/kills.py --kills 20 [--seed 0] [--folder DIR]
 
 Each kill is SIGKILL or SIGTERM, of one process or of both, at a random moment of the start, of the
-steps, or of a save. What is left of the processes has to end by itself; every checkpoint that is
-there has to be readable. In the end the whole state is compared bit for bit.
+steps, of a save, or while one process waits for the other within a step. A process that is left
+has to name the one that was killed and to end by itself, within seconds, as do all worker
+processes, and their shared memory goes with them. Every checkpoint that is there has to be
+readable. In the end nothing half written is left, and the whole state is compared bit for bit.
 """
 
 import argparse
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import jax
 import numpy as np
@@ -32,10 +36,13 @@ ARGUMENTS = (
     "--config.log_every_steps=1",
     "--config.checkpoint.every_steps=2",
     "--config.checkpoint.keep=2",
+    "--config.data.num_workers=2",
 )
-STARTING, STEPPING, SAVING = "starting", "stepping", "saving"
+STARTING, STEPPING, SAVING, WAITING = "starting", "stepping", "saving", "waiting"
 TIMEOUT = 60  # seconds for which a process waits at the start for one that was killed
 PATIENCE = 150.0  # seconds for those who were not killed to end
+SOON = 10.0  # seconds for those to end who know that another was killed, and for worker processes
+MARK = "ACTIVEMLP_KILLS"  # in the environment of all processes of a run and their children
 
 
 class Kill(NamedTuple):
@@ -48,7 +55,7 @@ class Kill(NamedTuple):
 
 def draw_kill(chance: random.Random) -> Kill:
     return Kill(
-        chance.choice((STARTING, STEPPING, STEPPING, SAVING, SAVING)),
+        chance.choice((STARTING, STEPPING, STEPPING, SAVING, SAVING, WAITING)),
         chance.choice((signal.SIGKILL, signal.SIGTERM)),
         chance.choice(((0,), (1,), (0, 1))),
     )
@@ -83,6 +90,63 @@ def wait_for(
         time.sleep(chance.uniform(0, 1.5))
     while moment == SAVING and alive.poll() is None and not is_saving(workdir):
         time.sleep(0.0005)
+    if moment == WAITING:
+        alive.send_signal(signal.SIGSTOP)
+        time.sleep(3)  # the other has begun a step by then, and waits for this one's share
+
+
+def marked_processes() -> list[Path]:
+    """The processes started with this process's `MARK`, by their folder in /proc."""
+    mark = f"{MARK}={os.environ[MARK]}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_marked = mark in (folder / "environ").read_bytes().split(b"\0")
+            # The mark is set in this process after its start, so it is not among them.
+            if is_marked and "\nState:\tZ" not in (folder / "status").read_text():
+                found.append(folder)
+        except OSError:  # it has ended, or is somebody else's
+            continue
+    return found
+
+
+def shared_memory(found: Sequence[Path]) -> set[Path]:
+    """The files in /dev/shm that processes have mapped or open."""
+    names = set()
+    for folder in found:
+        try:
+            lines = (folder / "maps").read_text().splitlines()
+            names |= {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line}
+            names |= {os.readlink(link) for link in (folder / "fd").iterdir()}
+        except OSError:
+            continue
+    return {Path(name) for name in names if name.startswith("/dev/shm/")}
+
+
+def check_nothing_runs(memory: set[Path]) -> None:
+    """See that all processes and their shared memory are gone, or soon are."""
+    deadline = time.monotonic() + SOON
+    while (left := marked_processes()) or any(path.exists() for path in memory):
+        if time.monotonic() > deadline:
+            commands = [(path / "cmdline").read_bytes().replace(b"\0", b" ") for path in left]
+            segments = sorted(path.name for path in memory if path.exists())
+            raise AssertionError(f"after {SOON:.0f} s there are {commands} and {segments}")
+        time.sleep(0.1)
+
+
+def check_nothing_half_written(workdir: Path) -> None:
+    patterns = ("*.partial", "*.previous", "*.orbax-checkpoint-tmp*")
+    found = [path for pattern in patterns for path in workdir.rglob(pattern)]
+    assert not found, found
+
+
+def check_survivor(process: subprocess.Popen[str], errors: str, victim: int, pid: int) -> None:
+    """See that a process ended with one line that names another which was killed."""
+    assert process.returncode == 2, errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
+    assert f"error: host {victim} (" in lines[0], errors
+    assert f", pid {pid}) is gone" in lines[0], errors
 
 
 def check_readable(workdir: Path) -> int:
@@ -97,18 +161,27 @@ def check_readable(workdir: Path) -> int:
 
 def kill_once(start: Start, workdir: Path, kill: Kill, chance: random.Random) -> str:
     """Start the run, kill it, see all of it end; what was done, in words."""
+    os.environ[MARK] = str(uuid4())
     run = start(workdir)
     try:
         wait_for(kill.moment, workdir, chance, run[kill.victims[0]])
+        memory = shared_memory(marked_processes())
         for victim in kill.victims:
             assert run[victim].poll() is None, f"process {victim} ended before {kill}"
             run[victim].send_signal(kill.number)
+            run[victim].send_signal(signal.SIGCONT)  # SIGTERM waits as long as it is stopped
         began = time.monotonic()
-        for process in run:
-            process.communicate(timeout=PATIENCE)
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in run]
+        seconds = time.monotonic() - began
         statuses = [process.returncode for process in run]
+        if kill.number == signal.SIGKILL and len(kill.victims) == 1 and kill.moment != STARTING:
+            (victim,) = kill.victims
+            check_survivor(run[1 - victim], errors[1 - victim], victim, run[victim].pid)
+            assert seconds < SOON, f"{seconds:.1f} s"
+        check_nothing_runs(memory)
         done = f"{kill.number.name} of {kill.victims} while {kill.moment}"
-        return f"{done}: ended with {statuses} after {time.monotonic() - began:.1f} s"
+        segments = f"{len(memory)} segments of shared memory"
+        return f"{done}: ended with {statuses} after {seconds:.1f} s; {segments}"
     finally:
         for process in run:
             process.kill()
@@ -121,6 +194,8 @@ def torment(start: Start, workdir: Path, kills: Sequence[Kill], chance: random.R
         done = kill_once(start, workdir, kill, chance)
         print(f"{count}: {done}; saved up to step {check_readable(workdir)}", flush=True)
     processes.finish(start(workdir))
+    check_nothing_runs(set())
+    check_nothing_half_written(workdir)
 
 
 def figures(path: Path) -> list[dict[str, Any]]:
@@ -153,11 +228,14 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
+        before = set(Path("/dev/shm").iterdir())
         untouched, killed = folder / "untouched", folder / "killed"
         processes.finish(start(untouched))
         chance = random.Random(arguments.seed)
         kills = [draw_kill(chance) for _ in range(arguments.kills)]
         torment(start, killed, kills, chance)
+        left = set(Path("/dev/shm").iterdir()) - before
+        assert not left, f"shared memory is left: {left}"
         arrays = compare(killed, untouched, STEPS)
         print(f"{arrays} arrays are equal bit for bit after {len(kills)} kills")
 

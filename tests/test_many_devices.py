@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,12 @@ ARGUMENTS = (
     "--config.epochs=2",
     "--config.log_every_steps=1",
     "--config.checkpoint.every_steps=9",
+    # Boxes are erased, and rows mixed in groups of 8: of the five groups of a batch one lies on two
+    # hosts, and two on two devices of one host.
+    "--config.random_erasing=0.5",
+    "--config.mix.mixup_alpha=0.8",
+    "--config.mix.cutmix_alpha=1.0",
+    "--config.mix.group_size=8",
     # constant
     "--config.optimizer.learning_rate=1e-3",
     "--config.optimizer.final_learning_rate=1e-3",
@@ -120,6 +127,7 @@ def test_killed_again_and_again_two_hosts_end_at_the_same_weights_bit_for_bit(
 
     deaths = (
         kills.Kill(kills.SAVING, signal.SIGKILL, (0,)),
+        kills.Kill(kills.WAITING, signal.SIGKILL, (1,)),
         kills.Kill(kills.STEPPING, signal.SIGTERM, (1,)),
     )
     kills.torment(start, folder / "killed", deaths, random.Random(0))
@@ -177,19 +185,43 @@ def test_a_host_that_is_stopped_before_the_first_step_ends_the_other(
     second.send_signal(number)
     (_, errors), (_, own_errors) = (process.communicate(timeout=120) for process in (first, second))
     assert (first.returncode, second.returncode) == (2, status), errors + own_errors
-    assert f"host 1 stopped: {reason}" in errors
+    assert re.search(rf"error: host 1 \(.*, pid {second.pid}\) stopped: {reason}$", errors, re.M)
     assert f"train.py: error: {reason}" in own_errors
     assert "Traceback" not in own_errors
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_host_whose_others_never_come_says_so(number: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_processes=2", "--process_id=0"], "two processes have process id 0: host 0 ("),
+        (["--num_processes=3", "--process_id=1"], ") was started as one of 3 processes, and host"),
+    ],
+    ids=["the same number", "another number of processes"],
+)
+def test_hosts_that_disagree_about_their_numbers_are_named(
+    options: list[str], message: str, tmp_path: Path
+):
+    given = ("--workdir", str(tmp_path / "run"), f"--coordinator={free_address()}")
+    hosts = [start(*given, "--num_processes=2", "--process_id=0"), start(*given, *options)]
+    for process in hosts:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2, errors
+        assert len(errors.strip().splitlines()) == 1, errors
+        assert message in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(0, "these of 2 hosts have not come to 127.0.0.1"), (1, "host 1 has not met all 2 hosts at")],
+)
+def test_a_host_whose_others_never_come_says_so(number: int, message: str, tmp_path: Path):
     hosts = (f"--coordinator={free_address()}", "--num_processes=2", f"--process_id={number}")
     process = start("--workdir", str(tmp_path / "run"), *hosts, "--timeout=3")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
-    assert f"after 3 s process {number} has not met all 2 at 127.0.0.1" in errors
-    assert "Check failure" not in errors
+    assert f"error: after 3 s {message}" in errors
+    assert len(errors.strip().splitlines()) == 1, errors
 
 
 @pytest.mark.parametrize(
@@ -206,9 +238,20 @@ def test_a_host_whose_others_never_come_says_so(number: int, tmp_path: Path):
             ["--coordinator=here", "--num_processes=2", "--process_id=1"],
             "the coordinator is here, expected HOST:PORT",
         ),
+        (
+            ["--coordinator=here:99999", "--num_processes=2", "--process_id=1"],
+            "the coordinator is here:99999, expected HOST:PORT, PORT 1 to 65535",
+        ),
+        (
+            [f"--num_processes={10**12}", "--process_id=1"],
+            "the number of processes is 1000000000000, expected 1 to 1,000,000",
+        ),
         (["--config.mesh.fsdp=3"], "config.mesh is all x 3 (data x fsdp), which the 4 devices"),
         (["--config.mesh.data=2"], "config.mesh is 2 x 1 (data x fsdp), which the 4 devices"),
-        (["--config.batch_size=30"], "config.batch_size is 30, expected a multiple of 4"),
+        (
+            ["--config.batch_size=30", "--config.mix.group_size=10"],
+            "config.batch_size is 30, expected a multiple of 4",
+        ),
         (
             ["--config.accumulation=3"],
             "config.batch_size is 40, expected a multiple of 12: there are 4 devices, taken in 3",

@@ -1,5 +1,6 @@
 """The first process of a run, and what it makes of those that come, or do not."""
 
+import contextlib
 import json
 import queue
 import socket
@@ -30,10 +31,8 @@ class First:
         threading.Thread(target=self._join, args=(timeout,), daemon=True).start()
 
     def _join(self, timeout: float) -> None:
-        try:
+        with contextlib.suppress(EndedError):
             self.group.put(join(self.address, 3, 0, timeout, self._end))
-        except EndedError:
-            pass
 
     def _end(self, message: str) -> None:
         self.ends.put(message)
@@ -94,8 +93,7 @@ def failure(first: First, *connections: socket.socket) -> str:
         while "failed" not in (message := hear(connection)):
             pass
         connection.close()
-    message = first.ends.get(timeout=20)
-    return message
+    return first.ends.get(timeout=20)
 
 
 def test_two_processes_with_one_number_are_both_named_and_end_all(first: First):
@@ -112,7 +110,9 @@ def test_a_second_first_process_on_another_machine_ends_all(first: First):
 def test_a_process_that_counts_differently_is_named(first: First):
     two, other = first.come(2), first.come(1, processes=2)
     message = failure(first, two, other)
-    assert message.startswith("host 1 (node1, pid 72) was started as one of 2 processes, and host 0")
+    assert message.startswith(
+        "host 1 (node1, pid 72) was started as one of 2 processes, and host 0"
+    )
     assert message.endswith("as one of 3")
 
 
@@ -127,7 +127,9 @@ def test_those_who_have_not_come_in_time_are_named():
     first = First(timeout=1)
     two = first.come(2)
     message = failure(first, two)
-    assert message == f"after 1 s these of 3 hosts have not come to {first.address}: 1; do they run?"
+    assert (
+        message == f"after 1 s these of 3 hosts have not come to {first.address}: 1; do they run?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_a_stranger_that_connects_does_not_disturb(words: bytes, first: First):
 
 
 def test_a_process_that_comes_too_late_is_refused_and_the_run_goes_on(first: First):
-    one, two, _ = all_met(first)
+    one, _two, _ = all_met(first)
     late = first.come(2)
     assert "two processes have process id 2" in hear(late)["failed"]
     one.settimeout(0.3)
