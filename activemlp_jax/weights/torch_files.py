@@ -32,7 +32,10 @@ StateDict = dict[str, np.ndarray]
 KINDS = {"ema": "model_ema", "model": "model"}
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # types of weights
-SAFETENSORS_TYPES = ("F16", "BF16", "F32", "F64", "I64")
+SAFETENSORS_TYPES = (  # those that numpy has
+    *("F16", "BF16", "F32", "F64", "BOOL"),
+    *("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"),
+)
 MOST_HEADER = 8 * 2**20  # bytes, of a safetensors file
 VALUES = (Tensor, Unread, np.ndarray)  # what may stand for a tensor of a state dict
 
@@ -329,7 +332,7 @@ def _check_sizes(state_dict: Mapping[Any, Any], where: str, file_size: int) -> N
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
             raise UserError(f"{where}{key!r:.200} is a {kind}, expected a named tensor")
-        if value.type_name not in (*FLOATS, "int64"):
+        if value.type_name != str(value.storage.dtype):  # one that numpy lacks
             raise UserError(f"{what} has values of type {value.type_name}, expected floating")
         if 0 in value.shape:
             raise UserError(f"{what} has shape {value.shape}, expected no side of 0")

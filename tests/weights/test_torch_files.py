@@ -435,7 +435,7 @@ def test_a_safetensors_file_cannot_claim_a_huge_header(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("dtype", "name"),
-    [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int32, "I32"), (torch.bool, "BOOL")],
+    [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int32, "int32"), (torch.bool, "bool")],
 )
 def test_safetensors_of_another_type_are_named(dtype: Any, name: str, tmp_path: Path):
     save_tensors({"norm.bias": torch.ones(3).to(dtype)}, tmp_path / "odd.safetensors")
