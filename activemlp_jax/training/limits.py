@@ -1,0 +1,231 @@
+"""What the single values of a config may be, whatever the others are."""
+
+import math
+from collections.abc import Callable
+from functools import reduce
+from operator import getitem
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from activemlp_jax.errors import UserError
+from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
+from activemlp_jax.models.segmentation import HEADS
+
+# What a value must be to work: keys, condition, and the words for it. Types are ml_collections'.
+LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        (
+            "epochs",
+            "batch_size",
+            "eval_batch_size",
+            "mix.group_size",
+            "data.repeats",
+            "accumulation",
+            "log_every_steps",
+            "mesh.fsdp",
+            "checkpoint.every_epochs",
+            "checkpoint.keep",
+            "test.every_epochs",
+            "test.size_multiple",
+            "head.aux_channels",
+            "head.neck_channels",
+            "data.scene.short_side",
+        ),
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (("data.resize_factor",), lambda value: value >= 1, "1 or more"),
+    (
+        ("data.image_size",),
+        lambda value: value >= MIN_IMAGE_SIDE,
+        f"at least {MIN_IMAGE_SIDE}",
+    ),
+    (("mesh.data",), lambda value: value == -1 or value >= 1, "-1 or at least 1"),
+    # JAX's keys keep 32 bits of a seed.
+    (("seed",), lambda value: 0 <= value < 2**32, "0 <= seed < 2**32"),
+    (
+        (
+            "label_smoothing",
+            "ema_decay",
+            "head.dropout_rate",
+            "optimizer.b1",
+            "optimizer.b2",
+            "data.warp.scale",
+        ),
+        lambda value: 0 <= value < 1,
+        "0 <= value < 1",
+    ),
+    (
+        ("data.flip", "random_erasing", "mix.cutmix_probability"),
+        lambda value: 0 <= value <= 1,
+        "0 <= value <= 1",
+    ),
+    (
+        (
+            "data.crop.min_area",
+            "data.crop.max_area",
+            "data.scene.max_class_share",
+            "optimizer.layer_decay",
+        ),
+        lambda value: 0 < value <= 1,
+        "0 < value <= 1",
+    ),
+    (
+        (
+            "data.crop.min_ratio",
+            "data.crop.max_ratio",
+            "data.scene.min_ratio",
+            "data.scene.max_ratio",
+            "optimizer.learning_rate",
+        ),
+        lambda value: value > 0,
+        "more than 0",
+    ),
+    *(
+        ((key,), lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
+        for key, choices in (
+            ("task", ("classification", "segmentation")),
+            ("head.name", tuple(HEADS)),
+            ("init_weights", ("auto", "ema", "model")),
+            ("model.dtype", ("bfloat16", "float32", "float64")),
+            ("optimizer.not_decayed", ("vectors", "norms")),
+            ("data.augmentation", ("warp", "random_resized_crop")),
+            ("data.on_error", ("skip", "raise")),
+            ("optimizer.schedule", ("steps", "epochs", "poly")),
+        )
+    ),
+    (("data.train_split", "data.test_split"), lambda value: value != "", "the name of a split"),
+    (
+        (
+            "optimizer.warmup_learning_rate",
+            "optimizer.final_learning_rate",
+            "optimizer.warmup_epochs",
+            "optimizer.warmup_steps",
+            "optimizer.weight_decay",
+            "optimizer.eps",
+            "steps",
+            "head.channels",
+            "optimizer.reference_batch_size",
+            "optimizer.clip_norm",
+            "mix.mixup_alpha",
+            "mix.cutmix_alpha",
+            "data.num_threads",
+            "data.num_workers",
+            "data.max_skipped",
+            "data.scene.long_side",
+            "profile",
+            "checkpoint.every_steps",
+            "checkpoint.every_minutes",
+            "data.color_jitter",
+            "data.warp.degrees",
+            "data.warp.shear",
+            "data.warp.translate",
+            "data.warp.bend",
+        ),
+        lambda value: value >= 0,
+        "0 or more",
+    ),
+)
+
+# More than any run needs, and little enough that a slip of the finger is told at once.
+MOST: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (
+        10**7,
+        (
+            "epochs",
+            "steps",
+            "log_every_steps",
+            "profile",
+            "test.every_epochs",
+            "checkpoint.every_epochs",
+            "checkpoint.every_steps",
+            "checkpoint.every_minutes",
+            "checkpoint.keep",
+            "data.max_skipped",
+            "optimizer.warmup_epochs",
+            "optimizer.warmup_steps",
+            "optimizer.clip_norm",
+        ),
+    ),
+    (
+        10**6,
+        (
+            "batch_size",
+            "eval_batch_size",
+            "accumulation",
+            "mix.group_size",
+            "optimizer.reference_batch_size",
+            "mesh.data",
+            "mesh.fsdp",
+        ),
+    ),
+    (
+        2**16,
+        (
+            "model.embed_dims",
+            "model.share_dims",
+            "head.channels",
+            "head.aux_channels",
+            "head.neck_channels",
+        ),
+    ),
+    (2**14, ("data.scene.long_side", "data.scene.short_side")),
+    (2**12, ("data.image_size", "test.size_multiple")),
+    (
+        1000,
+        (
+            "data.num_threads",
+            "data.num_workers",
+            "data.repeats",
+            "data.mean",
+            "data.std",
+            "mix.mixup_alpha",
+            "mix.cutmix_alpha",
+            "model.depths",
+            "model.offset_interval",
+            "optimizer.learning_rate",
+            "optimizer.warmup_learning_rate",
+            "optimizer.final_learning_rate",
+            "optimizer.weight_decay",
+        ),
+    ),
+    (360, ("data.warp.degrees",)),
+    (
+        100,
+        (
+            "data.crop.min_ratio",
+            "data.crop.max_ratio",
+            "data.scene.min_ratio",
+            "data.scene.max_ratio",
+            "model.mlp_ratios",
+        ),
+    ),
+    (
+        10,
+        (
+            "data.color_jitter",
+            "data.warp.shear",
+            "data.warp.translate",
+            "data.warp.bend",
+        ),
+    ),
+    (4, ("data.resize_factor",)),
+    (1, ("optimizer.eps",)),
+)
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises UserError, naming the key, for a number or a choice that no run can have."""
+    for keys, holds, expected in LIMITS:
+        for key in keys:
+            value = reduce(getitem, key.split("."), config)
+            infinite = isinstance(value, float) and not math.isfinite(value)
+            if infinite or not holds(value):
+                raise UserError(f"config.{key} is {value!r}, expected {expected}")
+    for most, keys in MOST:
+        for key in keys:
+            value = reduce(getitem, key.split("."), config)
+            numbers = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(number, int | float) and number > most for number in numbers):
+                raise UserError(f"config.{key} is {value!r}, expected at most {most:,}")
