@@ -48,7 +48,7 @@ def start(
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """`train.py` to its end, however that is; the options of `start`."""
     process = start(*arguments, **options)
-    output, errors = process.communicate(timeout=400)
+    ((output, errors),) = end([process], timeout=400)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
@@ -68,9 +68,19 @@ def start_two(
     ]
 
 
+def end(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[str, str]]:
+    """What each printed and said of errors, once all have ended; none is left if one has not."""
+    try:
+        return [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 400) -> list[str]:
     """What each printed, once all have ended well."""
-    results = [process.communicate(timeout=timeout) for process in processes]
+    results = end(processes, timeout)
     for process, (_, errors) in zip(processes, results, strict=True):
         assert process.returncode == 0, errors[-3000:]
     return [output for output, _ in results]

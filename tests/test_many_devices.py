@@ -14,7 +14,7 @@ import jax
 import kills
 import numpy as np
 import pytest
-from processes import finish, free_address, lines, saved_state, start, start_two
+from processes import end, finish, free_address, lines, saved_state, start, start_two
 
 # One process for all that share what a fixture takes long to make.
 pytestmark = pytest.mark.xdist_group("devices")
@@ -154,8 +154,7 @@ def test_what_two_hosts_saved_goes_on_elsewhere_with_the_same_samples(
 
 def test_a_host_with_other_settings_is_named_and_none_waits_for_it(tmp_path: Path):
     hosts = start_two("--workdir", str(tmp_path / "run"), *ARGUMENTS, second=["--config.seed=1"])
-    for process in hosts:
-        _, errors = process.communicate(timeout=120)
+    for process, (_, errors) in zip(hosts, end(hosts), strict=True):
         assert process.returncode == 2, errors
         assert "host 1 differs from host 0: config.seed is 1 there and 0 on host 0" in errors
     assert not (tmp_path / "run").exists()
@@ -165,8 +164,7 @@ def test_an_error_on_one_host_ends_the_other_with_its_message(tmp_path: Path):
     hosts = start_two(
         "--workdir", str(tmp_path / "run"), *ARGUMENTS, second=["--config.data.name=cifar"]
     )
-    for process in hosts:
-        _, errors = process.communicate(timeout=120)
+    for process, (_, errors) in zip(hosts, end(hosts), strict=True):
         assert process.returncode == 2, errors
         assert "no data set 'cifar', expected digits" in errors
 
@@ -183,7 +181,7 @@ def test_a_host_that_is_stopped_before_the_first_step_ends_the_other(
     while not (tmp_path / "run" / "config.json").exists():
         assert first.poll() is None, first.communicate()
     second.send_signal(number)
-    (_, errors), (_, own_errors) = (process.communicate(timeout=120) for process in (first, second))
+    (_, errors), (_, own_errors) = end((first, second))
     assert (first.returncode, second.returncode) == (2, status), errors + own_errors
     assert re.search(rf"error: host 1 \(.*, pid {second.pid}\) stopped: {reason}$", errors, re.M)
     assert f"train.py: error: {reason}" in own_errors
@@ -203,8 +201,7 @@ def test_hosts_that_disagree_about_their_numbers_are_named(
 ):
     given = ("--workdir", str(tmp_path / "run"), f"--coordinator={free_address()}")
     hosts = [start(*given, "--num_processes=2", "--process_id=0"), start(*given, *options)]
-    for process in hosts:
-        _, errors = process.communicate(timeout=120)
+    for process, (_, errors) in zip(hosts, end(hosts), strict=True):
         assert process.returncode == 2, errors
         assert len(errors.strip().splitlines()) == 1, errors
         assert message in errors
@@ -218,7 +215,7 @@ def test_hosts_that_disagree_about_their_numbers_are_named(
 def test_a_host_whose_others_never_come_says_so(number: int, message: str, tmp_path: Path):
     hosts = (f"--coordinator={free_address()}", "--num_processes=2", f"--process_id={number}")
     process = start("--workdir", str(tmp_path / "run"), *hosts, "--timeout=3")
-    _, errors = process.communicate(timeout=120)
+    ((_, errors),) = end([process])
     assert process.returncode == 2, errors
     assert f"error: after 3 s {message}" in errors
     assert len(errors.strip().splitlines()) == 1, errors
@@ -262,7 +259,7 @@ def test_what_does_not_fit_together_is_one_clear_line(
     arguments: list[str], message: str, tmp_path: Path
 ):
     process = start("--workdir", str(tmp_path / "run"), *ARGUMENTS, *arguments, devices=4)
-    _, errors = process.communicate(timeout=120)
+    ((_, errors),) = end([process])
     assert process.returncode == 2, errors
     assert len(errors.strip().splitlines()) == 1, errors
     assert message in errors

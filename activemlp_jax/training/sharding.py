@@ -156,10 +156,12 @@ _ending = threading.Lock()
 def _leave(message: str, status: int = 2) -> None:
     """End at once, without the goodbye for which JAX would wait for the other hosts."""
     _ending.acquire()  # and never release: the first message is the only one
-    sys.stdout.flush()
-    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr)
+        sys.stderr.flush()
+    finally:  # nobody may read the output any more
+        os._exit(status)
 
 
 class _TerminatedError(BaseException):  # which nobody takes for an error of theirs

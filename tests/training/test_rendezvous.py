@@ -90,7 +90,7 @@ def all_met(first: First) -> tuple[socket.socket, socket.socket, Rendezvous]:
 def failure(first: First, *connections: socket.socket) -> str:
     """What ends the first process, and as well those that listen on `connections`."""
     for connection in connections:
-        while "failed" not in (message := hear(connection)):
+        while "failed" not in hear(connection):
             pass
         connection.close()
     return first.ends.get(timeout=20)
