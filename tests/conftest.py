@@ -11,15 +11,20 @@ from activemlp_jax.process import collect_garbage_rarely
 
 ROOT = Path(__file__).parents[1]
 
-# One cache of compiled programs for all tests and the processes they start. JAX locks it, so that
-# nobody reads what another is writing, only where its size has a limit.
-CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-CACHE_SIZE = os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(8 * 2**30))
-# Most of what is run many times compiles in less than the second that JAX asks for.
-SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", float(SECONDS))
-jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_compilation_cache_max_size", int(CACHE_SIZE))
+# The tests and the processes they start keep compiled programs in a cache of their own, whatever the
+# user's settings are: JAX locks a cache only where its size has a limit, and then warns about
+# programs that a process without one put there.
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(8 * 2**30),
+    # Most of what is run many times compiles in less than the second that JAX asks for.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+}
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_compilation_cache_max_size", int(os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"])
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 collect_garbage_rarely()  # as the commands do; most of a test's time is tracing and compiling
