@@ -170,7 +170,7 @@ def _take_steps(
     train_step = run.program.train_step.lower(run.program.state, run.program.batch).compile()
     say(f"compiled in {time.perf_counter() - started:.0f} s")
 
-    skipped = Skipped(config.data.max_skipped, say_here)
+    skipped = Skipped(config.data.max_skipped, say_here, sharding.shared_store())
     batches = train_batches(
         run.train_source,
         config,

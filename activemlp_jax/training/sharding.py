@@ -275,6 +275,11 @@ def stop_is_agreed(wanted: bool, step: int) -> bool:
     return any(step >= int(agreed) for _, agreed in client.key_value_dir_get(STOP))
 
 
+def shared_store() -> Any:
+    """The store of keys and values that all hosts share; None where there is one host."""
+    return ocp.multihost.get_jax_distributed_client() if jax.process_count() > 1 else None
+
+
 def sum_over_hosts(value: int) -> int:
     """The sum of every host's `value`; waits for the devices where there are many hosts."""
     return int(multihost_utils.process_allgather(np.asarray(value)).sum())
