@@ -336,7 +336,7 @@ def test_help_shows_an_example_and_the_flags():
     for key in flatten(config.to_dict()):
         key = key.rpartition(".")[2]
         assert re.search(rf"\b{key}=", result.stdout), f"{key} is not listed"
-    assert "depths=(3, 4, 10, 3)" in result.stdout, "with the values of that file"
+    assert f"depths={config.model.depths}" in result.stdout, "with the values of that file"
 
 
 @pytest.mark.parametrize(

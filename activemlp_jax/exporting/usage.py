@@ -76,6 +76,7 @@ def _accepted(found: dict[str, Any]) -> str:
 
 def _stablehlo(found: dict[str, Any]) -> str:
     facts = found["files"]["model.stablehlo"]
+    platforms = ", ".join(facts["platforms"])
     program = _program(
         found,
         "import jax\nimport jax.export\nimport numpy as np",
@@ -86,9 +87,9 @@ def _stablehlo(found: dict[str, Any]) -> str:
     return f"""\
 ### `model.stablehlo`
 
-The function with its weights inside, for {", ".join(facts["platforms"])}. It needs
-`pip install jax flatbuffers`, and to open photos `pillow`. It was written by jax {facts["jax"]}, and JAX says
-[for how long others read it]({GUARANTEES}).
+The function with its weights inside, for {platforms}. It needs
+`pip install jax flatbuffers`, and to open photos `pillow`. It was written by jax
+{facts["jax"]}, and JAX says [for how long others read it]({GUARANTEES}).
 
 {_accepted(found)}
 
@@ -96,6 +97,7 @@ The function with its weights inside, for {", ".join(facts["platforms"])}. It ne
 
 
 def _onnx(found: dict[str, Any]) -> str:
+    opset = found["files"]["model.onnx"]["opset"]
     program = _program(
         found,
         "import numpy as np\nimport onnxruntime",
@@ -105,7 +107,7 @@ def _onnx(found: dict[str, Any]) -> str:
     return f"""\
 ### `model.onnx`
 
-The function with its weights inside, in opset {found["files"]["model.onnx"]["opset"]}. It needs
+The function with its weights inside, in opset {opset}. It needs
 `pip install onnxruntime`, and to open photos `pillow`.
 
 {_accepted(found)}
