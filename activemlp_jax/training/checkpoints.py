@@ -196,6 +196,7 @@ class Checkpoints:
                     _read(self.path(other), host, hosts, may_lack_files=True)
         with self._named(wanted):
             run = _read(self.path(wanted), host, hosts)
+        sharding.first_host_says(True)  # waits until the others have found nothing, either
         differences = differing_keys(self._config, run["config"])
         if differences:
             raise UserError(
