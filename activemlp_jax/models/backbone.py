@@ -183,7 +183,8 @@ class ActiveMLP(nn.Module):
       offset_interval: every how many blocks of a stage new offsets are made.
       num_classes: outputs of the linear head.
       drop_path_rate: of the last block; the rates grow linearly from 0 at the first.
-      dtype: of the computation. Parameters, offsets and logits are float32, or float64 here.
+      dtype: of the computation. Parameters, offsets, mixing weights and logits are float32, or
+        float64 here, and so are sums over positions or images, forward and backward.
       remat_stages: numbers of stages whose blocks are computed again in the backward pass: less
         memory for more time, and the same function.
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.models.layers import Dtype, along_last, wide, written
+from activemlp_jax.models.layers import Dtype, add_bias, wide, written
 
 
 def conv_init(groups: int = 1) -> nn.initializers.Initializer:
@@ -140,7 +140,7 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 class Conv(nn.Module):
     """A square convolution with bias: `[B, H, W, C]` to `[B, H', W', features]`.
 
-    `padding` pixels on every side.
+    Pads `padding` pixels on every side.
     """
 
     features: int
@@ -148,15 +148,17 @@ class Conv(nn.Module):
     stride: int
     padding: int
     dtype: Dtype
+    kernel_init: nn.initializers.Initializer = conv_init()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels, dtype = x.shape[-1], wide(self.dtype)
         shape = (self.size, self.size, channels, self.features)
-        kernel = self.param("kernel", conv_init(), shape, dtype)
+        kernel = self.param("kernel", self.kernel_init, shape, dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-        out = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
-        return out + along_last(bias.astype(self.dtype), out.ndim)
+        function = _convolve if self.stride == 1 else convolve
+        out = function(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
+        return add_bias(out, bias)
 
 
 def conv(
@@ -215,5 +217,4 @@ class DepthwiseConv(nn.Module):
         channels, sum_dtype = x.shape[-1], wide(self.dtype)  # as a convolution's sum
         kernel = self.param("kernel", conv_init(groups=channels), (3, 3, 1, channels), sum_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), sum_dtype)
-        out = _depthwise(x.astype(self.dtype), kernel) + along_last(bias, x.ndim)
-        return out.astype(self.dtype)
+        return add_bias(_depthwise(x.astype(self.dtype), kernel), bias).astype(self.dtype)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from activemlp_jax.models.convolutions import conv_init
+from activemlp_jax.models.convolutions import Conv, conv_init
 from activemlp_jax.models.layers import Dtype, wide
 from activemlp_jax.models.resizing import pool_adaptive, resize_bilinear, resize_nearest
 
@@ -156,16 +156,9 @@ class FpnNeck(nn.Module):
     channels: int
     dtype: Dtype = jnp.float32
 
-    def _conv(self, size: int, name: str) -> nn.Conv:
-        return nn.Conv(
-            self.channels,
-            (size, size),
-            padding=size // 2,
-            dtype=self.dtype,
-            param_dtype=wide(self.dtype),
-            kernel_init=nn.initializers.xavier_uniform(),
-            name=name,
-        )
+    def _conv(self, size: int, name: str) -> Conv:
+        init = nn.initializers.xavier_uniform()
+        return Conv(self.channels, size, 1, size // 2, self.dtype, init, name=name)
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array]) -> list[jax.Array]:

@@ -1,8 +1,10 @@
 """Layers of the network, with the original's initial weights.
 
-`dtype` is that of the computation; parameters are float32, or float64 where `dtype` is. Several
-layers have a derivative rule of their own: the same derivative in fewer passes over memory, and
-with less to compile. So derivatives are for reverse mode, and first ones only.
+`dtype` is that of the computation; parameters are float32, or float64 where `dtype` is. Where
+`dtype` is bfloat16, products add up in float32 and round their result, and all other sums over
+positions or images, forward and backward, are float32 sums. Several layers have a derivative rule
+of their own: the same derivative in fewer passes over memory, and with less to compile. So
+derivatives are for reverse mode, and first ones only.
 """
 
 from typing import Any
@@ -37,6 +39,17 @@ def written(x: jax.Array) -> jax.Array:
     compilers know better when to.
     """
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x` `[.., C]` plus `bias`, `[C]` or of the rank of `x`, in the dtype of `x`.
+
+    The addition is in float32 or wider, and so is the sum over all positions that is the bias's
+    gradient: in bfloat16 a sum of a few hundred thousand numbers is wrong by half.
+    """
+    dtype = wide(x.dtype)
+    bias = along_last(bias, x.ndim) if bias.ndim == 1 else bias
+    return (x.astype(dtype) + bias.astype(dtype)).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -78,7 +91,7 @@ def affine(x: jax.Array, layer: Affine) -> jax.Array:
     """`[.., I]` to `[.., O]`, in the dtype of `x`."""
     kernel, bias = layer
     out = _matmul(x, kernel.astype(x.dtype))
-    return out if bias is None else out + along_last(bias.astype(x.dtype), out.ndim)
+    return out if bias is None else add_bias(out, bias)
 
 
 class Linear(nn.Module):

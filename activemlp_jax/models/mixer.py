@@ -15,6 +15,7 @@ from activemlp_jax.models.layers import (
     Dtype,
     LinearParameters,
     Mlp,
+    add_bias,
     affine,
     linear,
     norm,
@@ -57,22 +58,22 @@ def _map_at_once(
     """`[B, H, W, C]`: the tokens mapped, weighted, summed and mapped again, by one product.
 
     All that an image does to a layer meets in one matrix of its own, so that devices which share
-    a batch sum one gradient for each parameter.
+    a batch sum one gradient for each of the layers' kernels. What has no positions is float32 or
+    wider until it is multiplied with a map.
     """
     batch, dtype = tokens[0].shape[0], tokens[0].dtype
-    kernel, bias = proj
-    assert bias is not None, "as the original's"
-    stacked = jnp.stack([_with_bias(layer) for layer in layers]).astype(dtype)
+    stacked = jnp.stack([_with_bias(layer) for layer in layers])
     own = jnp.broadcast_to(stacked[None], (batch, *stacked.shape))  # [B, 3, C + 1, C]
-    means = jnp.stack([token.mean(axis=(1, 2)) for token in tokens], axis=1)
-    means = jnp.concatenate([means, jnp.ones((*means.shape[:2], 1), dtype)], axis=-1)
-    weight = weigh(jnp.einsum("bji,bjio->bo", means, own)[:, None, None])
+    means = jnp.stack([token.mean(axis=(1, 2), dtype=own.dtype) for token in tokens], axis=1)
+    means = jnp.concatenate([means, jnp.ones((*means.shape[:2], 1), own.dtype)], axis=-1)
+    summary = jnp.einsum("bji,bjio->bo", means, own)
+    weight = weigh(summary[:, None, None])
     weighted = own * jnp.moveaxis(weight[:, 0, 0], -1, 1)[:, :, None]
-    maps = affine(weighted, (kernel, None))
-    constant = maps[:, :, -1].sum(axis=1)[:, None, None]
-    maps = maps[:, :, :-1].reshape(batch, -1, maps.shape[-1])
+    maps = affine(weighted[:, :, :-1].astype(dtype), (proj[0], None))
+    constant = affine(weighted[:, :, -1].sum(axis=1)[:, None, None], proj)
+    maps = maps.reshape(batch, -1, maps.shape[-1])
     out = jnp.einsum("bhwi,bio->bhwo", jnp.concatenate(tokens, axis=-1), maps)
-    return out + (constant + bias.astype(dtype).reshape(1, 1, 1, -1))
+    return add_bias(out, constant)
 
 
 class ActiveTokenMixer(nn.Module):
@@ -87,6 +88,8 @@ class ActiveTokenMixer(nn.Module):
     the results' mean over all positions, which is what the layers make of the tokens' mean. So an
     image has one linear map from its tokens to the layer's output: on large maps that is the one
     taken, a product less and four maps less to write.
+
+    Means, mixing weights and sums of tokens are computed in float32 or wider, whatever `dtype`.
 
     Source: Active Token Mixer, section 3.
     """
@@ -105,7 +108,7 @@ class ActiveTokenMixer(nn.Module):
         layers = (atm_w, atm_h, atm_c)
 
         def weigh(summary: jax.Array) -> jax.Array:
-            fusion = Mlp(channels // 4, 3 * channels, self.dtype, name="fusion")(summary)
+            fusion = Mlp(channels // 4, 3 * channels, wide(self.dtype), name="fusion")(summary)
             weight = nn.softmax(fusion.reshape(*fusion.shape[:-1], channels, 3), axis=-1)
             self.sow("intermediates", "offset", offset)
             self.sow("intermediates", "weight", weight)
@@ -114,7 +117,10 @@ class ActiveTokenMixer(nn.Module):
         # The maps cost C^3 multiply-adds each to make, and save C^2 a position.
         if height * width > len(tokens) * channels:
             return _map_at_once(tokens, layers, proj, weigh)
-        w, h, c = map(affine, tokens, layers)
+        w, h, c = (
+            affine(token, layer).astype(wide(self.dtype))
+            for token, layer in zip(tokens, layers, strict=True)
+        )
         weight = weigh((w + h + c).mean(axis=(1, 2), keepdims=True))
         mixed = w * weight[..., 0] + h * weight[..., 1] + c * weight[..., 2]
-        return affine(mixed, proj)
+        return affine(mixed.astype(x.dtype), proj)
