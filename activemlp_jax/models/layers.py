@@ -7,6 +7,7 @@ of their own: the same derivative in fewer passes over memory, and with less to 
 derivatives are for reverse mode, and first ones only.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -52,26 +53,32 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return (x.astype(dtype) + bias.astype(dtype)).astype(x.dtype)
 
 
-@jax.custom_vjp
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+Precision = jax.lax.Precision | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
     """`[.., I]` and `[I, O]` to `[.., O]`."""
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision)
 
 
-def _matmul_forward(x: jax.Array, kernel: jax.Array) -> Any:
+def _matmul_forward(x: jax.Array, kernel: jax.Array, precision: Precision) -> Any:
     x = written(x)
-    return _matmul(x, kernel), (x, kernel)
+    return _matmul(x, kernel, precision), (x, kernel)
 
 
-def _matmul_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(
+    precision: Precision, residuals: Any, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     cotangent = written(cotangent)
-    x_cotangent = jax.lax.dot_general(cotangent, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    dot = functools.partial(jax.lax.dot_general, precision=precision)
+    x_cotangent = dot(cotangent, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     positions = ((tuple(range(x.ndim - 1)),) * 2, ((), ()))
     # A CPU transposes the first operand: let that be the smaller one.
     if x.shape[-1] < cotangent.shape[-1]:
-        return x_cotangent, jax.lax.dot_general(x, cotangent, positions)
-    return x_cotangent, jax.lax.dot_general(cotangent, x, positions).T
+        return x_cotangent, dot(x, cotangent, positions)
+    return x_cotangent, dot(cotangent, x, positions).T
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -87,25 +94,29 @@ def _affine_parameters(
     return kernel, module.param("bias", nn.initializers.zeros, shape[1:], dtype) if bias else None
 
 
-def affine(x: jax.Array, layer: Affine) -> jax.Array:
+def affine(x: jax.Array, layer: Affine, precision: Precision = None) -> jax.Array:
     """`[.., I]` to `[.., O]`, in the dtype of `x`."""
     kernel, bias = layer
-    out = _matmul(x, kernel.astype(x.dtype))
+    out = _matmul(x, kernel.astype(x.dtype), precision)
     return out if bias is None else add_bias(out, bias)
 
 
 class Linear(nn.Module):
-    """A linear layer on the last axis: `[.., I]` to `[.., features]`."""
+    """A linear layer on the last axis: `[.., I]` to `[.., features]`.
+
+    `precision` is that of the products, as `jax.lax.dot_general` takes it.
+    """
 
     features: int
     use_bias: bool
     dtype: Dtype
+    precision: Precision = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         layer = _affine_parameters(self, shape, self.use_bias, wide(self.dtype))
-        return affine(x.astype(self.dtype), layer)
+        return affine(x.astype(self.dtype), layer, self.precision)
 
 
 class LinearParameters(nn.Module):
@@ -121,9 +132,11 @@ class LinearParameters(nn.Module):
         return _affine_parameters(self, shape, self.use_bias, wide(self.dtype))
 
 
-def linear(features: int, dtype: Dtype, use_bias: bool = True, name: str | None = None) -> Linear:
-    """A linear layer on the last axis."""
-    return Linear(features, use_bias, dtype, name=name)
+def linear(
+    features: int, dtype: Dtype, precision: Precision = None, name: str | None = None
+) -> Linear:
+    """A linear layer with bias on the last axis."""
+    return Linear(features, True, dtype, precision, name=name)
 
 
 def _standardise(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -28,8 +28,9 @@ BIASES = {"atm_w": True, "atm_h": True, "atm_c": False, "proj": True}  # which l
 class OffsetLayer(nn.Module):
     """Offsets in pixels for both axes: `[B, H, W, C]` to `[B, H, W, 2 * C / share_dim]`.
 
-    The first half moves along the width, the second along the height. The linear layer runs in
-    float32 or wider also under bfloat16, whose spacing at 32 pixels would be a quarter pixel.
+    The first half moves along the width, the second along the height. Norm and linear layer run in
+    float32 or wider also under bfloat16, whose spacing at 32 pixels would be a quarter pixel. So
+    the products ask for the highest precision: by default TPUs and GPUs round float32 factors.
     """
 
     share_dim: int
@@ -39,7 +40,8 @@ class OffsetLayer(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         groups = x.shape[-1] // self.share_dim
         x = norm(wide(self.dtype), name="norm")(x)
-        return linear(2 * groups, wide(self.dtype), name="linear")(x)
+        exact = jax.lax.Precision.HIGHEST
+        return linear(2 * groups, wide(self.dtype), exact, name="linear")(x)
 
 
 def _with_bias(layer: Affine) -> jax.Array:

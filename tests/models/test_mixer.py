@@ -9,7 +9,7 @@ import pytest
 from goldens import assert_close, normal
 
 from activemlp_jax.models.atm import sample_axis
-from activemlp_jax.models.mixer import ActiveTokenMixer
+from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
 
 CHANNELS, GROUPS = 8, 4
 # From more than three times as many positions as channels, the tokens are mapped at once.
@@ -76,3 +76,19 @@ def test_large_maps_are_multiplied_once_and_small_ones_four_times(
     text = jax.jit(mixer.apply).lower(variables, *arrays).as_text()
     made = f"-> tensor<1x{sides[0]}x{sides[1]}x{CHANNELS}xf32>"
     assert sum("dot_general" in line and made in line for line in text.splitlines()) == products
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_for_offsets_are_of_the_highest_precision_forward_and_backward(dtype: str):
+    layer, x = OffsetLayer(2, jnp.dtype(dtype)), jax.ShapeDtypeStruct((1, 5, 5, 8), dtype)
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+
+    def loss(variables: Any, x: jax.Array) -> jax.Array:
+        return jnp.square(layer.apply(variables, x)).sum()
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(variables, x).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    for product in products:
+        assert "precision = [HIGHEST, HIGHEST]" in product
+        assert "bf16" not in product
