@@ -130,7 +130,7 @@ def steps(page: Path) -> list[Step]:
 
 
 def form(text: str) -> list[str]:
-    """The lines of a command's output, without numbers, widths of columns and what follows `...`."""
+    """The lines of a command's output, without numbers, widths of columns, and all after `...`."""
     lines = (re.sub(r"[\d,]*\d(\.\d+)?(e[-+]?\d+)?", "#", line) for line in text.splitlines())
     lines = (re.sub(r"([─━])\1+", r"\1", re.sub(r"\s+", " ", line)) for line in lines)
     return [kept for line in lines if (kept := line.partition("...")[0].strip())]
