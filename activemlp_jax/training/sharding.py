@@ -35,9 +35,10 @@ ROWS = PartitionSpec(("data", "fsdp"))
 SMALLEST_SPLIT = 4096  # elements; gathering a bias takes longer than keeping it
 
 # Keys of the store that JAX's coordination service keeps for all hosts.
-FACTS, STOP = "activemlp/facts/", "activemlp/stop/"
-END, END_TIMEOUT = "activemlp/end", 3600  # seconds
+FACTS, STOP, PLACED = "activemlp/facts/", "activemlp/stop/", "activemlp/placed/"
+END, LONGEST_WAIT = "activemlp/end", 3600  # seconds
 LONGEST_TIMEOUT = 7 * 24 * 3600
+_placed = itertools.count()
 
 
 class Hosts(NamedTuple):
@@ -198,7 +199,7 @@ def connected(hosts: Hosts) -> Iterator[None]:
     try:
         yield
         # The first host may have more to write, and may fail at it.
-        client.wait_at_barrier(END, END_TIMEOUT * 1000)
+        client.wait_at_barrier(END, LONGEST_WAIT * 1000)
         group.leave()
     except Interrupted:  # as all hosts are, after the same step
         group.leave()
@@ -370,7 +371,14 @@ def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
-    """A whole copy on every device, of a tree of arrays that each host has whole and alike."""
+    """A whole copy on every device, of a tree of arrays that each host has whole and alike.
+
+    Hosts wait for each other here: one may have had to compile what draws the arrays while another
+    found it in a cache, and the first collective operation on CPUs waits for 30 seconds only.
+    """
+    if jax.process_count() > 1:
+        client = ocp.multihost.get_jax_distributed_client()
+        client.wait_at_barrier(f"{PLACED}{next(_placed)}", LONGEST_WAIT * 1000)
     place = replicated(mesh)
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(place, np.asarray(leaf)), tree
