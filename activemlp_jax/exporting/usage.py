@@ -69,8 +69,8 @@ def _accepted(found: dict[str, Any]) -> str:
     """What the function takes, and what becomes of anything else, in words."""
     shape = ", ".join(map(str, found["input"]["shape"]))
     return (
-        f"It takes `[{shape}]` {found['input']['dtype']}, a batch of any size. Another dtype, image "
-        "size or order of axes is refused, with an error that says what was expected."
+        f"It takes `[{shape}]` {found['input']['dtype']}, a batch of any size. Another dtype, "
+        "image size or order of axes is refused, with an error that says what was expected."
     )
 
 
