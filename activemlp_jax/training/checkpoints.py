@@ -218,16 +218,17 @@ class Checkpoints:
             raise
         except Exception as error:  # orbax and its parts raise many kinds
             raise UserError(
-                f"{self.path(step)} cannot be read: {_reason(error)}; {self._way_on(step)}"
+                f"{self.path(step)} cannot be read: {_reason(error)}; remove it to go on from "
+                f"{self._newest_good(step)}"
             ) from error
 
-    def _way_on(self, without: int) -> str:
-        """What there is to do about a damaged checkpoint."""
+    def _newest_good(self, without: int) -> str:
+        """The newest checkpoint, but for one, whose files are as they were written."""
         for step in sorted(_steps(self._directory) - {without}, reverse=True):
             with contextlib.suppress(UserError):
                 _read(self.path(step))
-                return f"remove it to go on from {self.path(step)}"
-        return "remove it to go on from step 0, and metrics.jsonl and steps.jsonl with it"
+                return str(self.path(step))
+        return "step 0, and metrics.jsonl and steps.jsonl with it"
 
     def save(
         self, state: TrainState, step: int, losses: list[float], score: float | None = None
