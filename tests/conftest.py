@@ -11,8 +11,8 @@ from activemlp_jax.process import collect_garbage_rarely
 
 ROOT = Path(__file__).parents[1]
 
-# The tests and the processes they start keep compiled programs in a cache of their own, whatever the
-# user's settings are: JAX locks a cache only where its size has a limit, and then warns about
+# The tests and the processes they start keep compiled programs in a cache of their own, whatever
+# the user's settings are: JAX locks a cache only where its size has a limit, and then warns about
 # programs that a process without one put there.
 os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
