@@ -141,12 +141,16 @@ def check_nothing_half_written(workdir: Path) -> None:
 
 
 def check_survivor(process: subprocess.Popen[str], errors: str, victim: int, pid: int) -> None:
-    """See that a process ended with one line that names another which was killed."""
+    """See that a process ended with one line that names another which was killed.
+
+    Lines before it may come from XLA, which warns where it takes long to compile.
+    """
     assert process.returncode == 2, errors
-    lines = errors.strip().splitlines()
-    assert len(lines) == 1, errors
-    assert f"error: host {victim} (" in lines[0], errors
-    assert f", pid {pid}) is gone" in lines[0], errors
+    assert "Traceback" not in errors, errors
+    assert "stack trace" not in errors, errors
+    *_, line = errors.strip().splitlines()
+    assert f"error: host {victim} (" in line, errors
+    assert f", pid {pid}) is gone" in line, errors
 
 
 def check_readable(workdir: Path) -> int:
