@@ -281,7 +281,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "a broken description": (
         {"model": state_dict(), "activemlp_jax": "{}"},
-        "has a broken description of its model: 'format'",
+        "has a broken description of its model: it has no format, task",
     ),
     "a description whose source is no dict": (
         {
@@ -293,7 +293,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
                 | {"source": "the web"}
             ),
         },
-        "has a broken description of its model: dictionary update",
+        "has a broken description of its model: source is 'the web', expected an object",
     ),
     "a description that is no JSON": (
         {"model": state_dict(), "activemlp_jax": "{"},

@@ -240,7 +240,7 @@ def test_pipes_devices_and_folders_are_not_read(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe.png")
     os.symlink("/dev/zero", tmp_path / "zero.png")
     (tmp_path / "folder.png").mkdir()
-    for name, kind in (("pipe", "a pipe"), ("zero", "a device"), ("folder", "[Ii]s a directory")):
+    for name, kind in (("pipe", "a pipe"), ("zero", "a device"), ("folder", "a folder")):
         with pytest.raises(BrokenImageError, match=rf"{name}\.png .*{kind}"):
             read_image_file(tmp_path / f"{name}.png")
 

@@ -91,7 +91,7 @@ def test_many_images_are_an_array_or_anything_that_gives_them(many: Any):
         (b"\xff\xd8\xff", "images is a bytes, expected"),
         ([PHOTO, 3], "image 1 is a int, expected a Pillow image"),
         ("nowhere.png", "nowhere.png cannot be read: No such file or directory"),
-        ([PHOTO, "."], ". cannot be read: Is a directory"),
+        ([PHOTO, "."], ". is a folder, expected a file"),
     ],
 )
 def test_what_is_no_image_is_named(images: Any, message: str):
