@@ -24,8 +24,10 @@ ORIENTATION = 0x0112  # its number in EXIF data
 
 MOST_BYTES = 2**30  # of an image file
 MOST_PIXELS = 178_956_970  # beyond which Pillow refuses an image by itself, too
-# Pillow warns from half of that on; one image of such a size is no reason to worry.
+# Pillow warns from half of that on; one image of such a size is no reason to worry. It also warns
+# of damage next to the pixels, such as in EXIF, which is not read here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # Pillow knows more formats. One of them runs a program (EPS), and few are ever looked at.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")

@@ -1,7 +1,8 @@
 """Data sets of tensorflow-datasets, read from ArrayRecord files without TensorFlow."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from activemlp_jax.data.examples import (
     evaluation_split,
 )
 from activemlp_jax.errors import UserError, one_line
+from activemlp_jax.json_files import read_json
 
 CHECKED_RECORDS = 256  # evenly spread, whose labels are checked before the first step
 PREPARE = "python -m activemlp_jax.prepare_data"
@@ -25,11 +27,25 @@ def open_builder(name: str) -> Any:
     import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
 
     try:
+        _check_descriptions(name, map(str, tfds.core.utils.file_utils.list_data_dirs()))
         builder = tfds.builder(name)
         _ = builder.info.features, list(builder.info.splits)  # read from files, which may be bad
         return builder
     except Exception as error:  # its kinds of error share no base
         raise UserError(f"tfds:{name} cannot be opened: {first_line(error)}; {WHERE}") from error
+
+
+def _check_descriptions(name: str, data_dirs: Iterable[str]) -> None:
+    """Raises UserError if what describes a prepared data set is not JSON within our limits.
+
+    tensorflow-datasets would wait for a pipe.
+    """
+    builder = name.partition(":")[0].partition("/")[0]
+    for data_dir in data_dirs:
+        folder = Path(data_dir).expanduser() / builder
+        for depth in ("*", "*/*", "*/*/*"):  # with a version, and perhaps a config before it
+            for path in folder.glob(f"{depth}.json"):
+                read_json(path)
 
 
 def first_line(error: Exception) -> str:

@@ -105,7 +105,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             temporary_path_class=_WithDigests,
         )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        with without_tracebacks():
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         self._quiet = without_tracebacks()

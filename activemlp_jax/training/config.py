@@ -15,6 +15,7 @@ from activemlp_jax.data.preprocessing import (
 )
 from activemlp_jax.data.randaugment import parse_randaugment
 from activemlp_jax.errors import UserError
+from activemlp_jax.json_files import short
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.training.limits import check_values
@@ -260,7 +261,7 @@ def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     defaults = flatten(json.loads(default_config().to_json()))
     a, b = defaults | flatten(ours), defaults | flatten(theirs)
     return [
-        f"{key} ({b.get(key, 'absent')!r} there, {a.get(key, 'absent')!r} here)"
+        f"{key} ({short(b.get(key, 'absent'))} there, {short(a.get(key, 'absent'))} here)"
         for key in sorted(a.keys() | b.keys())
         if a.get(key, "absent") != b.get(key, "absent") and key not in FREE_TO_CHANGE
     ]

@@ -281,6 +281,14 @@ def test_a_wrong_name_or_split_is_named(
     assert "\n" not in str(error.value)
 
 
+def test_a_pipe_in_place_of_a_description_is_not_waited_for(tfds_folder: Path):
+    features = tfds_folder / "tiny_shapes" / "1.0.0" / "features.json"
+    features.unlink()
+    os.mkfifo(features)
+    with pytest.raises(UserError, match=rf"^tfds:tiny_shapes .*{features} is a pipe"):
+        open_source("tfds:tiny_shapes", "train")
+
+
 def test_a_folder_that_is_no_data_set_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"there is no folder .*nothing"):
         open_source(f"folder:{tmp_path / 'nothing'}")
