@@ -3,8 +3,8 @@
     python tests/fuzz.py --inputs 2000 [--seed 0] [--only KIND]
 
 An input is a valid file or folder with one of its files damaged. The reader has to return, or to
-raise a UserError that names the input, within 10 seconds and 2 GB of memory. An input is a function
-of its kind, the seed and its number, so that `--seed` and `--first` bring back one that failed.
+raise a UserError that names the input, within 10 seconds and 2 GB of memory. The same
+`--seed` and `--first` bring back an input that failed, except where orbax chose the names of files.
 """
 
 import argparse

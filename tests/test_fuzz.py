@@ -1,0 +1,25 @@
+"""Damaged and hostile files are read, or refused in one line, by every reader."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fuzz_kinds import KINDS
+
+pytestmark = pytest.mark.slow
+
+
+def test_some_inputs_of_every_kind_are_read_or_refused():
+    count = 3 * len(KINDS)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("fuzz.py")), f"--inputs={count}", "--seed=1"],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"{count} inputs, 0 failures" in done.stdout
