@@ -44,13 +44,6 @@ class OffsetLayer(nn.Module):
         return linear(2 * groups, wide(self.dtype), exact, name="linear")(x)
 
 
-def _with_bias(layer: Affine) -> jax.Array:
-    """Kernel and bias as one matrix `[C + 1, C]`, for tokens with a one behind."""
-    kernel, bias = layer
-    row = jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
-    return jnp.concatenate([kernel, row[None]])
-
-
 def _map_at_once(
     tokens: Sequence[jax.Array],
     layers: Sequence[Affine],
@@ -64,18 +57,22 @@ def _map_at_once(
     wider until it is multiplied with a map.
     """
     batch, dtype = tokens[0].shape[0], tokens[0].dtype
-    stacked = jnp.stack([_with_bias(layer) for layer in layers])
-    own = jnp.broadcast_to(stacked[None], (batch, *stacked.shape))  # [B, 3, C + 1, C]
-    means = jnp.stack([token.mean(axis=(1, 2), dtype=own.dtype) for token in tokens], axis=1)
-    means = jnp.concatenate([means, jnp.ones((*means.shape[:2], 1), own.dtype)], axis=-1)
-    summary = jnp.einsum("bji,bjio->bo", means, own)
-    weight = weigh(summary[:, None, None])
-    weighted = own * jnp.moveaxis(weight[:, 0, 0], -1, 1)[:, :, None]
-    maps = affine(weighted[:, :, :-1].astype(dtype), (proj[0], None))
-    constant = affine(weighted[:, :, -1].sum(axis=1)[:, None, None], proj)
+
+    def for_each_image(arrays: Sequence[jax.Array]) -> jax.Array:
+        stacked = jnp.stack(arrays)
+        return jnp.broadcast_to(stacked[None], (batch, *stacked.shape))
+
+    kernels = for_each_image([kernel for kernel, _ in layers])  # [B, 3, C, C]
+    biases = for_each_image(  # [B, 3, C]
+        [jnp.zeros_like(kernel[0]) if bias is None else bias for kernel, bias in layers]
+    )
+    means = jnp.stack([token.mean(axis=(1, 2), dtype=kernels.dtype) for token in tokens], axis=1)
+    summary = jnp.einsum("bji,bjio->bo", means, kernels) + biases.sum(axis=1)
+    weight = jnp.moveaxis(weigh(summary[:, None, None])[:, 0, 0], -1, 1)  # [B, 3, C]
+    maps = affine((kernels * weight[:, :, None]).astype(dtype), (proj[0], None))
     maps = maps.reshape(batch, -1, maps.shape[-1])
     out = jnp.einsum("bhwi,bio->bhwo", jnp.concatenate(tokens, axis=-1), maps)
-    return add_bias(out, constant)
+    return add_bias(out, affine((biases * weight).sum(axis=1)[:, None, None], proj))
 
 
 class ActiveTokenMixer(nn.Module):
