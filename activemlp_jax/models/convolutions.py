@@ -187,8 +187,9 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array) -> Any:
 
 def _depthwise_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    # A TPU's compiler would make the padded map in the forward pass, and keep it until here.
-    x, cotangent = jax.lax.optimization_barrier((x, cotangent))
+    # A TPU's compiler would make the padded map in the forward pass, and keep it until here. The
+    # layer rounds to the dtype of x, so that the cotangent is of that dtype, too.
+    x, cotangent = jax.lax.optimization_barrier((x, cotangent.astype(x.dtype)))
     _, height, width, _ = x.shape
     padded = written(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(kernel.dtype))
     sums = [
