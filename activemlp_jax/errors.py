@@ -57,13 +57,17 @@ def errors_in_one_line(output: object = "") -> Iterator[None]:
     Args:
       output: what the command writes, to name where the system does not say which file failed.
     """
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, _stop)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as `nohup` leaves SIGHUP
+    }
     try:
         yield
         sys.stdout.flush()
     except UserError as error:
         exit_with(error)
-    except BrokenPipeError:  # who reads, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

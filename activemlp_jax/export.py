@@ -58,9 +58,12 @@ def with_image_size(card: ModelCard, image_size: int | None) -> ModelCard:
         return card
     check_numbers({"image_size": image_size})
     shown = card.preprocessing
-    if isinstance(shown, Preprocessing):
-        return replace(card, preprocessing=replace(shown, image_size=image_size))
-    return replace(card, preprocessing=replace(shown, window=image_size))
+    try:
+        if isinstance(shown, Preprocessing):
+            return replace(card, preprocessing=replace(shown, image_size=image_size))
+        return replace(card, preprocessing=replace(shown, window=image_size))
+    except ValueError as error:
+        raise UserError(f"--image-size: {error}") from error
 
 
 def check_packages(formats: Iterable[str]) -> None:

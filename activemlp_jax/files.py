@@ -152,7 +152,9 @@ def check_output_file(output: Path) -> str:
     Raises:
       UserError: as `check_output`, or it is a folder.
     """
-    if output.is_dir():
-        raise UserError(f"{output} cannot be written: it is a folder")
+    if output.exists():
+        kind = KINDS.get(stat.S_IFMT(output.stat().st_mode))
+        if kind:  # a device would be replaced by a file
+            raise UserError(f"{output} cannot be written: it is {kind}")
     check_output(output)
     return "replaced" if output.exists() else "wrote"

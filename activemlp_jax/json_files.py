@@ -49,7 +49,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def expect(value: Any, name: str, kind: Any, low: float, high: float) -> Any:
     """Return `value` if it is a number of that kind from `low` to `high`, else raise ValueError.
 
-    Booleans are no numbers here, and a float need not be finite to be refused.
+    Booleans do not count as numbers; NaN is always refused.
     """
     if isinstance(value, bool) or not isinstance(value, kind):
         raise ValueError(f"{name} is {short(value)}, expected a number")
@@ -70,7 +70,9 @@ def json_line(record: Any, name: object) -> str:
     except UnicodeEncodeError:  # such as names of files that are not text
         return json.dumps(record)
     except ValueError as error:
-        raise UserError(f"{name} has a number that is not finite, which JSON has not") from error
+        raise UserError(
+            f"{name} has a number that is not finite, which JSON cannot express"
+        ) from error
     # What is not printable could steer a terminal.
     return line if line.isprintable() else json.dumps(record)
 

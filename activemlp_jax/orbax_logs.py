@@ -1,6 +1,7 @@
 """What orbax's threads print, which is more than its caller's error says."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -23,11 +24,12 @@ def without_tracebacks() -> Iterator[None]:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    logger.addFilter(_is_wanted)
+    wanted = functools.partial(_is_wanted)  # a filter of its own, as uses may be nested
+    logger.addFilter(wanted)
     sys.unraisablehook = ignore_late_results
     try:
         yield
         # Not after a failure: then the results of other arrays come when nobody waits for them.
         sys.unraisablehook = hook
     finally:
-        logger.removeFilter(_is_wanted)
+        logger.removeFilter(wanted)

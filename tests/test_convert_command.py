@@ -17,10 +17,10 @@ import torch
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.digests import sha256
 from activemlp_jax.files import write_directory_aside
 from activemlp_jax.weights.convert import main
 from activemlp_jax.weights.model_directory import ModelCard, read_card, write_model
-from activemlp_jax.weights.torch_files import sha256
 
 ROOT = Path(__file__).parents[1]
 

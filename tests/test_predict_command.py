@@ -266,8 +266,14 @@ def test_a_file_of_somebody_else_is_refused_before_any_work(
     before = files()
     status, output, errors = call(request.getfixturevalue(kind), *arguments)
     assert (status, output) == (2, "")
-    what = "is a link" if path.is_symlink() else "is already there, and not by this command"
+    what = (
+        "is a link"
+        if path.is_symlink()
+        else "is already there, and not known to be by this command"
+    )
     expected = f"{target} {what}; give another place, or --overwrite to replace it"
+    if path.is_fifo():
+        expected = f"{target} cannot be written: it is a pipe"
     assert errors == f"command: error: {expected}\n"
     assert files() == before, "nothing is written or made"
 

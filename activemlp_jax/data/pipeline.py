@@ -189,8 +189,8 @@ def _assemble(units: Sequence[Unit]) -> dict[str, Any]:
 def _end_with_parent(worker: int, workers: int) -> None:
     """Have this worker process end when the process that started it has ended, even if killed.
 
-    It would else wait forever to hand over its batches. With the last worker, Python's resource
-    tracker ends, too, and removes the shared memory that they were in.
+    Otherwise it would wait forever to hand over its batches. With the last worker, Python's
+    resource tracker ends, too, and removes the shared memory that they were in.
     """
     del worker, workers
     parent = multiprocessing.parent_process()

@@ -46,7 +46,7 @@ def check_picture(path: Path, overwrite: bool) -> str:
     elif done == "wrote" or _is_ours(path):
         return done
     else:
-        there = "is already there, and not by this command"
+        there = "is already there, and not known to be by this command"
     if not overwrite:
         raise UserError(f"{path} {there}; give another place, or --overwrite to replace it")
     return done

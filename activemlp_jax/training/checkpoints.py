@@ -32,6 +32,7 @@ from activemlp_jax.weights.finite import describe_non_finite
 BEST_BY = "score"
 NOT_EVALUATED = -1.0  # below every score
 STEPS_BETWEEN_CLOCKS = 10
+RESTORE_TIMEOUT = 3600  # seconds for the slowest host to check its part of a checkpoint
 NONE_YET = ".none_complete"
 RUN = Path("run", "metadata")  # where orbax writes these items of a checkpoint
 METRICS = Path("metrics", "metrics")
@@ -94,6 +95,7 @@ class Checkpoints:
         self._config = json.loads(config.to_json())
         self._options = config.checkpoint
         self._last_save = time.monotonic()
+        self._restores = 0
         self._directory = directory.absolute()
         for step in _steps(self._directory):
             with self._named(step):
@@ -197,7 +199,9 @@ class Checkpoints:
                     _read(self.path(other), host, hosts, may_lack_files=True)
         with self._named(wanted):
             run = _read(self.path(wanted), host, hosts)
-        sharding.first_host_says(True)  # waits until the others have found nothing, either
+        self._restores += 1
+        # Not a collective operation: hosts with slow disks may take long to read their part.
+        sharding.check_same(f"the checkpoints, reading {self._restores}", {}, RESTORE_TIMEOUT)
         differences = differing_keys(self._config, run["config"])
         if differences:
             raise UserError(
@@ -212,7 +216,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named(self, step: int) -> Iterator[None]:
-        """What goes wrong inside is the fault of a checkpoint; say which to go on from instead."""
+        """Report any error inside as a damaged checkpoint, and name the one to go on from."""
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):

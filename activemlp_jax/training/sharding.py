@@ -96,12 +96,11 @@ def _find_others(hosts: Hosts) -> tuple[str, int, int, list[int] | None] | None:
         )
     if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
         raise UserError(f"process id is {process_id}, expected 0 to {num_processes - 1}")
-    coordinator = hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    host, _, port = coordinator.rpartition(":")
-    if coordinator and not (host and port.isdecimal() and 1 <= int(port) <= 65535):
-        raise UserError(f"the coordinator is {coordinator}, expected HOST:PORT, PORT 1 to 65535")
+    _check_address(hosts.coordinator)
     if num_processes == 1 or (num_processes is None and not _has_tpu()):
         return None
+    coordinator = hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    _check_address(coordinator)
     if num_processes is None or process_id is None or not coordinator:
         try:
             found, num_processes, process_id, _ = ClusterEnv.auto_detect_unset_distributed_params(
@@ -118,6 +117,13 @@ def _find_others(hosts: Hosts) -> tuple[str, int, int, list[int] | None] | None:
             "coordinator"
         )
     return coordinator, num_processes, process_id, local
+
+
+def _check_address(coordinator: str) -> None:
+    """Raises UserError if an address that is not empty is not HOST:PORT."""
+    host, _, port = coordinator.rpartition(":")
+    if coordinator and not (host and port.isdecimal() and 1 <= int(port) <= 65535):
+        raise UserError(f"the coordinator is {coordinator}, expected HOST:PORT, PORT 1 to 65535")
 
 
 def _connect(hosts: Hosts) -> Rendezvous | None:

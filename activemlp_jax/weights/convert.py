@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
+from activemlp_jax.digests import sha256
 from activemlp_jax.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.files import check_output, write_directory_aside
 from activemlp_jax.json_files import expect
@@ -38,7 +39,6 @@ from activemlp_jax.weights.torch_files import (
     TorchCheckpoint,
     choose_kind,
     read_checkpoint,
-    sha256,
     write_checkpoint,
 )
 from activemlp_jax.weights.torch_names import COUNT, from_torch, to_torch

@@ -10,7 +10,7 @@ import numpy as np
 def describe_non_finite(tree: Any) -> str | None:
     """The first array whose values are not all finite, and how many; None if there is none.
 
-    Of arrays that several hosts share, each looks at its own part.
+    Where hosts share an array, each checks only its own part.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -3,7 +3,6 @@
 Reading needs no PyTorch; writing any file but `.safetensors` needs the extra `torch`.
 """
 
-import hashlib
 import json
 import os
 import stat
@@ -67,12 +66,6 @@ def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
     if kind not in kinds:
         raise UserError(f"{where} has no {kind!r} weights, only {', '.join(map(repr, kinds))}")
     return kind
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
