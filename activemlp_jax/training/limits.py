@@ -129,6 +129,7 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 )
 
 # More than any run needs, and little enough that a slip of the finger is told at once.
+# Learning rates have no limit: a run that diverges is stopped at its first figure that is not finite.
 MOST: tuple[tuple[float, tuple[str, ...]], ...] = (
     (
         10**7,
@@ -184,9 +185,6 @@ MOST: tuple[tuple[float, tuple[str, ...]], ...] = (
             "mix.cutmix_alpha",
             "model.depths",
             "model.offset_interval",
-            "optimizer.learning_rate",
-            "optimizer.warmup_learning_rate",
-            "optimizer.final_learning_rate",
             "optimizer.weight_decay",
         ),
     ),
