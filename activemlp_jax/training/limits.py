@@ -129,7 +129,7 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 )
 
 # More than any run needs, and little enough that a slip of the finger is told at once.
-# Learning rates have no limit: a run that diverges is stopped at its first figure that is not finite.
+# Learning rates have no limit: a run that diverges is stopped when a figure is not finite.
 MOST: tuple[tuple[float, tuple[str, ...]], ...] = (
     (
         10**7,
