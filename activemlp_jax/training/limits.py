@@ -129,8 +129,15 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
 )
 
 # More than any run needs, and little enough that a slip of the finger is told at once.
-# Learning rates have no limit: a run that diverges is stopped when a figure is not finite.
 MOST: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (
+        10**20,  # a run that diverges is stopped when a figure is not finite
+        (
+            "optimizer.learning_rate",
+            "optimizer.warmup_learning_rate",
+            "optimizer.final_learning_rate",
+        ),
+    ),
     (
         10**7,
         (
