@@ -288,6 +288,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
         with Checkpoints(directory, config()) as checkpoints:
             assert checkpoints.restore(shapes()) is None
             checkpoints.begin(has_records)
+        deadline = time.monotonic() + 60  # orbax clears up in a thread of its own
+        while list(directory.glob("*-tmp")) and time.monotonic() < deadline:
+            time.sleep(0.01)
         for name in ("1.orbax-checkpoint-tmp", "1.written.orbax-checkpoint-tmp"):
             (directory / name).mkdir()  # what the kill left
     assert save_all(directory, [None]) == {"1"}
