@@ -63,7 +63,7 @@ def test_the_benchmark_prints_both_rates_and_their_ratio():
         (["--config", "nothing.py"], "there is no config file nothing.py"),
         (["--config", "configs/digits.py"], "trains on no random crops of image files"),
         (["--config", "configs/throughput.py", "--steps", "0"], "--steps is 0, expected at least"),
-        (["--config", "configs/throughput.py", "--batch-size", "0"], "config.batch_size is 0"),
+        (["--config", "configs/throughput.py", "--batch-size", "0"], "--batch-size is 0, expected"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(arguments: list[str], message: str):
