@@ -140,8 +140,8 @@ def results(things: Iterator[Any]) -> dict[str, type]:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Each command, and the text that its --help begins with."""
-    for path in sorted(ROOT.glob("*.py")) + sorted((ROOT / am.__name__).glob("*.py")):
+    """Each command but the list of them, and the text that its --help begins with."""
+    for path in sorted(ROOT.glob("*.py")) + sorted((ROOT / am.__name__).glob("[!_]*.py")):
         tree = ast.parse(path.read_text())
         if any(isinstance(node, ast.If) and "__main__" in ast.dump(node) for node in tree.body):
             module = "" if path.parent == ROOT else f"-m {am.__name__}."

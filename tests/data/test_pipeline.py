@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,13 @@ def batches(
         return list(iterator)
 
 
+def shared_memory(process: int) -> set[Path]:
+    """The files in shared memory that a process has mapped and can be found by name."""
+    mapped = Path(f"/proc/{process}/maps").read_text()
+    names = re.findall(r"/dev/shm/psm_\w+$", mapped, re.MULTILINE)
+    return {*map(Path, names), *Path("/dev/shm").glob(f"sem.loky-{process}-*")}
+
+
 def assert_same(ours: list[Batch], expected: list[Batch]) -> None:
     assert len(ours) == len(expected)
     for step, (a, b) in enumerate(zip(ours, expected, strict=True)):
@@ -141,8 +149,6 @@ def is_running(process: int) -> bool:
 @pytest.mark.slow
 def test_workers_and_their_shared_memory_end_with_a_run_that_is_killed(tmp_path: Path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    memory = Path("/dev/shm")
-    before = set(memory.iterdir())
     with subprocess.Popen(
         [sys.executable, str(tmp_path / "program.py")],
         stdin=subprocess.PIPE,
@@ -152,8 +158,8 @@ def test_workers_and_their_shared_memory_end_with_a_run_that_is_killed(tmp_path:
         assert run.stdout is not None
         assert run.stdout.readline() == "ready\n"
         workers = children(run.pid)
-        segments = set(memory.iterdir()) - before
         assert len(workers) >= 2
+        segments = set().union(*(shared_memory(process) for process in (run.pid, *workers)))
         assert segments, "batches are handed over in shared memory"
         run.kill()
     until = time.monotonic() + 20

@@ -69,5 +69,5 @@ def test_the_command_explains_itself_and_refuses_small_images():
     assert "--image-size is '512 by 2048', expected a side, or HEIGHTxWIDTH" in result.stderr
     result = benchmark("table", "--image-size", "31")
     assert result.returncode == 2
-    assert "expected sides of at least 32" in result.stderr
+    assert "--image-size is 31, expected at least 32" in result.stderr
     assert "Traceback" not in result.stderr
