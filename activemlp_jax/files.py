@@ -138,7 +138,7 @@ def check_output(output: Path) -> None:
     """
     there = next(place for place in output.parents if os.path.lexists(place))
     if not there.is_dir():
-        raise UserError(f"{output} cannot be written: {there} is no folder")
+        raise UserError(f"{output} cannot be written: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{output} cannot be written: there is no permission to write in {there}")
 

@@ -12,7 +12,8 @@ from pictures import photo
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.weights.model_directory import ModelCard, whole_or_nothing, write_model
+from activemlp_jax.files import write_directory_aside
+from activemlp_jax.weights.model_directory import ModelCard, write_model
 
 PREPROCESSING = Preprocessing(image_size=32, resize_factor=1.25, mean=(0.5, 0.4, 0.3))
 BACKBONE: dict[str, Any] = {
@@ -32,7 +33,7 @@ def save_model(directory: Path, model: Any, preprocessing: Any, names: Any = Non
     """A model directory with weights of the golden runs."""
     card = ModelCard(model, preprocessing, ("model",), "model", names)
     variables = jax.tree.map(np.asarray, goldens.rule_variables(model, SEED))
-    with whole_or_nothing(directory) as place:
+    with write_directory_aside(directory) as place:
         write_model(place, card, {"model": variables})
     return directory
 

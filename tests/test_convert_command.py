@@ -384,6 +384,7 @@ def test_a_process_refuses_in_one_line_and_runs_nothing(save: Any, tmp_path: Pat
             "embed_dims (8, 16, 24, 32)), expected active_tiny (depths (2, 3, 10, 3), ",
         ),
         ([MICRO_CHECKPOINT, "OUT", "--image-size", "8"], "image_size is 8, expected at least 32"),
+        ([MICRO_CHECKPOINT, "OUT", "--image-size", 10**9], "image_size is 1000000000, expected"),
         ([MICRO_CHECKPOINT, "OUT", "--weights", "average"], "invalid choice: 'average'"),
         ([MICRO_CHECKPOINT, "."], ". is already there; give another place"),
         (["nothing.pth", "OUT"], "there is no file nothing.pth"),
@@ -392,7 +393,7 @@ def test_a_process_refuses_in_one_line_and_runs_nothing(save: Any, tmp_path: Pat
         (["MODEL", "OUT", "--to-torch"], "out, expected a name that ends in .pth or .pt or .safet"),
         (["MODEL", "OUT.bin", "--to-torch"], "OUT is OUT.bin, expected a name that ends in .pth"),
         ([MICRO_CHECKPOINT, "OUT.pth", "--to-torch"], "is no model directory: it is a file; conv"),
-        ([MICRO_CHECKPOINT, f"{MICRO_CHECKPOINT}/out"], "micro_checkpoint.pth is no folder"),
+        ([MICRO_CHECKPOINT, f"{MICRO_CHECKPOINT}/out"], "micro_checkpoint.pth is not a folder"),
         ([".", "OUT", "--to-torch", "--verify"], "--verify does not go with --to-torch"),
     ],
 )

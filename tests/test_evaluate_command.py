@@ -20,10 +20,10 @@ from activemlp_jax.data.sources import open_source
 from activemlp_jax.data.transforms import eval_transform
 from activemlp_jax.errors import UserError
 from activemlp_jax.evaluate import hardest_classes
+from activemlp_jax.files import write_directory_aside
 from activemlp_jax.inference.scene_evaluation import class_table
 from activemlp_jax.weights.model_directory import (
     ModelCard,
-    whole_or_nothing,
     write_model,
 )
 from activemlp_jax.weights.torch_files import read_checkpoint
@@ -67,7 +67,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = read_checkpoint(goldens.DATA / "micro_checkpoint.pth").weights
     variables = {kind: from_torch(state_dict) for kind, state_dict in weights.items()}
     card = ModelCard(network, PREPROCESSING, ("ema", "model"), "ema", tuple("0123456789"))
-    with whole_or_nothing(directory) as place:
+    with write_directory_aside(directory) as place:
         write_model(place, card, variables)
     return directory
 

@@ -29,12 +29,12 @@ from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import install_command, one_line
 from activemlp_jax.exporting import stablehlo
 from activemlp_jax.exporting.description import describe, write_readme
+from activemlp_jax.files import write_directory_aside
 from activemlp_jax.weights import convert
 from activemlp_jax.weights.model_directory import (
     ModelCard,
     read_card,
     read_weights,
-    whole_or_nothing,
     write_model,
 )
 
@@ -77,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             kind: jax.tree.map(lambda leaf, times=times: np.asarray(times * leaf), variables)
             for times, kind in enumerate(card.kinds, 1)
         }
-        with whole_or_nothing(folder / name) as place:
+        with write_directory_aside(folder / name) as place:
             write_model(place, card, weights)
     return folder
 
@@ -428,7 +428,10 @@ def test_a_failed_export_leaves_jax_as_it_was():
         (["MODEL", "OUT", "--image-size", f"{10**9}"], "is 1000000000, expected at most 16,384"),
         (["MODEL", "THERE"], "THERE is already there; give another place"),
         (["MODEL", "THERE/file"], "THERE/file is already there; give another place"),
-        (["MODEL", "THERE/file/out"], "THERE/file/out cannot be written: THERE/file is no folder"),
+        (
+            ["MODEL", "THERE/file/out"],
+            "THERE/file/out cannot be written: THERE/file is not a folder",
+        ),
         (
             ["MODEL", "OUT", "--format", "onnx"],
             f"--format onnx needs onnx and onnxscript: {install_command('onnx')}",

@@ -45,7 +45,7 @@ def test_a_place_in_folders_that_can_be_made_is_fine_and_nothing_is_made(name: s
 
 @pytest.mark.parametrize("name", ["file/new", "file/folder/new"])
 def test_a_file_is_no_folder_to_write_into(name: str):
-    with pytest.raises(UserError, match=f"^{name} cannot be written: file is no folder$"):
+    with pytest.raises(UserError, match=f"^{name} cannot be written: file is not a folder$"):
         check_output(Path(name))
 
 

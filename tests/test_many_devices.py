@@ -210,7 +210,7 @@ def test_hosts_that_disagree_about_their_numbers_are_named(
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(0, "these of 2 hosts have not come to 127.0.0.1"), (1, "host 1 has not met all 2 hosts at")],
+    [(0, "1 of 2 hosts have not reached 127.0.0.1"), (1, "host 1 has not met all 2 hosts at")],
 )
 def test_a_host_whose_others_never_come_says_so(number: int, message: str, tmp_path: Path):
     hosts = (f"--coordinator={free_address()}", "--num_processes=2", f"--process_id={number}")

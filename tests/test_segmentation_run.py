@@ -21,9 +21,10 @@ from scenes import mask, mocked_records, prepare_scene_parse150, save_ade20k
 import activemlp_jax as am
 from activemlp_jax import evaluate
 from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.files import write_directory_aside
 from activemlp_jax.training.command import load_config
 from activemlp_jax.training.loop import train
-from activemlp_jax.weights.model_directory import ModelCard, whole_or_nothing, write_model
+from activemlp_jax.weights.model_directory import ModelCard, write_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("segmentation")]
 
@@ -70,7 +71,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "micro"
     model = am.ActiveMLP(**{**goldens.MICRO, "depths": (2, 2, 2, 2)})
     card = ModelCard(model, Preprocessing(), ("model",), "model")
-    with whole_or_nothing(directory) as place:
+    with write_directory_aside(directory) as place:
         weights = jax.tree.map(np.asarray, goldens.rule_variables(model))
         write_model(place, card, {"model": weights})
     return directory

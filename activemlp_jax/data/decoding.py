@@ -147,9 +147,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_turned(data: bytes) -> bool:
-    """Whether an image file says, in EXIF data, that it is to be shown turned or mirrored.
+    """Whether an image file's EXIF data says that viewers should turn or mirror it.
 
-    That of TIFF files is left out, as Pillow turns them itself.
+    False for TIFF files, as Pillow turns them itself.
     """
     if data.startswith(JPEG_MAGIC) and data.find(b"Exif", 0, 2**16) < 0:
         return False

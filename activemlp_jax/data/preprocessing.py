@@ -43,7 +43,7 @@ class Preprocessing:
             raise ValueError(f"resize_factor is {short(factor)}, expected 1 or more")
         if factor > MOST_FACTOR:
             raise ValueError(f"resize_factor is {short(factor)}, expected at most {MOST_FACTOR}")
-        _check_colours(self.mean, self.std)
+        _check_colors(self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ScenePreprocessing:
         _check_side("window", self.window, MIN_IMAGE_SIDE, MOST_INPUT_SIDE)
         if type(self.long_side) is not int or self.long_side:
             _check_side("long_side", self.long_side, self.short_side, MOST_SIDE, "0 or ")
-        _check_colours(self.mean, self.std)
+        _check_colors(self.mean, self.std)
 
 
 def _check_side(name: str, value: object, least: int, most: int, other: str = "") -> None:
@@ -85,7 +85,7 @@ def _check_side(name: str, value: object, least: int, most: int, other: str = ""
         raise ValueError(f"{name} is {short(value)}, expected at most {most:,}")
 
 
-def _check_colours(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def _check_colors(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if not isinstance(values, list | tuple) or len(values) != 3:
             raise ValueError(f"{name} is {short(values)}, expected three numbers")

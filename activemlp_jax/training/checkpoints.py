@@ -1,8 +1,7 @@
 """Checkpoints of the whole state by orbax: asynchronous, never half there, checked when read.
 
-Beside what orbax writes, a checkpoint has the digests of all its files. A directory in which none
-was ever complete has a file that says so; without it, an empty directory is one that has lost its
-checkpoints.
+Each checkpoint also holds the digests of all its files. A marker file says that no checkpoint has
+been completed yet; an empty directory without it has lost its checkpoints.
 """
 
 import contextlib

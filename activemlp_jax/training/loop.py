@@ -163,6 +163,8 @@ def _take_steps(
     state, losses = restored
     first_step = int(state.step)
     started = time.perf_counter()
+    if first_step < run.last_step:
+        say("compiling, which can take minutes for a large model")
     if first_step == run.last_step or config.test.every_epochs == 1:
         found, sums = test(run, state)  # compiles it, and is all that a finished run needs
     if first_step == run.last_step:

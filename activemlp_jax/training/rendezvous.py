@@ -161,8 +161,8 @@ class _First(Rendezvous):
             missing = [number for number in range(self.me.processes) if number not in self._members]
             names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             await self._fail(
-                f"after {self._timeout:.0f} s these of {self.me.processes} hosts have not come to "
-                f"{self._address}: {names}; do they run?"
+                f"after {self._timeout:.0f} s {len(missing)} of {self.me.processes} hosts have not "
+                f"reached {self._address}: {names}; are they running?"
             )
         finally:
             search.cancel()
@@ -290,7 +290,7 @@ class _Other(Rendezvous):
             reason = f" ({self._reason})" if self._reason else ""
             self._end(
                 f"after {self._timeout:.0f} s host {self.me.process} has not met all "
-                f"{self.me.processes} hosts at {self._address}{reason}; do they run?"
+                f"{self.me.processes} hosts at {self._address}{reason}; are they running?"
             )
         server = await asyncio.start_server(self._pass_on, "127.0.0.1", 0)
         self.jax_address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"

@@ -60,8 +60,8 @@ def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str
         length += f", but its warm-up takes {rising:,} steps, more than the run"
     if steps_per_epoch == 1 and config.batch_size > 1:
         length += (
-            f"; config.batch_size is {config.batch_size}, more than half of an epoch: lower it to "
-            f"a few batches an epoch, such as --config.batch_size={max(1, config.batch_size // 4)}"
+            f"; config.batch_size is {config.batch_size}, more than half of an epoch; lower it, "
+            f"for example with --config.batch_size={max(1, config.batch_size // 4)}"
         )
     return length
 

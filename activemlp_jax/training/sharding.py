@@ -171,7 +171,7 @@ def _leave(message: str, status: int = 2) -> None:
         os._exit(status)
 
 
-class _TerminatedError(BaseException):  # which nobody takes for an error of theirs
+class _TerminatedError(BaseException):  # not an Exception, so that nothing else catches it
     """SIGTERM, at a moment at which there is nothing to save."""
 
 

@@ -29,12 +29,17 @@ from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.digests import DIGESTS, check_digests, read_digests, write_digests
 from activemlp_jax.errors import UserError, one_line
 from activemlp_jax.files import previous_path, read_file
-from activemlp_jax.files import write_directory_aside as whole_or_nothing  # noqa: F401
 from activemlp_jax.json_files import MOST_BYTES, expect, parse_json, short
 from activemlp_jax.models.backbone import ActiveMLP
 from activemlp_jax.models.segmentation import ActiveSegmentor
 from activemlp_jax.orbax_logs import without_tracebacks
-from activemlp_jax.weights.architecture import Model, backbone, list_keys, variant_name
+from activemlp_jax.weights.architecture import (
+    MOST_BLOCKS,
+    Model,
+    backbone,
+    list_keys,
+    variant_name,
+)
 from activemlp_jax.weights.finite import describe_non_finite
 from activemlp_jax.weights.torch_files import KINDS, choose_kind
 from activemlp_jax.weights.torch_names import variable_shapes
@@ -46,8 +51,7 @@ ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_inte
 HEAD = ("head", "channels", "aux_channels", "neck_channels")
 
 # More than any model needs, and little enough that a file which asks for more costs nothing.
-MOST_CLASSES = 10**6
-MOST_BLOCKS = 500
+MOST_CLASSES = 2**20
 MOST_CHANNELS = 2**16
 MOST_RATIO = 64
 

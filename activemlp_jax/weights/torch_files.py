@@ -358,7 +358,7 @@ def _check_weight(array: np.ndarray, what: str) -> None:
 
 
 def _check_count(array: np.ndarray, what: str) -> None:
-    """Of batches that a batch norm saw: the one integer that a state dict may hold."""
+    """Raises unless this is a number of batches seen, the one integer of a state dict."""
     if array.dtype != np.int64 or array.shape:
         found = f"type {array.dtype} and shape {array.shape}"
         raise UserError(f"{what} has {found}, expected one count of type int64")

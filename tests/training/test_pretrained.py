@@ -12,6 +12,7 @@ import pytest
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.errors import UserError
+from activemlp_jax.files import write_directory_aside
 from activemlp_jax.training.config import build_model, default_config
 from activemlp_jax.training.pretrained import (
     adopt_architecture,
@@ -22,7 +23,6 @@ from activemlp_jax.training.tasks import make_task
 from activemlp_jax.weights.model_directory import (
     ModelCard,
     read_card,
-    whole_or_nothing,
     write_model,
 )
 
@@ -36,7 +36,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "micro"
     card = ModelCard(MODEL, Preprocessing(), ("model",), "model")
     variables = goldens.rule_variables(MODEL)
-    with whole_or_nothing(directory) as place:
+    with write_directory_aside(directory) as place:
         half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), variables)
         write_model(place, card, {"model": half})
     return directory
@@ -164,7 +164,7 @@ def test_a_segmentation_model_gives_its_head_too_but_for_other_classes(tmp_path:
     model = am.ActiveSegmentor(**goldens.SEG_MICRO["upernet"])
     card = ModelCard(model, ScenePreprocessing(), ("model",), "model")
     there = jax.tree.map(np.asarray, goldens.rule_variables(model))
-    with whole_or_nothing(tmp_path / "micro") as place:
+    with write_directory_aside(tmp_path / "micro") as place:
         write_model(place, card, {"model": there})
     directory = tmp_path / "micro"
     same, said, _ = segment(directory, 7, **{"head.channels": 0})

@@ -128,7 +128,7 @@ def test_those_who_have_not_come_in_time_are_named():
     two = first.come(2)
     message = failure(first, two)
     assert (
-        message == f"after 1 s these of 3 hosts have not come to {first.address}: 1; do they run?"
+        message == f"after 1 s 1 of 3 hosts have not reached {first.address}: 1; are they running?"
     )
 
 

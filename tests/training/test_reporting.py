@@ -82,9 +82,9 @@ def test_a_run_of_one_step_an_epoch_says_what_to_lower(batch_size: int, lower: i
     config.batch_size = batch_size
     told = describe_length(config, 1, 30)
     assert told.startswith("1 step an epoch, 30 in all, learning rate up to 5.0e-04")
-    advice = f"config.batch_size is {batch_size}, more than half of an epoch: lower it"
+    advice = f"config.batch_size is {batch_size}, more than half of an epoch; lower it"
     assert (advice in told) == (lower is not None), told
-    assert told.endswith(f"such as --config.batch_size={lower}") == (lower is not None), told
+    assert told.endswith(f"example with --config.batch_size={lower}") == (lower is not None), told
 
 
 @pytest.mark.parametrize(

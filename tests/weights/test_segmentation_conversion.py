@@ -16,12 +16,12 @@ from processes import COMPILE_QUICKLY, ROOT
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
+from activemlp_jax.files import write_directory_aside
 from activemlp_jax.weights import verify
 from activemlp_jax.weights.convert import main
 from activemlp_jax.weights.model_directory import (
     ModelCard,
     read_card,
-    whole_or_nothing,
     write_model,
 )
 
@@ -88,7 +88,7 @@ def write_fpn(directory: Path, kinds: tuple[str, ...], **fields: Any) -> Path:
         for seed, kind in enumerate(kinds)
     }
     card = ModelCard(model, ScenePreprocessing(0, 96, 64), kinds, kinds[0], **fields)
-    with whole_or_nothing(directory) as place:
+    with write_directory_aside(directory) as place:
         write_model(place, card, weights)
     return directory
 
