@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from processes import COMPILE_QUICKLY
 
 from activemlp_jax.process import collect_garbage_rarely
 
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # The tests and the processes they start keep compiled programs in a cache of their own, whatever
 # the user's settings are: JAX locks a cache only where its size has a limit, and then warns about
 # programs that a process without one put there.
-os.environ |= {
+os.environ |= COMPILE_QUICKLY | {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(8 * 2**30),
     # Most of what is run many times compiles in less than the second that JAX asks for.

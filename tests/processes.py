@@ -15,9 +15,11 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[1]
 
-# These processes run what they compile a few times only, and LLVM's optimisation takes a third of
-# the time to compile. XLA's own passes are those of any run.
-COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+# Tests run what they compile a few times only. Without LLVM's optimization, and with XLA's older
+# emitter of fused loops, compiling takes half the time. XLA's own passes are those of any run.
+COMPILE_QUICKLY = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+}
 
 
 def free_address() -> str:

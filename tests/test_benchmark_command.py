@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import COMPILE_QUICKLY
 from test_benchmark_peer import MICRO
 
 from activemlp_jax.benchmarks import command
@@ -21,7 +20,7 @@ QUICK = ("--image-size", "32", "--batch-size", "1", "--rounds", "2", "--steps", 
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     process = [sys.executable, "-m", "activemlp_jax.benchmark", *arguments]
-    environment = {**os.environ, **COMPILE_QUICKLY, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(process, capture_output=True, text=True, timeout=300, env=environment)
 
 

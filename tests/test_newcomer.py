@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 from documents import Step, form, steps
-from processes import COMPILE_QUICKLY
 from small_models import run
 from test_train_command import ROOT, SMALL
 
@@ -81,7 +80,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def variables() -> dict[str, str]:
     """The environment of a newcomer's shell, with the cache of the tests and a short demo."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    return inherited | COMPILE_QUICKLY | {"DEMO_FLAGS": shlex.join(SMALL)}
+    return inherited | {"DEMO_FLAGS": shlex.join(SMALL)}
 
 
 def follow(page: str, place: Path) -> list[tuple[Step, str]]:

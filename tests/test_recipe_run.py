@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from pictures import encoded, photo, save_odd_images, save_photos
-from processes import COMPILE_QUICKLY
 from rich.console import Console
 
 import activemlp_jax as am
@@ -34,7 +33,7 @@ FINE_TUNING = (
 
 
 def train(*arguments: str, data_dir: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **COMPILE_QUICKLY}
+    environment = dict(os.environ)
     if data_dir:
         environment["TFDS_DATA_DIR"] = str(data_dir)
     return subprocess.run(

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from processes import COMPILE_QUICKLY, ROOT, finish, lines, saved_state, start, start_two
+from processes import ROOT, finish, lines, saved_state, start, start_two
 from rich.console import Console
 from scenes import mask, mocked_records, prepare_scene_parse150, save_ade20k
 
@@ -55,8 +54,7 @@ SMALL: dict[str, Any] = {
 
 def run(module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"activemlp_jax.{module}", *map(str, arguments)]
-    env = {**os.environ, **COMPILE_QUICKLY}  # as `start`, whose figures these are compared with
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def form(picture: Path) -> tuple[str, tuple[int, int]]:

@@ -1,7 +1,6 @@
 """The real `train.py` as a process: a run, a kill, a resume, and every wrong command line."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from processes import COMPILE_QUICKLY, ROOT, lines, run, saved_state, start
+from processes import ROOT, lines, run, saved_state, start
 
 import activemlp_jax as am
 from activemlp_jax.training import command
@@ -164,8 +163,7 @@ def test_a_run_leaves_a_model_directory_of_its_last_state(finished: tuple[Path, 
         jax.tree.map(np.testing.assert_array_equal, variables, state[key])
     result = subprocess.run(
         [sys.executable, "-m", "activemlp_jax.evaluate", workdir / "model", "--data", "digits"],
-        cwd=ROOT, env={**os.environ, **COMPILE_QUICKLY},
-        capture_output=True, text=True, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     evaluated, last = json.loads(result.stdout.splitlines()[-1]), records(workdir)[-1]

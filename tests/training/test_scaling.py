@@ -1,11 +1,9 @@
 """The benchmark of more devices: what it counts, and what it refuses."""
 
-import os
 import subprocess
 import sys
 
 import pytest
-from processes import COMPILE_QUICKLY
 
 from activemlp_jax.benchmark import scaling_lines
 from activemlp_jax.training.scaling import device_counts
@@ -15,8 +13,7 @@ SMALL = (*("--config", "configs/digits.py", "--steps", "1", "--rounds", "1"),)
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "activemlp_jax.benchmark", "scaling", *arguments]
-    environment = {**os.environ, **COMPILE_QUICKLY}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(("most", "counts"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6])])
