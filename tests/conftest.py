@@ -30,8 +30,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 collect_garbage_rarely()  # as the commands do; most of a test's time is tracing and compiling
 
-# A script's background jobs ignore Ctrl-C, and so would the processes that tests start and stop.
+# A script's background jobs ignore Ctrl-C, and `nohup` ignores SIGHUP; so would the processes that
+# tests start and stop.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

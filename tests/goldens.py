@@ -19,10 +19,6 @@ from activemlp_jax import from_torch, to_torch
 
 DATA = Path(__file__).parent / "data"
 
-# For `jax.jit`, of large models: without LLVM's optimisation, which takes a third of the time that
-# compiling does. XLA's own passes are those of any run.
-QUICKLY = {"xla_backend_optimization_level": 0}
-
 MICRO: dict[str, Any] = {
     "depths": (2, 3, 4, 2),
     "embed_dims": (8, 16, 24, 32),

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from fuzz_kinds import KINDS
 
-pytestmark = pytest.mark.slow
+# Groups come first; alone at the end, this would keep one process waiting.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recipe")]
 
 
 def test_some_inputs_of_every_kind_are_read_or_refused():

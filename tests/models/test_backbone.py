@@ -129,7 +129,7 @@ def test_full_models_equal_the_original(name: str, size: int, dtype: str, bound:
         kept = jnp.promote_types(dtype, jnp.float32)
         variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, kept), full_variables(name))
         images = jnp.asarray(goldens.golden_input(file, "input"), dtype)
-        logits = jax.jit(model.apply, compiler_options=goldens.QUICKLY)(variables, images)
+        logits = jax.jit(model.apply)(variables, images)
         assert logits.dtype == (jnp.float64 if dtype == "float64" else jnp.float32)
         goldens.assert_close(logits, goldens.load(file)["logits"], bound, f"{name} {dtype}")
 

@@ -56,7 +56,7 @@ def gradients(
         # The first input is a map, a second one is offsets.
         cast = [jnp.asarray(x, kept if i else dtype) for i, x in enumerate(inputs)]
 
-        @partial(jax.jit, compiler_options=goldens.QUICKLY)
+        @jax.jit
         def transpose(variables: Any, inputs: list[jax.Array], cotangent: jax.Array) -> Any:
             apply = module.clone(dtype=jnp.dtype(dtype)).apply
             out, transposed = jax.vjp(lambda variables: apply(variables, *inputs), variables)
