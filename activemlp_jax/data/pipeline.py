@@ -8,6 +8,7 @@ batch; a run resumes from its step number.
 import contextlib
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,10 @@ from activemlp_jax.errors import UserError, one_line
 Batch = dict[str, np.ndarray]
 
 BATCHES_AHEAD = 2
+
+# When a run has to end at once, Python's resource tracker removes the shared memory that it leaves;
+# its warnings about that would follow the one line that says why the run ended.
+QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 # Keys of the store that all hosts share: one for each broken image, and their number.
 SKIPPED, SKIPPED_COUNT = "activemlp/skipped/", "activemlp/images_skipped"
@@ -218,6 +223,8 @@ def iterate(
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads some for its workers
             flags.FLAGS.mark_as_parsed()
+        if QUIET_TRACKER not in sys.warnoptions:  # child processes get them, too
+            sys.warnoptions.append(QUIET_TRACKER)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         batches = elements.batch(group, batch_fn=assemble).to_iter_dataset(options)
         workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=BATCHES_AHEAD)
