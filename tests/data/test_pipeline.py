@@ -153,15 +153,18 @@ def test_workers_and_their_shared_memory_end_with_a_run_that_is_killed(tmp_path:
         [sys.executable, str(tmp_path / "program.py")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     ) as run:
         assert run.stdout is not None
+        assert run.stderr is not None
         assert run.stdout.readline() == "ready\n"
         workers = children(run.pid)
         assert len(workers) >= 2
         segments = set().union(*(shared_memory(process) for process in (run.pid, *workers)))
         assert segments, "batches are handed over in shared memory"
         run.kill()
+        said = run.stderr.read()
     until = time.monotonic() + 20
     while time.monotonic() < until:
         running = [worker for worker in workers if is_running(worker)]
@@ -171,7 +174,7 @@ def test_workers_and_their_shared_memory_end_with_a_run_that_is_killed(tmp_path:
         time.sleep(0.1)
     for worker in running:
         os.kill(worker, signal.SIGKILL)
-    assert (running, left) == ([], set())
+    assert (running, left, said) == ([], set(), "")
 
 
 @ORDERS
