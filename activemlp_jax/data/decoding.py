@@ -24,8 +24,8 @@ ORIENTATION = 0x0112  # its number in EXIF data
 
 MOST_BYTES = 2**30  # of an image file
 MOST_PIXELS = 178_956_970  # beyond which Pillow refuses an image by itself, too
-# Pillow warns from half of that on; one image of such a size is no reason to worry. It also warns
-# of damage next to the pixels, such as in EXIF, which is not read here.
+# Pillow warns about images of more than half that size, which are harmless one at a time. It also
+# warns about damaged metadata, such as EXIF, which this package does not need.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -42,7 +42,7 @@ OTHER_SUFFIXES = (
     *(".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".svg"),
     *(".tga", ".xcf"),
 )
-NAMED = 3  # of the files left out, so many are named
+NAMED = 3  # files to list of those left out
 
 
 class BrokenImageError(UserError):
@@ -85,7 +85,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
 
 
 def decode_with_pillow(data: bytes, name: str) -> np.ndarray:
-    """As `decode`, by Pillow alone."""
+    """Decode an image file with Pillow, whatever other decoders are installed; see `decode`."""
     with open_image(data, name) as image:
         return np.asarray(to_rgb(image))
 

@@ -1,4 +1,4 @@
-"""From an index to a batch: what a step sees is a pure function of the seed and the step.
+"""Data loaders; the batch of a step is a pure function of the seed and the step.
 
 A sample's position in the run alone decides which example is read and which random numbers change
 it, so that neither the number of workers, nor that of hosts, nor a restart in between alters a
@@ -33,8 +33,8 @@ Batch = dict[str, np.ndarray]
 
 BATCHES_AHEAD = 2
 
-# When a run has to end at once, Python's resource tracker removes the shared memory that it leaves;
-# its warnings about that would follow the one line that says why the run ended.
+# Python's resource tracker removes the shared memory of a run that ends abruptly. Without this
+# option it also warns about it, after the line that says why the run ended.
 QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 
 # Keys of the store that all hosts share: one for each broken image, and their number.
@@ -223,7 +223,7 @@ def iterate(
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads some for its workers
             flags.FLAGS.mark_as_parsed()
-        if QUIET_TRACKER not in sys.warnoptions:  # child processes get them, too
+        if QUIET_TRACKER not in sys.warnoptions:  # child processes inherit these options
             sys.warnoptions.append(QUIET_TRACKER)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         batches = elements.batch(group, batch_fn=assemble).to_iter_dataset(options)

@@ -63,7 +63,7 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class Restored(NamedTuple):
-    """A state, and what the run knew beside it: `losses` of the steps of the current epoch."""
+    """A restored state, and the `losses` of the steps of its unfinished epoch."""
 
     state: TrainState
     losses: list[float]
@@ -266,7 +266,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises UserError if a save that went on beside the training has failed."""
+        """Raises UserError if a save in the background has failed."""
         with self._guard():
             self._manager.check_for_errors()
 
@@ -321,7 +321,7 @@ def _check_score(checkpoint: Path) -> None:
 def _read(
     checkpoint: Path, part: int = 0, parts: int = 1, may_lack_files: bool = False
 ) -> dict[str, Any]:
-    """Check the digests of a checkpoint's files; give what the run saved beside its state.
+    """Check the digests of a checkpoint's files, and read what was saved besides the state.
 
     Args:
       checkpoint: to read; earlier versions wrote no digests.

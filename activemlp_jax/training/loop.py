@@ -84,7 +84,7 @@ def train(
         if speaks:
             stack.enter_context(claim_workdir(workdir, run.config))
         check_shared(workdir, timeout)
-        # A line that is no record had better be found before training than after.
+        # Read the records now, so that a broken line is reported before training, not after it.
         records = [read_records(workdir / name) for name in (EPOCHS, STEPS) if speaks]
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", run.config))
         restored = checkpoints.restore(run.program.state)
@@ -158,7 +158,7 @@ def _take_steps(
     say: Callable[[str], None],
     say_here: Callable[[str], None],
 ) -> _Last:
-    """From the restored step to the last."""
+    """Take the steps from the restored one to the last."""
     config, epoch_steps = run.config, run.program.steps_per_epoch
     state, losses = restored
     first_step = int(state.step)
@@ -192,7 +192,7 @@ def _take_steps(
             raise stop_at_non_finite(run.workdir, step, figures, batch, good)
 
     def settle(most: int) -> None:
-        """Wait until at most so many steps are handed out and have not ended."""
+        """Wait until at most `most` steps are still running on the devices."""
         while len(handed_out) > most:
             step, metrics = handed_out.popleft()
             figures = {name: float(value) for name, value in jax.device_get(metrics).items()}

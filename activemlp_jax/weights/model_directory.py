@@ -63,7 +63,7 @@ Variables = dict[str, Any]  # what a model's `apply` takes, as arrays
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """What `model.json` says of the weights beside it.
+    """The content of `model.json`, which describes the weights of a model directory.
 
     Args:
       model: of the weights, in float32 and without drop path.
@@ -177,7 +177,7 @@ class ModelCard:
 def _expect_keys(
     content: Any, name: str, keys: Collection[str], known: Collection[str] | None = None
 ) -> None:
-    """Raises ValueError if `content` is no mapping, lacks one of `keys`, or has one not `known`."""
+    """Raises ValueError unless `content` is a mapping with all `keys` and no unknown ones."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{name} is {short(content)}, expected an object")
     missing = [key for key in keys if key not in content]
@@ -263,7 +263,7 @@ def check_classes(card: ModelCard, class_names: tuple[str, ...], what: str) -> N
 
 
 def check_card(card: object, model: Model) -> None:
-    """Raises ValueError if `card` is no card of a model such as `model`."""
+    """Raises ValueError unless `card` is a ModelCard of the type and class count of `model`."""
     if not isinstance(card, ModelCard):
         raise ValueError(f"card is a {type(card).__name__}, expected what read_card gives")
     ours, theirs = (f"{type(m).__name__} of {m.num_classes} classes" for m in (model, card.model))

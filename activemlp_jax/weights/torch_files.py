@@ -140,7 +140,7 @@ def _read_safetensors(path: Path, size: int) -> TorchCheckpoint:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118 - it is no dict
+            for key in file.keys():  # noqa: SIM118 - not a dict
                 name = file.get_slice(key).get_dtype()
                 if name not in SAFETENSORS_TYPES:
                     raise UserError(

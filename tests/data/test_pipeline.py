@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from jax._src.lib import _jax
+from kills import shared_memory
 from processes import free_address
 
 from activemlp_jax.data import pipeline
@@ -83,13 +83,6 @@ def batches(
     )  # fmt: skip
     with contextlib.closing(iterator):
         return list(iterator)
-
-
-def shared_memory(process: int) -> set[Path]:
-    """The files in shared memory that a process has mapped and can be found by name."""
-    mapped = Path(f"/proc/{process}/maps").read_text()
-    names = re.findall(r"/dev/shm/psm_\w+$", mapped, re.MULTILINE)
-    return {*map(Path, names), *Path("/dev/shm").glob(f"sem.loky-{process}-*")}
 
 
 def assert_same(ours: list[Batch], expected: list[Batch]) -> None:
@@ -161,7 +154,7 @@ def test_workers_and_their_shared_memory_end_with_a_run_that_is_killed(tmp_path:
         assert run.stdout.readline() == "ready\n"
         workers = children(run.pid)
         assert len(workers) >= 2
-        segments = set().union(*(shared_memory(process) for process in (run.pid, *workers)))
+        segments = shared_memory([Path(f"/proc/{process}") for process in (run.pid, *workers)])
         assert segments, "batches are handed over in shared memory"
         run.kill()
         said = run.stderr.read()

@@ -117,7 +117,7 @@ def full_variables(name: str) -> dict[str, Any]:
             [
                 *((name, size, "float64", 1e-9) for name, size in VARIANT_SIZES),
                 *((name, 224, "float32", 1e-4) for name in am.list_models()),
-                *((name, 224, "bfloat16", 5e-2) for name in ("active_xtiny", "active_large")),
+                *((name, 224, "bfloat16", 5e-2) for name in am.list_models()),
             ]
         )
     ],

@@ -111,8 +111,9 @@ def test_in_bfloat16_models_pixels_and_targets_stay_float32():
     config = task(**MIXED, random_erasing=0.25).config
     model = am.ActiveMLP(**goldens.MICRO, dtype=jnp.bfloat16)
     half = Classification(model, Preprocessing(32), config)
-    images, targets = jax.eval_shape(half.inputs, batch, jax.random.key(0))
+    images, targets = jax.jit(half.inputs)(batch, jax.random.key(0))
     assert images.dtype == targets.dtype == jnp.float32
+    np.testing.assert_allclose(targets.sum(-1), np.ones(6), rtol=1e-6)
     variables = goldens.rule_variables(model)
     full = task(**MIXED, random_erasing=0.25)
     ours, exact = (
