@@ -7,7 +7,7 @@ Examples:
 
 from pathlib import Path
 
-from activemlp_jax.training.command import run
+from activemlp_jax.training.cli_flags import run
 
 if __name__ == "__main__":
     run(default_path=Path(__file__).parent / "configs" / "digits.py")

@@ -21,16 +21,16 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from activemlp_jax.errors import UserError, install_command, one_line
-from activemlp_jax.json_files import json_line
-from activemlp_jax.training import sharding
-from activemlp_jax.training.command import chosen_config, start
-from activemlp_jax.training.compiled import Bounds, Needs, count_bounds, count_needs
+from activemlp_jax.benchmark.hlo_cost import Bounds, Needs, count_bounds, count_needs
+from activemlp_jax.distributed import sharding
+from activemlp_jax.tasks.registry import open_data
+from activemlp_jax.training.cli_flags import chosen_config, start
 from activemlp_jax.training.config import check_config
-from activemlp_jax.training.hardware import CHIPS, GIB, Chip
-from activemlp_jax.training.pretrained import adopt_architecture
+from activemlp_jax.training.init_from import adopt_architecture
 from activemlp_jax.training.program import build_program, train_flops
-from activemlp_jax.training.tasks import open_data
+from activemlp_jax.utils.errors import UserError, install_command, one_line
+from activemlp_jax.utils.hardware import CHIPS, GIB, Chip
+from activemlp_jax.utils.json_files import json_line
 
 # Images and classes of the data sets of the recipes, by task.
 USUAL = {

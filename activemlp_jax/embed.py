@@ -24,9 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.arguments import Parser
-from activemlp_jax.errors import UserError, errors_in_one_line, install_command, one_line
-from activemlp_jax.files import check_output_file, write_aside
+from activemlp_jax.command_line import Parser
 from activemlp_jax.inference.classify import ask, choose_batch_size, embeddings, make_classifier
 from activemlp_jax.inference.files import (
     IMAGES_HELP,
@@ -36,7 +34,9 @@ from activemlp_jax.inference.files import (
     unbroken,
     watched,
 )
-from activemlp_jax.process import collect_garbage_rarely, keep_compiled_programs
+from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
+from activemlp_jax.utils.files import check_output_file, write_aside
+from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.weights.model_directory import read_card, read_weights
 
 Write = Callable[[IO[bytes], Sequence[str], np.ndarray], None]

@@ -25,22 +25,22 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from activemlp_jax.arguments import Parser, check_numbers
-from activemlp_jax.data.pipeline import eval_batches
+from activemlp_jax.command_line import Parser, check_numbers
+from activemlp_jax.data.loader import eval_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
-from activemlp_jax.errors import UserError, errors_in_one_line, one_line
-from activemlp_jax.inference.metrics import class_figures
-from activemlp_jax.inference.scene_evaluation import class_table, evaluate_scene_directory
-from activemlp_jax.inference.scenes import round_up
-from activemlp_jax.inference.views import MULTI_SCALE, make_protocol
-from activemlp_jax.json_files import json_line
-from activemlp_jax.models.backbone import ActiveMLP
-from activemlp_jax.process import collect_garbage_rarely, keep_freed_memory
-from activemlp_jax.training import sharding
-from activemlp_jax.training.classification import Classification
-from activemlp_jax.training.command import HOST_OPTIONS
-from activemlp_jax.training.evaluation import evaluate
+from activemlp_jax.distributed import sharding
+from activemlp_jax.inference.segmentation import round_up
+from activemlp_jax.inference.tiling import MULTI_SCALE, make_protocol
+from activemlp_jax.models.active_mlp import ActiveMLP
+from activemlp_jax.tasks.classification import Classification
+from activemlp_jax.tasks.evaluation import evaluate
+from activemlp_jax.tasks.metrics import class_figures
+from activemlp_jax.tasks.segmentation_evaluation import class_table, evaluate_scene_directory
+from activemlp_jax.training.cli_flags import HOST_OPTIONS
+from activemlp_jax.utils.errors import UserError, errors_in_one_line, one_line
+from activemlp_jax.utils.json_files import json_line
+from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_freed_memory
 from activemlp_jax.weights.model_directory import check_classes, read_card, read_weights
 
 Metrics = dict[str, float]

@@ -30,8 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from activemlp_jax.arguments import Parser, check_numbers
-from activemlp_jax.errors import UserError, errors_in_one_line, one_line
+from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.inference.classify import (
     ask,
     choose_batch_size,
@@ -49,15 +48,16 @@ from activemlp_jax.inference.files import (
     watched,
 )
 from activemlp_jax.inference.imagenet_names import readable_names
-from activemlp_jax.inference.offset_pictures import Point, check_tokens, draw_offsets
 from activemlp_jax.inference.offsets import inspect_offsets, show_to_model
-from activemlp_jax.inference.overlays import class_shares, draw_overlay, label_picture
 from activemlp_jax.inference.picture_files import check_picture, save_picture
-from activemlp_jax.inference.scene_evaluation import open_segmenter
-from activemlp_jax.inference.scenes import segment_image
-from activemlp_jax.inference.views import PUBLISHED, Protocol, make_protocol
-from activemlp_jax.json_files import json_line
-from activemlp_jax.process import collect_garbage_rarely, keep_compiled_programs
+from activemlp_jax.inference.segmentation import segment_image
+from activemlp_jax.inference.tiling import PUBLISHED, Protocol, make_protocol
+from activemlp_jax.plots.offsets import Point, check_tokens, draw_offsets
+from activemlp_jax.plots.overlays import class_shares, draw_overlay, label_picture
+from activemlp_jax.tasks.segmentation_evaluation import open_segmenter
+from activemlp_jax.utils.errors import UserError, errors_in_one_line, one_line
+from activemlp_jax.utils.json_files import json_line
+from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.weights.model_directory import ModelCard, Variables, read_card, read_weights
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # what is written has these after its name

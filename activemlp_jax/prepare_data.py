@@ -18,8 +18,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from activemlp_jax.arguments import Parser, check_numbers
-from activemlp_jax.errors import UserError, errors_in_one_line
+from activemlp_jax.command_line import Parser, check_numbers
+from activemlp_jax.utils.errors import UserError, errors_in_one_line
 
 
 def _absolute(path: str) -> Path:

@@ -19,7 +19,13 @@ import activemlp_jax as am
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "api.md"
 
-TITLES = {"models": "Models", "weights": "Weights", "inference": "Images"}  # by package
+TITLES = {
+    "models": "Models",
+    "ops": "The operator",
+    "weights": "Weights",
+    "inference": "Images",
+    "plots": "Pictures",
+}  # by package
 INTRODUCTION = """# API
 
 What `import activemlp_jax as am` gives, and the commands. Made from the docstrings by
@@ -27,8 +33,8 @@ What `import activemlp_jax as am` gives, and the commands. Made from the docstri
 
 In shapes B is the number of images, H and W are height and width, C channels, G groups of channels.
 *Normalised* images have the mean and standard deviation of the model's preprocessing taken out.
-`UserError` is `activemlp_jax.errors.UserError`, a `ValueError` whose one line is for the person at
-the keyboard.
+`UserError` is `activemlp_jax.utils.errors.UserError`, a `ValueError` whose message is one line for
+the user.
 """
 LISTS = ("Args", "Raises")  # sections of `name: text`
 SECTIONS = (*LISTS, "Returns", "Yields", "Calls", "Source")
@@ -141,14 +147,15 @@ def results(things: Iterator[Any]) -> dict[str, type]:
 
 def commands() -> Iterator[tuple[str, str]]:
     """Each command but the list of them, and the text that its --help begins with."""
-    for path in sorted(ROOT.glob("*.py")) + sorted((ROOT / am.__name__).glob("[!_]*.py")):
+    package = ROOT / am.__name__
+    modules = {path.stem: path for path in package.glob("[!_]*.py")}
+    modules |= {path.parent.name: path for path in package.glob("*/__main__.py")}
+    names = {f"python {path.name}": path for path in sorted(ROOT.glob("*.py"))}
+    names |= {f"python -m {am.__name__}.{name}": modules[name] for name in sorted(modules)}
+    for command, path in names.items():
         tree = ast.parse(path.read_text())
         if any(isinstance(node, ast.If) and "__main__" in ast.dump(node) for node in tree.body):
-            module = "" if path.parent == ROOT else f"-m {am.__name__}."
-            yield (
-                f"python {module}{path.stem if module else path.name}",
-                ast.get_docstring(tree) or "",
-            )
+            yield command, ast.get_docstring(tree) or ""
 
 
 def command_entry(command: str, docstring: str) -> Iterator[str]:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from activemlp_jax.data.device import normalise, random_erasing
-from activemlp_jax.data.pipeline import train_batches
+from activemlp_jax.data.batch_transforms import normalise, random_erasing
+from activemlp_jax.data.loader import train_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
-from activemlp_jax.models.backbone import create_model
-from activemlp_jax.training.classification import Classification
+from activemlp_jax.models.active_mlp import create_model
+from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.training.recipe import imagenet_config
 
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 from processes import COMPILE_QUICKLY
 
-from activemlp_jax.process import collect_garbage_rarely
+from activemlp_jax.utils.runtime import collect_garbage_rarely
 
 ROOT = Path(__file__).parents[1]
 

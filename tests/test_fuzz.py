@@ -11,11 +11,13 @@ from fuzz_kinds import KINDS
 # Groups come first; alone at the end, this would keep one process waiting.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recipe")]
 
+FUZZ = Path(__file__).parent / "helpers" / "fuzz.py"
+
 
 def test_some_inputs_of_every_kind_are_read_or_refused():
     count = 3 * len(KINDS)
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fuzz.py")), f"--inputs={count}", "--seed=1"],
+        [sys.executable, str(FUZZ), f"--inputs={count}", "--seed=1"],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

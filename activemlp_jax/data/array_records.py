@@ -17,9 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.file_adapters import ArrayRecordFileAdapter
 
-from activemlp_jax.errors import UserError
-from activemlp_jax.files import partial_path, write_aside
-from activemlp_jax.json_files import read_json
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.files import partial_path, write_aside
+from activemlp_jax.utils.json_files import read_json
 
 SHARD_BYTES = 128 * 2**20
 PLAN_FILE = "prepared_from.json"

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from activemlp_jax.errors import UserError, one_line
-from activemlp_jax.files import read_file
+from activemlp_jax.utils.errors import UserError, one_line
+from activemlp_jax.utils.files import read_file
 
 try:
     import simplejpeg

@@ -6,9 +6,9 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from activemlp_jax.data.examples import Example
+from activemlp_jax.data.base import Example
 from activemlp_jax.data.sources import open_digits
-from activemlp_jax.errors import UserError
+from activemlp_jax.utils.errors import UserError
 
 SIDE = 64
 SCENES = {"train": 10_000, "test": 500}

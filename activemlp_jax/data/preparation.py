@@ -23,10 +23,10 @@ from activemlp_jax.data.array_records import (
     shard_path,
     write_shards,
 )
-from activemlp_jax.data.examples import check_same_classes
+from activemlp_jax.data.base import check_same_classes
 from activemlp_jax.data.sources import FolderSource
 from activemlp_jax.data.tfds_source import first_line
-from activemlp_jax.errors import UserError, install_command, one_line
+from activemlp_jax.utils.errors import UserError, install_command, one_line
 
 IMAGENET_TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from activemlp_jax.json_files import short
-from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
+from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE
+from activemlp_jax.utils.json_files import short
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -11,6 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from activemlp_jax.data.base import (
+    EVALUATION_SPLITS,
+    EncodedExample,
+    Example,
+    Source,
+    decode_example,
+)
 from activemlp_jax.data.decoding import (
     IMAGE_SUFFIXES,
     BrokenImageError,
@@ -22,15 +29,8 @@ from activemlp_jax.data.decoding import (
     warn,
     warn_of_turned,
 )
-from activemlp_jax.data.examples import (
-    EVALUATION_SPLITS,
-    EncodedExample,
-    Example,
-    Source,
-    decode_example,
-)
 from activemlp_jax.data.tfds_source import TfdsSource
-from activemlp_jax.errors import UserError
+from activemlp_jax.utils.errors import UserError
 
 LOOKED_AT = 32  # images, evenly spread, whose orientation is looked at when a folder is opened
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from activemlp_jax.data.decoding import BrokenImageError, is_turned, warn_of_turned
-from activemlp_jax.data.examples import (
+from activemlp_jax.data.base import (
     EncodedExample,
     Example,
     decode_example,
     evaluation_split,
 )
-from activemlp_jax.errors import UserError, one_line
-from activemlp_jax.json_files import read_json
+from activemlp_jax.data.decoding import BrokenImageError, is_turned, warn_of_turned
+from activemlp_jax.utils.errors import UserError, one_line
+from activemlp_jax.utils.json_files import read_json
 
 CHECKED_RECORDS = 256  # evenly spread, whose labels are checked before the first step
 PREPARE = "python -m activemlp_jax.prepare_data"

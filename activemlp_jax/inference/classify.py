@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.data.device import normalise
+from activemlp_jax.data.batch_transforms import normalise
+from activemlp_jax.data.image_transforms import eval_transform
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.data.transforms import eval_transform
 from activemlp_jax.inference.imagenet_names import readable_names
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
-from activemlp_jax.models.backbone import ActiveMLP
+from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.layers import wide
 from activemlp_jax.weights.model_directory import ModelCard
 

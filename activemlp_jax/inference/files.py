@@ -24,7 +24,7 @@ from activemlp_jax.data.decoding import (
     warn,
 )
 from activemlp_jax.data.sources import no_images, warn_of_left_out
-from activemlp_jax.errors import UserError
+from activemlp_jax.utils.errors import UserError
 
 STDIN = "-"
 HANDFUL = 8  # images that need no progress bar

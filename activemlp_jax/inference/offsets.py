@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.data.device import normalise
+from activemlp_jax.data.batch_transforms import normalise
+from activemlp_jax.data.image_transforms import eval_transform
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.data.transforms import eval_transform
-from activemlp_jax.errors import UserError
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
-from activemlp_jax.inference.views import PUBLISHED, plan_views, show
+from activemlp_jax.inference.tiling import PUBLISHED, plan_views, show
+from activemlp_jax.utils.errors import UserError
 from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.model_directory import ModelCard, Variables, backbone
 

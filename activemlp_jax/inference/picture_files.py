@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from activemlp_jax.errors import UserError
-from activemlp_jax.files import check_output_file, write_aside
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.files import check_output_file, write_aside
 
 SOFTWARE = "activemlp_jax"  # in the EXIF field of that name
 

@@ -1,7 +1,7 @@
 """How the images of a model are prepared, with a card and without."""
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.model_directory import ModelCard, check_card
 

@@ -7,8 +7,8 @@ import numpy as np
 from activemlp_jax.data.preprocessing import ScenePreprocessing
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
-from activemlp_jax.inference.views import PUBLISHED, Protocol
-from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.inference.tiling import PUBLISHED, Protocol
+from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.weights.model_directory import ModelCard
 
 
@@ -41,7 +41,7 @@ def segment(
 
     Source: the inference of mmsegmentation 0.11, by which the original tests.
     """
-    from activemlp_jax.inference.scenes import Segmenter, segment_image  # slow to import
+    from activemlp_jax.inference.segmentation import Segmenter, segment_image  # slow to import
 
     if not isinstance(model, ActiveSegmentor):
         raise ValueError(

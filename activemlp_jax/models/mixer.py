@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from activemlp_jax.models.atm import sample_axis
 from activemlp_jax.models.layers import (
     Affine,
     Dtype,
@@ -21,6 +20,7 @@ from activemlp_jax.models.layers import (
     norm,
     wide,
 )
+from activemlp_jax.ops.sample_axis import sample_axis
 
 BIASES = {"atm_w": True, "atm_h": True, "atm_c": False, "proj": True}  # which layers have one
 

@@ -18,14 +18,14 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from activemlp_jax.digests import check_digests, read_digests, write_digests
-from activemlp_jax.errors import Interrupted, UserError, one_line
-from activemlp_jax.files import write_aside
-from activemlp_jax.json_files import expect, read_json
-from activemlp_jax.orbax_logs import without_tracebacks
-from activemlp_jax.training import sharding
+from activemlp_jax.distributed import sharding
 from activemlp_jax.training.config import differing_keys
 from activemlp_jax.training.step import TrainState
+from activemlp_jax.utils.digests import check_digests, read_digests, write_digests
+from activemlp_jax.utils.errors import Interrupted, UserError, one_line
+from activemlp_jax.utils.files import write_aside
+from activemlp_jax.utils.json_files import expect, read_json
+from activemlp_jax.utils.orbax_logs import without_tracebacks
 from activemlp_jax.weights.finite import describe_non_finite
 
 BEST_BY = "score"

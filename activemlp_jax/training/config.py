@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from activemlp_jax.data.device import group_size, mixes
+from activemlp_jax.data.batch_transforms import group_size, mixes
 from activemlp_jax.data.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -14,11 +14,11 @@ from activemlp_jax.data.preprocessing import (
     ScenePreprocessing,
 )
 from activemlp_jax.data.randaugment import parse_randaugment
-from activemlp_jax.errors import UserError
-from activemlp_jax.json_files import short
-from activemlp_jax.models.backbone import ActiveMLP
-from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.models.active_mlp import ActiveMLP
+from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.training.limits import check_values
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.json_files import short
 from activemlp_jax.weights.architecture import Model
 
 # A run may be resumed with others of these. They do not change what it computes, but for rounding

@@ -7,7 +7,7 @@ from types import FrameType
 import jax
 import orbax.checkpoint as ocp
 
-from activemlp_jax.training import sharding
+from activemlp_jax.distributed import sharding
 
 
 class Interruption:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from activemlp_jax.errors import UserError
-from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
-from activemlp_jax.models.segmentation import HEADS
+from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE
+from activemlp_jax.models.segmentor import HEADS
+from activemlp_jax.utils.errors import UserError
 
 # What a value must be to work: keys, condition, and the words for it. Types are ml_collections'.
 LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (

@@ -13,15 +13,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from activemlp_jax.data.pipeline import Skipped, sample_order, train_batches
-from activemlp_jax.errors import Interrupted
-from activemlp_jax.training import sharding
+from activemlp_jax.data.loader import Skipped, sample_order, train_batches
+from activemlp_jax.distributed import sharding
+from activemlp_jax.tasks.evaluation import Sums
 from activemlp_jax.training.checkpoints import Checkpoints, Restored
-from activemlp_jax.training.evaluation import Sums
 from activemlp_jax.training.failures import non_finite, stop_at_non_finite
-from activemlp_jax.training.hardware import peak_flops
+from activemlp_jax.training.init_from import initial_variables
 from activemlp_jax.training.interruption import Interruption
-from activemlp_jax.training.pretrained import initial_variables
 from activemlp_jax.training.profiling import Trace
 from activemlp_jax.training.program import train_flops
 from activemlp_jax.training.reporting import (
@@ -49,6 +47,8 @@ from activemlp_jax.training.workdir import (
     read_records,
     rewind_records,
 )
+from activemlp_jax.utils.errors import Interrupted
+from activemlp_jax.utils.hardware import peak_flops
 
 
 def train(

@@ -8,7 +8,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.torch_names import BACKBONE
 

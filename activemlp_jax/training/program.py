@@ -8,12 +8,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from activemlp_jax.data.pipeline import sample_order
-from activemlp_jax.models.counting import count_cost
-from activemlp_jax.training import sharding
-from activemlp_jax.training.evaluation import Sums
+from activemlp_jax.data.loader import sample_order
+from activemlp_jax.distributed import sharding
+from activemlp_jax.models.flops import count_cost
+from activemlp_jax.tasks.evaluation import Sums
+from activemlp_jax.tasks.registry import Task, make_task
+from activemlp_jax.training.init_from import draw_variables
 from activemlp_jax.training.optimizer import make_optimizer
-from activemlp_jax.training.pretrained import draw_variables
 from activemlp_jax.training.schedules import learning_rate_schedule
 from activemlp_jax.training.step import (
     Batch,
@@ -23,7 +24,6 @@ from activemlp_jax.training.step import (
     Variables,
     make_train_step,
 )
-from activemlp_jax.training.tasks import Task, make_task
 from activemlp_jax.weights.architecture import Model
 
 

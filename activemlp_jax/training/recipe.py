@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from activemlp_jax.models.backbone import VARIANTS
+from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.training.config import default_config
 
 

@@ -8,18 +8,18 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from activemlp_jax.data.examples import Source, check_same_classes
-from activemlp_jax.data.scene_transforms import load_opencv
-from activemlp_jax.inference.overlays import draw_comparison
-from activemlp_jax.training import sharding
+from activemlp_jax.data.base import Source, check_same_classes
+from activemlp_jax.data.segmentation_transforms import load_opencv
+from activemlp_jax.distributed import sharding
+from activemlp_jax.plots.overlays import draw_comparison
+from activemlp_jax.tasks.evaluation import Sums
+from activemlp_jax.tasks.registry import open_data
+from activemlp_jax.tasks.segmentation import Segmentation
 from activemlp_jax.training.config import check_config
-from activemlp_jax.training.evaluation import Sums
-from activemlp_jax.training.facts import run_facts
-from activemlp_jax.training.pretrained import adopt_architecture, write_result
+from activemlp_jax.training.consistency import run_facts
+from activemlp_jax.training.init_from import adopt_architecture, write_result
 from activemlp_jax.training.program import Program, build_program
-from activemlp_jax.training.segmentation import Segmentation
 from activemlp_jax.training.step import TrainState, Variables
-from activemlp_jax.training.tasks import open_data
 from activemlp_jax.training.workdir import EPOCHS, Record, read_mark, read_records, write_mark
 
 PICTURES = ("curves.png", "confusion_matrix.png", "scenes.png")
@@ -171,7 +171,7 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
     variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)
     if not sharding.is_first_host():
         return []
-    from activemlp_jax.training.pictures import draw_confusion, draw_curves  # slow to import
+    from activemlp_jax.plots.training import draw_confusion, draw_curves  # slow to import
 
     records = read_records(run.workdir / EPOCHS)
     if records:  # a finished run whose metrics.jsonl was taken away has none

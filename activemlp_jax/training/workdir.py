@@ -17,10 +17,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from activemlp_jax.errors import UserError
-from activemlp_jax.files import partial_path, read_file, write_aside
-from activemlp_jax.json_files import expect, parse_json, read_json, short
 from activemlp_jax.training.config import differing_keys
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.files import partial_path, read_file, write_aside
+from activemlp_jax.utils.json_files import expect, parse_json, read_json, short
 
 Record = dict[str, Any]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from activemlp_jax.models.backbone import ActiveMLP, create_model, list_models
-from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.models.active_mlp import ActiveMLP, create_model, list_models
+from activemlp_jax.models.segmentor import ActiveSegmentor
 
 Model = ActiveMLP | ActiveSegmentor
 Shapes = Mapping[str, Any]  # PyTorch names to what has a shape

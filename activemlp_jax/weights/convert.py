@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.digests import sha256
-from activemlp_jax.errors import UserError, errors_in_one_line, install_command, one_line
-from activemlp_jax.files import check_output, write_directory_aside
-from activemlp_jax.json_files import expect
-from activemlp_jax.models.backbone import VARIANTS, list_models
-from activemlp_jax.models.segmentation import ActiveSegmentor
-from activemlp_jax.process import collect_garbage_rarely
+from activemlp_jax.models.active_mlp import VARIANTS, list_models
+from activemlp_jax.models.segmentor import ActiveSegmentor
+from activemlp_jax.utils.digests import sha256
+from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
+from activemlp_jax.utils.files import check_output, write_directory_aside
+from activemlp_jax.utils.json_files import expect
+from activemlp_jax.utils.runtime import collect_garbage_rarely
 from activemlp_jax.weights.architecture import (
     MOST_ROWS,
     Model,

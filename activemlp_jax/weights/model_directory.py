@@ -24,15 +24,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from activemlp_jax.data.examples import check_same_classes
+from activemlp_jax.data.base import check_same_classes
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.digests import DIGESTS, check_digests, read_digests, write_digests
-from activemlp_jax.errors import UserError, one_line
-from activemlp_jax.files import previous_path, read_file
-from activemlp_jax.json_files import MOST_BYTES, expect, parse_json, short
-from activemlp_jax.models.backbone import ActiveMLP
-from activemlp_jax.models.segmentation import ActiveSegmentor
-from activemlp_jax.orbax_logs import without_tracebacks
+from activemlp_jax.models.active_mlp import ActiveMLP
+from activemlp_jax.models.segmentor import ActiveSegmentor
+from activemlp_jax.utils.digests import DIGESTS, check_digests, read_digests, write_digests
+from activemlp_jax.utils.errors import UserError, one_line
+from activemlp_jax.utils.files import previous_path, read_file
+from activemlp_jax.utils.json_files import MOST_BYTES, expect, parse_json, short
+from activemlp_jax.utils.orbax_logs import without_tracebacks
 from activemlp_jax.weights.architecture import (
     MOST_BLOCKS,
     Model,

@@ -16,11 +16,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from activemlp_jax.errors import UserError, install_command
-from activemlp_jax.files import KINDS as FILE_KINDS
-from activemlp_jax.files import write_aside
-from activemlp_jax.json_files import parse_json
-from activemlp_jax.models.backbone import MIN_IMAGE_SIDE
+from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE
+from activemlp_jax.utils.errors import UserError, install_command
+from activemlp_jax.utils.files import KINDS as FILE_KINDS
+from activemlp_jax.utils.files import write_aside
+from activemlp_jax.utils.json_files import parse_json
 from activemlp_jax.weights.architecture import Model, is_segmentor, list_keys
 from activemlp_jax.weights.torch_names import COUNT, from_torch
 from activemlp_jax.weights.torch_pickle import Tensor, TorchFile, Unread

@@ -22,8 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from activemlp_jax.errors import UserError
-from activemlp_jax.json_files import short
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.json_files import short
 
 MOST_PICKLE = 2 * 2**20  # bytes; a large model with its optimizer has a quarter of a MB
 LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # how files before PyTorch 1.6 begin

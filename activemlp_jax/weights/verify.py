@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.models.segmentation import ActiveSegmentor
+from activemlp_jax.models.segmentor import ActiveSegmentor
+from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
+from activemlp_jax.torch_reference.segmentor import TorchSegmentor
 from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.model_directory import ModelCard, architecture, read_card, read_weights
 from activemlp_jax.weights.torch_files import StateDict, as_tensor
-from activemlp_jax.weights.torch_model import TorchActiveMLP
-from activemlp_jax.weights.torch_segmentation import TorchSegmentor
 
 BOUND = 1e-9  # relative; float64 leaves about 1e-15
 # Of the scene for segmentation models, which take any size: small, since their heads are wide, and

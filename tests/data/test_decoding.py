@@ -25,9 +25,9 @@ from activemlp_jax.data.decoding import (
     is_turned,
     read_image_file,
 )
-from activemlp_jax.data.scene_sources import decode_mask
-from activemlp_jax.errors import UserError
+from activemlp_jax.data.segmentation_sources import decode_mask
 from activemlp_jax.inference.images import pixels_of
+from activemlp_jax.utils.errors import UserError
 
 PHOTO = load_sample_image("china.jpg")[100:199, 200:333]
 

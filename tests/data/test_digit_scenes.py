@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from activemlp_jax.data.digit_scenes import DigitScenes
-from activemlp_jax.errors import UserError
+from activemlp_jax.utils.errors import UserError
 
 SOME = 120
 

@@ -14,13 +14,13 @@ import tensorflow_datasets as tfds
 from pictures import encoded, photo, save_odd_images
 from PIL import Image
 
+from activemlp_jax.data.base import check_same_classes
 from activemlp_jax.data.decoding import BrokenImageError
-from activemlp_jax.data.examples import check_same_classes
-from activemlp_jax.data.pipeline import Skipped, eval_batches, train_batches
+from activemlp_jax.data.loader import Skipped, eval_batches, train_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
-from activemlp_jax.errors import UserError
 from activemlp_jax.training.config import default_config
+from activemlp_jax.utils.errors import UserError
 
 
 def picture(value: int, height: int = 20, width: int = 30) -> Image.Image:

@@ -20,7 +20,7 @@ from activemlp_jax.inference import classify
 from activemlp_jax.inference.classify import ClassProbability, ask, make_classifier
 from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
 from activemlp_jax.inference.preprocessing import preprocessing_for
-from activemlp_jax.inference.scenes import Segmenter, segment_image
+from activemlp_jax.inference.segmentation import Segmenter, segment_image
 from activemlp_jax.weights.model_directory import ModelCard
 
 CARD = ModelCard(CLASSIFIER, PREPROCESSING, ("ema", "model"), "ema", NAMES)

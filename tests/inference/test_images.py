@@ -14,9 +14,9 @@ from pictures import encoded, photo
 from PIL import Image
 
 from activemlp_jax.data.decoding import BrokenImageError, decode
-from activemlp_jax.errors import UserError
 from activemlp_jax.inference.files import ImageFile, find_images, read_images, unbroken, watched
 from activemlp_jax.inference.images import all_pixels, list_images, pixels_of
+from activemlp_jax.utils.errors import UserError
 
 PHOTO = photo(0, 30, 20)
 PIXELS = np.asarray(PHOTO)

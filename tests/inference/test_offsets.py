@@ -14,14 +14,14 @@ from PIL import Image
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.errors import UserError
-from activemlp_jax.inference import offset_pictures as pictures
 from activemlp_jax.inference import offsets as module
-from activemlp_jax.inference.offset_pictures import draw_offsets, draw_reach, draw_reads
 from activemlp_jax.inference.offsets import BlockOffsets, inspect_offsets, mean_reach, show_to_model
 from activemlp_jax.models.convolutions import DepthwiseConv
 from activemlp_jax.models.layers import Mlp
-from activemlp_jax.models.sampling import definition
+from activemlp_jax.ops import reference
+from activemlp_jax.plots import offsets as pictures
+from activemlp_jax.plots.offsets import draw_offsets, draw_reach, draw_reads
+from activemlp_jax.utils.errors import UserError
 from activemlp_jax.weights.model_directory import ModelCard
 
 MODEL = am.ActiveMLP(**goldens.MICRO)
@@ -85,7 +85,7 @@ def test_offsets_and_weights_of_the_first_block_are_those_computed_by_hand(
     total = linear(seen, atm["atm_c"])
     for axis, moved in (("w", offset_w), ("h", offset_h)):
         arrays = (jnp.asarray(array, jnp.float32) for array in (seen, moved))
-        total += linear(np.asarray(definition.sample(*arrays, axis)), atm[f"atm_{axis}"])
+        total += linear(np.asarray(reference.sample(*arrays, axis)), atm[f"atm_{axis}"])
     summary = jnp.asarray(total.mean((1, 2)), jnp.float32)
     fusion = Mlp(2, 24).apply({"params": atm["fusion"]}, summary)
     weights = nn.softmax(jnp.asarray(fusion).reshape(2, 8, 3))
@@ -332,7 +332,7 @@ def test_the_legend_has_a_ring_of_each_colour(kind: str):
 def test_outside_is_where_the_operator_reads_zero(axis: str, number: int):
     offsets = np.arange(-160, 161, dtype=np.float32) / 16  # a group each
     moved = np.broadcast_to(offsets, (1, 5, 7, len(offsets)))
-    read = definition.sample(jnp.ones(moved.shape), jnp.asarray(moved), axis)
+    read = reference.sample(jnp.ones(moved.shape), jnp.asarray(moved), axis)
     np.testing.assert_array_equal(pictures.is_outside(moved, number), np.asarray(read) == 0)
 
 

@@ -18,7 +18,7 @@ import activemlp_jax as am
 from activemlp_jax.models.convolutions import Conv
 from activemlp_jax.models.layers import Linear
 from activemlp_jax.models.mixer import ActiveTokenMixer
-from activemlp_jax.weights.torch_model import TorchActiveMLP
+from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
 
 BATCH = 128
 LONGEST_SUM = 1024  # elements that bfloat16 may add up

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from goldens import assert_close, normal
 
-from activemlp_jax.models.atm import sample_axis
 from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
+from activemlp_jax.ops.sample_axis import sample_axis
 
 CHANNELS, GROUPS = 8, 4
 # From more than three times as many positions as channels, the tokens are mapped at once.

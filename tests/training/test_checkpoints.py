@@ -16,12 +16,12 @@ import pytest
 from damage import single_bit_flips
 from ml_collections import ConfigDict
 
-from activemlp_jax.digests import DIGESTS
-from activemlp_jax.errors import UserError
-from activemlp_jax.training import sharding
+from activemlp_jax.distributed import sharding
 from activemlp_jax.training.checkpoints import Best, Checkpoints
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.step import TrainState, make_train_step
+from activemlp_jax.utils.digests import DIGESTS
+from activemlp_jax.utils.errors import UserError
 
 OPTIMIZER = optax.adam(0.1)
 EVERYWHERE = sharding.replicated(sharding.make_mesh())

@@ -9,13 +9,13 @@ from processes import lines
 from rich.console import Console
 
 from activemlp_jax.training.config import default_config
-from activemlp_jax.training.hardware import CHIPS, peak_flops
 from activemlp_jax.training.reporting import (
     Reporter,
     Work,
     describe_length,
     lagging_average,
 )
+from activemlp_jax.utils.hardware import CHIPS, peak_flops
 
 
 def report(workdir: Path | None, peak: float | None = None) -> tuple[list[dict[str, Any]], str]:

@@ -15,14 +15,14 @@ from rich.console import Console
 from small_models import BACKBONE, save_classifier
 
 import activemlp_jax as am
-from activemlp_jax.digests import DIGESTS
-from activemlp_jax.errors import UserError
-from activemlp_jax.export import export_model
-from activemlp_jax.exporting.description import describe, write_readme
+from activemlp_jax.export.__main__ import export_model
+from activemlp_jax.export.description import describe, write_readme
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.loop import train
 from activemlp_jax.training.run import Run, describe_source, prepare_run, write_model_directory
 from activemlp_jax.training.workdir import EPOCHS, STEPS, append_record, claim_workdir
+from activemlp_jax.utils.digests import DIGESTS
+from activemlp_jax.utils.errors import UserError
 from activemlp_jax.weights.model_directory import ModelCard
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import activemlp_jax as am
-from activemlp_jax.training.classification import soft_cross_entropy
+from activemlp_jax.tasks.classification import soft_cross_entropy
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.optimizer import decay_mask, make_optimizer
 from activemlp_jax.training.step import TrainState, make_train_step, norm_over_all

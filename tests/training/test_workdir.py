@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from activemlp_jax.errors import UserError
 from activemlp_jax.training.config import check_config, default_config
 from activemlp_jax.training.workdir import (
     EPOCHS,
@@ -16,6 +15,7 @@ from activemlp_jax.training.workdir import (
     read_records,
     rewind_records,
 )
+from activemlp_jax.utils.errors import UserError
 
 
 def config(**changes: Any) -> Any:

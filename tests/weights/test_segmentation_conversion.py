@@ -15,7 +15,7 @@ from processes import ROOT
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.files import write_directory_aside
+from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.weights import verify
 from activemlp_jax.weights.convert import main
 from activemlp_jax.weights.model_directory import (

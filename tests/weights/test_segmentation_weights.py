@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 import activemlp_jax as am
-from activemlp_jax.errors import UserError
+from activemlp_jax.utils.errors import UserError
 from activemlp_jax.weights.architecture import infer_model
 from activemlp_jax.weights.model_directory import HEAD, backbone
 from activemlp_jax.weights.torch_files import read_checkpoint, write_checkpoint

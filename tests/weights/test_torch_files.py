@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_tensors
 
 import activemlp_jax as am
-from activemlp_jax.errors import UserError
+from activemlp_jax.utils.errors import UserError
 from activemlp_jax.weights.torch_files import read_checkpoint, write_checkpoint
 
 MICRO_CHECKPOINT = goldens.DATA / "micro_checkpoint.pth"

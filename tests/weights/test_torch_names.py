@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import activemlp_jax as am
-from activemlp_jax.models.backbone import VARIANTS
+from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.weights.architecture import infer_architecture, infer_model
 from activemlp_jax.weights.torch_names import variable_shapes
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import activemlp_jax as am
-from activemlp_jax.models.backbone import VARIANTS
-from activemlp_jax.weights.torch_model import TorchActiveMLP
+from activemlp_jax.models.active_mlp import VARIANTS
+from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
 
 SEED = 7  # other weights than those of the goldens
 

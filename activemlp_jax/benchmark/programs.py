@@ -1,0 +1,175 @@
+"""JAX's side of the benchmarks: classifiers, their training step, a matrix product."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from activemlp_jax.benchmark.hlo_cost import count_needs
+from activemlp_jax.benchmark.measuring import COPY, JAX, MATMUL, Contender, Workload
+from activemlp_jax.data.sampler import EPOCH_MULTIPLE
+from activemlp_jax.distributed import sharding
+from activemlp_jax.models.active_mlp import create_model
+from activemlp_jax.models.flops import count_cost
+from activemlp_jax.training.config import check_config
+from activemlp_jax.training.init_from import draw_variables
+from activemlp_jax.training.program import build_program, train_flops
+from activemlp_jax.training.recipe import imagenet_config
+from activemlp_jax.training.step import Params, Variables
+
+CLASSES = 1000
+
+
+class Inputs(NamedTuple):
+    """What JAX and its peers compute on alike.
+
+    Args:
+      variables: of the model, random.
+      pixels: `[B, H, W, 3]`, uint8.
+      labels: `[B]`, int32.
+    """
+
+    variables: Variables
+    pixels: np.ndarray
+    labels: np.ndarray
+
+
+def recipe(workload: Workload) -> ConfigDict:
+    """The config that trains a model on ImageNet, without drop path, erasing and mixing."""
+    create_model(workload.model)  # which says what names there are
+    config = imagenet_config(workload.model)
+    config.batch_size = config.eval_batch_size = workload.batch_size
+    config.data.image_size = workload.image_size
+    config.model.dtype = workload.dtype
+    config.model.drop_path_rate = 0.0
+    config.mix.mixup_alpha = config.mix.cutmix_alpha = 0.0
+    config.random_erasing = 0.0
+    check_config(config)
+    return config
+
+
+def draw_inputs(workload: Workload) -> Inputs:
+    """Random weights, as training starts with, and noise."""
+    rng = np.random.default_rng(0)
+    shape = (workload.batch_size, workload.image_size, workload.image_size, 3)
+    model = create_model(workload.model, CLASSES)
+    variables = jax.jit(partial(draw_variables, recipe(workload), model))()
+    labels = rng.integers(0, CLASSES, workload.batch_size, np.int32)
+    return Inputs(variables, rng.integers(0, 256, shape, np.uint8), labels)
+
+
+def compile_function(
+    what: str,
+    implementation: str,
+    workload: Workload,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    flops: float | None = None,
+    traffic: float | None = None,
+) -> Contender:
+    """A function of arrays as a contender.
+
+    Args:
+      what: it does.
+      implementation: its name, `JAX` first.
+      workload: it works on.
+      function: to be jitted.
+      arguments: of it.
+      flops: that it needs, by the model's multiply-adds.
+      traffic: bytes that it moves at least.
+    """
+    began = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    elapsed = time.perf_counter() - began
+
+    waits = jax.default_backend() == "cpu"  # for each, as PyTorch does there
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            result = compiled(*arguments)
+            if waits:
+                jax.block_until_ready(result)
+        jax.block_until_ready(result)
+
+    memory = count_needs(compiled, devices=1).memory
+    return Contender(what, implementation, workload, call, flops, memory, elapsed, traffic)
+
+
+def compile_matmul() -> Contender:
+    """The product of two squares, of a size at which the device is as fast as it gets."""
+    on_cpu = jax.default_backend() == "cpu"
+    side, dtype = (2048, "float32") if on_cpu else (8192, "bfloat16")
+    square = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    workload = Workload(f"{side} x {side}", 0, 0, dtype)
+    return compile_function(MATMUL, JAX, workload, jnp.matmul, (square, square), 2.0 * side**3)
+
+
+def compile_copy() -> Contender:
+    """An array read and another written, of a size that no cache holds."""
+    megabytes = 128 if jax.default_backend() == "cpu" else 1024
+    array = jnp.ones((megabytes, 2**18), jnp.float32)
+    workload = Workload(f"{megabytes} MiB", 0, 0, "float32")
+    return compile_function(COPY, JAX, workload, jnp.negative, (array,), traffic=2.0 * array.nbytes)
+
+
+def compile_forward(workload: Workload, inputs: Inputs) -> Iterator[Contender]:
+    """Images to logits, as in a test."""
+    model = create_model(workload.model, CLASSES, dtype=jnp.dtype(workload.dtype))
+    size = workload.image_size
+    flops = 2.0 * count_cost(model, size, size).macs * workload.batch_size
+    images = jnp.asarray(as_images(inputs.pixels))
+    yield compile_function("forward", JAX, workload, model.apply, (inputs.variables, images), flops)
+
+
+def as_images(pixels: np.ndarray) -> np.ndarray:
+    """Bytes to float32 of about the mean and deviation of normalised images."""
+    return (pixels.astype(np.float32) - 127.5) / 73.9
+
+
+TRAINING = ("gradient", "step")
+
+
+def compile_training(
+    workload: Workload, inputs: Inputs, whats: Sequence[str] = TRAINING
+) -> Iterator[Contender]:
+    """The gradient of the loss, and the whole step that `train.py` runs; or one of `whats`."""
+    config = recipe(workload)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    examples = EPOCH_MULTIPLE * workload.batch_size
+    program = build_program(config, CLASSES, examples, mesh)
+    flops = train_flops(config, program.model)
+    batch = sharding.put_batch({"image": inputs.pixels, "label": inputs.labels}, mesh)
+    key = jax.random.key(0)
+
+    def gradient(variables: Variables, examples: Any) -> tuple[jax.Array, Params]:
+        def of_params(params: Params) -> jax.Array:
+            return program.task.loss({**variables, "params": params}, examples, key)[0]
+
+        return jax.value_and_grad(of_params)(variables["params"])
+
+    examples_and_targets = jax.jit(program.task.inputs)(batch, key)
+    variables = sharding.put_everywhere(inputs.variables, mesh)
+    arguments = (variables, examples_and_targets)
+    if "gradient" in whats:
+        yield compile_function("gradient", JAX, workload, gradient, arguments, flops)
+    if "step" not in whats:
+        return
+
+    began = time.perf_counter()
+    compiled = program.train_step.lower(program.state, program.batch).compile()
+    elapsed = time.perf_counter() - began
+    state = program.first_state(variables)
+
+    def call(times: int) -> None:
+        nonlocal state
+        for _ in range(times):
+            state, _ = compiled(state, batch)
+        jax.block_until_ready(state)
+
+    memory = count_needs(compiled, devices=1).memory
+    yield Contender("step", JAX, workload, call, flops, memory, elapsed)

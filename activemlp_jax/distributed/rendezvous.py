@@ -1,0 +1,434 @@
+"""How the processes of a run meet, and how all of them learn at once which one has failed.
+
+JAX's coordination service knows processes by their number alone. Where two have the same number, or
+the first one dies, it ends others with a stack trace of C++. So the first process itself listens at
+the run's address, and JAX's service listens behind it, on the loopback interface. Every other
+process keeps a connection to the first on which it says who it is; the end of that connection means
+that it is gone. Further connections carry what its JAX client and the service say to each other.
+"""
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import resource
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, NamedTuple
+
+from activemlp_jax.utils.errors import UserError, describe_os_error, one_line
+from activemlp_jax.utils.json_files import expect, parse_json
+
+MOST_PROCESSES = 1_000_000
+RETRY = 0.2  # seconds between two attempts to reach the first process
+GRACE = 1.0  # seconds in which the cause of a process's error may still come to light
+PATIENCE = 5.0  # seconds for others to end
+MOST_CHARACTERS = 4000  # of a message
+
+Message = dict[str, Any]
+
+
+class Member(NamedTuple):
+    """A process of a run: its number among so many, its machine, and a random key of its own."""
+
+    process: int
+    processes: int
+    machine: str
+    pid: int
+    key: str
+
+    def __str__(self) -> str:
+        return f"host {self.process} ({one_line(self.machine)}, pid {self.pid})"
+
+
+class Rendezvous:
+    """What the first process and the others have in common; use `join`.
+
+    Its connections belong to an event loop in a thread of its own, so that a failure is seen while
+    the main thread waits for devices.
+
+    Args:
+      address: HOST:PORT at which the first process is to be found.
+      me: this process.
+      timeout: seconds to wait for the others.
+      end: ends this process with a message; called in the loop's thread.
+    """
+
+    def __init__(self, address: str, me: Member, timeout: float, end: Callable[[str], None]):
+        self.me = me
+        self._address, self._timeout, self._end = address, timeout, end
+        host, _, port = address.rpartition(":")
+        self._host, self._port = host.strip("[]"), int(port)
+        self._is_over = False  # this process is ending, and what others do does not matter
+        self._met = asyncio.Event()
+        self._is_mine = asyncio.Event()  # all know that it is this process that has failed
+        self._token = ""  # of the connections that are passed on
+        self.jax_address = ""  # where JAX's client finds its service
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_handle)
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` in the loop's thread, and wait for it."""
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def start(self) -> None:
+        """Start the loop, and wait until all processes have met."""
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.run(self._meet())
+
+    def report(self, message: str, certain: bool) -> None:
+        """Tell all others that this process fails, and why; returns when it may end.
+
+        Args:
+          message: for the person at the keyboard.
+          certain: whether the cause is known to lie here. An error of a collective operation may
+            come from another process; if so, this process ends here with that one's message.
+        """
+        self.run(self._report(message[:MOST_CHARACTERS], certain))
+
+    def leave(self) -> None:
+        """Tell the others that this process ends as it should."""
+        self.run(self._leave())
+
+    async def _meet(self) -> None:
+        raise NotImplementedError
+
+    async def _report(self, message: str, certain: bool) -> None:
+        raise NotImplementedError
+
+    async def _leave(self) -> None:
+        raise NotImplementedError
+
+    async def _reach_first(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        connection = writer.get_extra_info("socket")
+        if connection.getsockname() == connection.getpeername():
+            # The system chose the very port, at which nobody listens yet, for this end.
+            writer.close()
+            raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+        return reader, writer
+
+    async def _say_hello(self) -> tuple[Message, asyncio.StreamReader, asyncio.StreamWriter]:
+        """The answer of the process that listens at the address, {} if it is none of ours."""
+        reader, writer = await self._reach_first()
+        try:
+            await _send(writer, self.me._asdict())
+            return await _receive(reader), reader, writer
+        except asyncio.CancelledError:
+            writer.close()
+            raise
+
+
+class _First(Rendezvous):
+    """The process that the others connect to, and that decides which failure came first."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._members = {0: self.me}
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._done: set[int] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._token = secrets.token_hex(16)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._service_port = free.getsockname()[1]
+        self.jax_address = f"127.0.0.1:{self._service_port}"
+        # Three files a process, of which a system may allow 1,024 unless asked.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    async def _meet(self) -> None:
+        try:
+            await asyncio.start_server(self._accept, None, self._port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                reason = describe_os_error(OSError(error.errno, os.strerror(error.errno or 0)))
+                raise UserError(f"cannot listen on port {self._port}: {reason}") from error
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._find_another_first(), 2.0)
+            raise UserError(
+                f"port {self._port} of this machine is in use by another program; choose another "
+                "one in the coordinator's HOST:PORT, on all hosts"
+            ) from error
+        search = asyncio.create_task(self._find_another_first())
+        try:
+            await asyncio.wait_for(self._met.wait(), self._timeout)
+        except TimeoutError:
+            missing = [number for number in range(self.me.processes) if number not in self._members]
+            names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            await self._fail(
+                f"after {self._timeout:.0f} s {len(missing)} of {self.me.processes} hosts have not "
+                f"reached {self._address}: {names}; are they running?"
+            )
+        finally:
+            search.cancel()
+
+    async def _find_another_first(self) -> None:
+        """Fail if it is another process that others find at the address; it says so."""
+        while True:
+            with contextlib.suppress(OSError):
+                answer, _, writer = await self._say_hello()
+                writer.close()
+                if "failed" in answer:
+                    await self._fail(str(answer["failed"]))
+                if "yourself" in answer:
+                    return
+            await asyncio.sleep(RETRY)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hello = await _receive(reader)
+        if hello.get("token") == self._token:
+            await self._pass_on(reader, writer)
+        elif member := _as_member(hello):
+            await self._admit(member, reader, writer)
+        writer.close()
+
+    async def _admit(
+        self, member: Member, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if member.key == self.me.key:
+            await _send(writer, {"yourself": True})
+            return
+        number = member.process
+        wrong = ""
+        if member.processes != self.me.processes:
+            wrong = (
+                f"{member} was started as one of {member.processes} processes, and {self.me} as "
+                f"one of {self.me.processes}"
+            )
+        elif number in self._members:
+            wrong = f"two processes have process id {number}: {self._members[number]} and {member}"
+        if wrong:
+            await _send(writer, {"failed": wrong})
+            if not self._met.is_set():
+                await self._fail(wrong)
+            return
+        if self._is_over:
+            return
+        self._members[number], self._writers[number] = member, writer
+        _notice_lost_machines(writer)
+        await _send(writer, self.me._asdict())
+        if len(self._members) == self.me.processes:
+            self._met.set()
+            await self._send_all({"token": self._token})
+        while message := await _receive(reader):
+            if "done" in message:
+                self._done.add(number)
+            elif "failed" in message:
+                failure = self._fail(str(message["failed"]), number, bool(message.get("certain")))
+                task = asyncio.create_task(failure)
+                self._tasks.add(task)  # or it might be collected as garbage
+                task.add_done_callback(self._tasks.discard)
+        del self._writers[number]
+        if number not in self._done:
+            await self._fail(_gone(member))
+
+    async def _send_all(self, message: Message) -> None:
+        await asyncio.gather(*(_send(writer, message) for writer in self._writers.values()))
+
+    async def _fail(self, message: str, source: int | None = None, certain: bool = True) -> None:
+        """End all processes, and this one last; `source` is the number of the one that failed."""
+        if not certain:
+            await asyncio.sleep(GRACE)
+        if self._is_over:
+            return
+        self._is_over = True
+        said = message if source is None else f"{self._members[source]} stopped: {message}"
+        await self._send_all({"failed": said, "source": source})
+        deadline = self._loop.time() + PATIENCE
+        while self._writers and self._loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        if source == 0:
+            self._is_mine.set()
+        else:
+            self._end(said)
+
+    async def _report(self, message: str, certain: bool) -> None:
+        await self._fail(message, 0, certain)
+        await self._is_mine.wait()  # or the end, if another's failure was first
+
+    async def _leave(self) -> None:
+        self._is_over = True
+        await self._send_all({"done": True})
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Connect a process to JAX's service, which may be about to start."""
+        while True:
+            try:
+                service = await asyncio.open_connection("127.0.0.1", self._service_port)
+                break
+            except OSError:
+                await asyncio.sleep(0.05)
+        await asyncio.wait(
+            [
+                asyncio.create_task(_copy(reader, service[1])),
+                asyncio.create_task(_copy(service[0], writer)),
+            ],
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        service[1].close()
+
+
+class _Other(Rendezvous):
+    """A process that connects to the first one."""
+
+    _first: Member
+    _writer: asyncio.StreamWriter
+
+    async def _meet(self) -> None:
+        self._reason = ""
+        try:
+            reader = await asyncio.wait_for(self._find_first(), self._timeout)
+            listening = asyncio.create_task(self._listen(reader))
+            listening.add_done_callback(lambda _: self._met.set())
+            await asyncio.wait_for(self._met.wait(), self._timeout)
+        except TimeoutError:
+            reason = f" ({self._reason})" if self._reason else ""
+            self._end(
+                f"after {self._timeout:.0f} s host {self.me.process} has not met all "
+                f"{self.me.processes} hosts at {self._address}{reason}; are they running?"
+            )
+        server = await asyncio.start_server(self._pass_on, "127.0.0.1", 0)
+        self.jax_address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    async def _find_first(self) -> asyncio.StreamReader:
+        while True:
+            try:
+                answer, reader, self._writer = await self._say_hello()
+            except OSError as error:
+                self._reason = describe_os_error(error)
+            else:
+                if "failed" in answer:
+                    self._end(str(answer["failed"]))
+                if first := _as_member(answer):
+                    self._first = first
+                    _notice_lost_machines(self._writer)
+                    return reader
+                self._reason = "what listens there is not the first process of a run"
+                self._writer.close()
+            await asyncio.sleep(RETRY)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        while message := await _receive(reader):
+            if "token" in message:
+                self._token = message["token"]
+                self._met.set()
+            elif "done" in message:
+                self._is_over = True
+            elif message.get("source") == self.me.process:
+                self._is_mine.set()
+            elif "failed" in message and not self._is_over:
+                self._end(str(message["failed"]))
+        if not self._is_over:
+            self._end(_gone(self._first))
+
+    async def _report(self, message: str, certain: bool) -> None:
+        self._is_over = certain
+        await _send(self._writer, {"failed": message, "certain": certain})
+        if not certain:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_mine.wait(), PATIENCE)
+            self._is_over = True
+
+    async def _leave(self) -> None:
+        self._is_over = True
+        await _send(self._writer, {"done": True})
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Connect this process's JAX client to the first process.
+
+        The client's connection outlives that to the first process, whose end JAX would answer with
+        the end of this one before `_listen` has said why.
+        """
+        with contextlib.suppress(OSError):
+            far_reader, far_writer = await self._reach_first()
+            await _send(far_writer, {"token": self._token})
+            answers = asyncio.create_task(_copy(far_reader, writer))
+            await asyncio.wait(
+                [asyncio.create_task(_copy(reader, far_writer)), answers],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            far_writer.close()
+            if not answers.done():
+                return
+        await asyncio.sleep(PATIENCE)
+        writer.close()
+
+
+def join(
+    address: str, processes: int, process: int, timeout: float, end: Callable[[str], None]
+) -> Rendezvous:
+    """Meet the other processes of a run; JAX then finds its service at `jax_address`.
+
+    Args:
+      address: HOST:PORT at which the first process is to be found.
+      processes: number of processes.
+      process: this one's number, from 0.
+      timeout: seconds to wait for the others.
+      end: ends this process with a message; called in another thread, when another process fails.
+
+    Raises:
+      UserError: the first process cannot listen at the address.
+    """
+    me = Member(process, processes, socket.gethostname(), os.getpid(), secrets.token_hex(16))
+    kind = _Other if process else _First
+    group = kind(address, me, timeout, end)
+    group.start()
+    return group
+
+
+def _gone(member: Member) -> str:
+    return (
+        f"{member} is gone: it was killed, or its machine or network failed; start all hosts again "
+        "with the same command"
+    )
+
+
+def _as_member(message: Message) -> Member | None:
+    try:
+        processes = expect(message["processes"], "processes", int, 2, MOST_PROCESSES)
+        process = expect(message["process"], "process", int, 0, processes - 1)
+        pid = expect(message["pid"], "pid", int, 1, 2**32)
+        return Member(process, processes, str(message["machine"]), pid, str(message["key"]))
+    except (KeyError, ValueError):
+        return None
+
+
+async def _send(writer: asyncio.StreamWriter, message: Message) -> None:
+    with contextlib.suppress(OSError):  # whoever reads finds the end of the connection
+        writer.write(json.dumps(message).encode() + b"\n")
+        await writer.drain()
+
+
+async def _receive(reader: asyncio.StreamReader) -> Message:
+    """The next message; {} where the connection ends, or what comes is not a message."""
+    try:
+        message = parse_json(await reader.readline(), "a message")
+    except (OSError, ValueError):
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(2**16):
+            writer.write(data)
+            await writer.drain()
+
+
+def _notice_lost_machines(writer: asyncio.StreamWriter) -> None:
+    """Let a connection end half a minute after the other machine has stopped to answer."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):  # not on all systems
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if "was destroyed" not in context["message"]:  # as all are when the process ends
+        loop.default_exception_handler(context)

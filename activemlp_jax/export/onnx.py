@@ -1,0 +1,87 @@
+"""A model as ONNX, by PyTorch's exporter from our PyTorch model of the same function.
+
+Needs PyTorch, onnx and onnxscript, the extra `onnx`.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from activemlp_jax.weights.model_directory import ModelCard, Variables
+from activemlp_jax.weights.torch_files import DESCRIPTION, as_tensor
+from activemlp_jax.weights.torch_names import to_torch
+
+OPSET = 20  # the first with GELU
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporter warns of its own code, and of packages that nothing here needs."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _strip(graph: Any) -> None:
+    """Take away which lines of which files on this machine the parts of a graph come from."""
+    parts = (graph.node, graph.value_info, graph.input, graph.output, graph.initializer)
+    for part in (graph, *(item for group in parts for item in group)):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+def write_onnx(
+    path: Path, card: ModelCard, variables: Variables, image_size: int
+) -> dict[str, Any]:
+    """Write the inference function with its weights.
+
+    It takes `images` `[batch, image_size, image_size, 3]` float32, normalised, any number of them,
+    and gives `logits` as `card.model.apply` does, float32.
+
+    Args:
+      path: of the file.
+      card: what the file says of the model beside it.
+      variables: of the model.
+      image_size: side of the images, in pixels.
+
+    Returns:
+      What one must know to run it, as JSON takes it.
+    """
+    import torch
+
+    from activemlp_jax.torch_reference.segmentor import TorchSegmentor
+    from activemlp_jax.weights.verify import torch_model
+
+    with _quiet():
+        network = torch_model(card.model).eval()
+        network.load_state_dict(
+            {name: as_tensor(value) for name, value in to_torch(variables).items()}
+        )
+        if isinstance(network, TorchSegmentor):
+            network.auxiliary_head = None  # for training only
+        program = torch.onnx.export(
+            network,
+            (torch.zeros(2, image_size, image_size, 3),),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None, "as it is with dynamo"
+    content = program.model_proto
+    _strip(content.graph)
+    content.metadata_props.add(key=DESCRIPTION, value=json.dumps(card.to_json()))
+    path.write_bytes(content.SerializeToString())
+    return {"opset": OPSET, "torch": torch.__version__}

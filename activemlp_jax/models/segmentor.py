@@ -1,0 +1,156 @@
+"""Semantic segmentation on the backbone: a label for every pixel.
+
+Source: the ADE20K experiments of the authors' release; Active Token Mixer, section 4.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+
+from activemlp_jax.models.active_mlp import VARIANTS, ActiveMLP, list_models
+from activemlp_jax.models.heads import FcnHead, FpnHead, FpnNeck, UperNetHead
+from activemlp_jax.models.layers import Dtype, norm
+
+HEADS = {"upernet": 512, "fpn": 128}  # and the width of each, where none is asked for
+AUXILIARY_MAP = 2  # the one that the auxiliary head sees
+BACKBONE_FIELDS = (
+    *("depths", "embed_dims", "mlp_ratios", "share_dims"),
+    *("offset_interval", "drop_path_rate", "remat_stages"),
+)
+
+
+class ActiveSegmentor(nn.Module):
+    """ActiveMLP of any shape under a head that gives each place its class scores.
+
+    Args:
+      backbone: `ActiveMLP`'s fields by name; `num_classes` is of no use, and `dtype` is that below.
+      head: 'upernet', with an auxiliary head for training, or 'fpn', which is Semantic FPN.
+      num_classes: of the labels.
+      channels: width of the head; None for the original's, 512 of 'upernet' and 128 of 'fpn'.
+      aux_channels: width of the auxiliary head.
+      neck_channels: width of the pyramid that 'fpn' makes.
+      dropout_rate: of whole channels, before each classifier.
+      dtype: of the computation; None for the backbone's. Parameters, offsets, statistics and
+        logits are float32, or float64 here.
+
+    Calls:
+      `init(rng, images)` gives `params` and `batch_stats`; `apply(variables, images)` the logits
+      `[B, H / 4, W / 4, num_classes]`, as the convolutions' floor arithmetic has it;
+      `apply(variables, images, return_aux=True)` these and the auxiliary head's, at 1 / 16;
+      `apply(variables, images, method='features')` the four normalised maps. Images are
+      `[B, H, W, 3]`, floating, normalised, H and W at least 32. With `train=True`, batch norm goes
+      by the batch, `apply` needs `rngs={'dropout': key}`, and `mutable=['batch_stats']` where the
+      running statistics are to move.
+
+    Raises:
+      ValueError: fields that fit no model, images of another shape, `return_aux` of an 'fpn'.
+
+    Source: the segmentation of the authors' release; Active Token Mixer, section 4.
+    """
+
+    backbone: Mapping[str, Any]
+    head: str = "upernet"
+    num_classes: int = 150
+    channels: int | None = None
+    aux_channels: int = 256
+    neck_channels: int = 256
+    dropout_rate: float = 0.1
+    dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ValueError(f"head is {self.head!r}, expected one of {', '.join(HEADS)}")
+        if self.channels is None:
+            self.channels = HEADS[self.head]
+        for name in ("num_classes", "channels", "aux_channels", "neck_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate is {self.dropout_rate}, expected 0 <= rate < 1")
+        if self.dtype is None:
+            self.dtype = self.backbone.get("dtype", jnp.float32)
+        # Raises for what fits no model; with its defaults, equal models have equal fields.
+        backbone = ActiveMLP(**{**self.backbone, "num_classes": 1, "dtype": self.dtype})
+        self.backbone = FrozenDict({name: getattr(backbone, name) for name in BACKBONE_FIELDS})
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.active_mlp = ActiveMLP(**self.backbone, dtype=self.dtype)
+        self.norms = [norm(self.dtype) for _ in range(4)]
+        rest = self.dropout_rate, self.dtype
+        channels = self.channels or HEADS[self.head]
+        self.decode_head: nn.Module
+        if self.head == "upernet":
+            self.decode_head = UperNetHead(self.num_classes, channels, *rest)
+            self.auxiliary_head = FcnHead(self.num_classes, self.aux_channels, *rest)
+        else:
+            self.neck = FpnNeck(self.neck_channels, self.dtype)
+            self.decode_head = FpnHead(self.num_classes, channels, *rest)
+
+    def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
+        """The backbone's maps, each normalised: what the head sees.
+
+        Args:
+          images: `[B, H, W, 3]`, floating, normalised; H and W at least 32.
+          train: whether drop path is on.
+
+        Returns:
+          Four maps `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32, in the
+          model's dtype; odd sides follow the convolutions' floor arithmetic.
+
+        Raises:
+          ValueError: images of another rank or channel count, or a side below 32.
+
+        Source: the segmentation of the authors' release, which gives each map a norm of its own.
+        """
+        maps = self.active_mlp.features(images, train)
+        return [normalise(x) for normalise, x in zip(self.norms, maps, strict=True)]
+
+    def __call__(
+        self, images: jax.Array, train: bool = False, return_aux: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        maps = self.features(images, train)
+        if self.head == "fpn":
+            if return_aux:
+                raise ValueError("return_aux is True, but head 'fpn' has no auxiliary head")
+            return self.decode_head(self.neck(maps), train)
+        logits = self.decode_head(maps, train)
+        if return_aux or self.is_initializing():
+            auxiliary = self.auxiliary_head(maps[AUXILIARY_MAP], train)
+            return (logits, auxiliary) if return_aux else logits
+        return logits
+
+
+def create_segmentor(
+    backbone: str,
+    head: str = "upernet",
+    num_classes: int = 150,
+    drop_path_rate: float = 0.0,
+    dtype: Dtype = jnp.float32,
+) -> ActiveSegmentor:
+    """A published variant under a head, as a linen module without weights.
+
+    Args:
+      backbone: one of `list_models()`.
+      head: 'upernet' or 'fpn'.
+      num_classes: of the labels; ADE20K has 150.
+      drop_path_rate: of the backbone's last block; the original trains active_large with 0.2.
+      dtype: of the computation; see `ActiveSegmentor`.
+
+    Returns:
+      An `ActiveSegmentor` with the variant's backbone and the original's widths of the head; its
+      `init` makes variables.
+
+    Raises:
+      ValueError: an unknown name or head, `num_classes` below 1, or `drop_path_rate` not in [0, 1).
+
+    Source: the authors' release; Active Token Mixer, section 4.
+    """
+    if backbone not in VARIANTS:
+        raise ValueError(f"no backbone {backbone!r}, expected one of {', '.join(list_models())}")
+    fields = {**VARIANTS[backbone], "drop_path_rate": drop_path_rate}
+    return ActiveSegmentor(fields, head, num_classes, dtype=dtype)

@@ -1,0 +1,176 @@
+"""The segmentation models in PyTorch, a second writing to check the first one by.
+
+Their state dicts have the keys and shapes of the authors' mmsegmentation checkpoints. It shares no
+code with the flax models. For inference only. Needs the extra `torch`.
+
+Source: Active Token Mixer, section 4; UperNet and Semantic FPN as mmsegmentation 0.11 has them; the
+keys of the authors' checkpoints.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from activemlp_jax.torch_reference.active_mlp import TorchBackbone
+
+# Inside this file maps are `[B, C, H, W]`.
+
+
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    return functional.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+
+class ConvModule(nn.Module):
+    """A convolution that keeps the size; batch norm and ReLU, or with a bias and neither."""
+
+    def __init__(self, features: int, out: int, size: int, plain: bool = False):
+        super().__init__()
+        self.conv = nn.Conv2d(features, out, size, padding=size // 2, bias=plain)
+        self.bn = None if plain else nn.BatchNorm2d(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, features, H, W]` to `[B, out, H, W]`."""
+        x = self.conv(x)
+        return x if self.bn is None else self.bn(x).relu()
+
+
+class Taps(TorchBackbone):
+    """The backbone as segmentation has it: a norm for each stage, no head."""
+
+    def __init__(self, **fields: Any):
+        super().__init__(**fields)
+        for i, dim in enumerate(fields["embed_dims"]):
+            self.add_module(f"norm_{i}", nn.LayerNorm(dim))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images `[B, H, W, 3]` to four maps `[B, C, H / s, W / s]`."""
+        maps = self.taps(images)
+        return [self.get_submodule(f"norm_{i}")(x).movedim(3, 1) for i, x in enumerate(maps)]
+
+
+class UperNet(nn.Module):
+    """Pyramid pooling of the last map, then a pyramid of all four."""
+
+    def __init__(self, dims: list[int], channels: int, num_classes: int):
+        super().__init__()
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(bins), ConvModule(dims[3], channels, 1))
+            for bins in (1, 2, 3, 6)
+        )
+        self.bottleneck = ConvModule(dims[3] + 4 * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvModule(dim, channels, 1) for dim in dims[:3])
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3) for _ in range(3))
+        self.fpn_bottleneck = ConvModule(4 * channels, channels, 3)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Four maps to logits at the first one's resolution."""
+        last = maps[3]
+        context = [last, *(_resized(pool(last), last) for pool in self.psp_modules)]
+        above = self.bottleneck(torch.cat(context, dim=1))
+        pyramid = [above]
+        for i in (2, 1, 0):
+            above = self.lateral_convs[i](maps[i]) + _resized(above, maps[i])
+            pyramid.insert(0, self.fpn_convs[i](above))
+        fused = torch.cat([_resized(x, maps[0]) for x in pyramid], dim=1)
+        return self.conv_seg(self.fpn_bottleneck(fused))
+
+
+class Fcn(nn.Module):
+    """UperNet's auxiliary head."""
+
+    def __init__(self, dim: int, channels: int, num_classes: int):
+        super().__init__()
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.convs = nn.Sequential(ConvModule(dim, channels, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map to logits at its resolution."""
+        return self.conv_seg(self.convs(x))
+
+
+class Neck(nn.Module):
+    """A pyramid of one width; without norms."""
+
+    def __init__(self, dims: list[int], channels: int):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(ConvModule(dim, channels, 1, plain=True) for dim in dims)
+        self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3, plain=True) for _ in dims)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        """Four maps to four of the same sizes."""
+        pyramid: list[Tensor] = []
+        above: Tensor | None = None
+        for i in (3, 2, 1, 0):
+            own = self.lateral_convs[i](maps[i])
+            if above is not None:
+                own = own + functional.interpolate(above, own.shape[2:], mode="nearest")
+            above = own
+            pyramid.insert(0, self.fpn_convs[i](own))
+        return pyramid
+
+
+class SemanticFpn(nn.Module):
+    """Each map doubled until it is as large as the first; their sum."""
+
+    def __init__(self, dim: int, channels: int, num_classes: int):
+        super().__init__()
+        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.scale_heads = nn.ModuleList()
+        for doublings in range(4):
+            steps: list[nn.Module] = []
+            for step in range(max(doublings, 1)):
+                steps.append(ConvModule(channels if step else dim, channels, 3))
+                if doublings:
+                    steps.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+            self.scale_heads.append(nn.Sequential(*steps))
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Four maps of one width to logits at the first one's resolution."""
+        scaled = [head(x) for head, x in zip(self.scale_heads, maps, strict=True)]
+        return self.conv_seg(sum(_resized(x, maps[0]) for x in scaled))
+
+
+class TorchSegmentor(nn.Module):
+    """ActiveMLP under a head, in evaluation mode; fields as those of flax's `ActiveSegmentor`."""
+
+    def __init__(
+        self,
+        backbone: Mapping[str, Any],
+        head: str,
+        num_classes: int,
+        channels: int,
+        aux_channels: int = 256,
+        neck_channels: int = 256,
+    ):
+        super().__init__()
+        dims = list(backbone["embed_dims"])
+        self.backbone = Taps(**backbone)
+        self.neck: nn.Module | None = None
+        self.auxiliary_head: nn.Module | None = None
+        if head == "fpn":
+            self.neck = Neck(dims, neck_channels)
+            self.decode_head: nn.Module = SemanticFpn(neck_channels, channels, num_classes)
+        else:
+            self.decode_head = UperNet(dims, channels, num_classes)
+            self.auxiliary_head = Fcn(dims[2], aux_channels, num_classes)
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Images to logits, in evaluation mode.
+
+        Args:
+          images: `[B, H, W, 3]`, normalised.
+
+        Returns:
+          Logits `[B, H / 4, W / 4, num_classes]`, and of UperNet the auxiliary head's as well, at
+          1 / 16.
+        """
+        maps = self.backbone(images)
+        logits = [self.decode_head(maps if self.neck is None else self.neck(maps))]
+        if self.auxiliary_head is not None:
+            logits.append(self.auxiliary_head(maps[2]))
+        return tuple(x.movedim(1, 3) for x in logits)

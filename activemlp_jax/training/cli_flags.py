@@ -1,0 +1,233 @@
+"""Command lines with a config: flags in, one clear line out when they are wrong."""
+
+import difflib
+import os
+import runpy
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+from rich.console import Console
+
+from activemlp_jax.training.config import default_config, flatten
+from activemlp_jax.utils.errors import (
+    Interrupted,
+    UserError,
+    errors_in_one_line,
+    exit_with,
+    one_line,
+)
+from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_freed_memory
+
+# The fields of sharding.Hosts: name, type, default, help.
+HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
+    (
+        "coordinator",
+        str,
+        "",
+        "HOST:PORT of the first of several processes. SLURM, Open MPI and TPU pods need none of "
+        "these four.",
+    ),
+    ("num_processes", int, None, "Number of processes that share the work."),
+    ("process_id", int, None, "Number of this process, from 0."),
+    ("timeout", int, 300, "Seconds the processes wait for each other to start."),
+)
+_HOST_NAMES = tuple(name for name, *_ in HOST_OPTIONS)
+HELP = ("help", "helpfull", "helpshort", "?")
+
+
+def _keys(config: ConfigDict, prefix: str = "config.") -> list[str]:
+    keys = []
+    for key, value in config.items():
+        keys += [
+            prefix + key,
+            *(_keys(value, f"{prefix}{key}.") if hasattr(value, "items") else []),
+        ]
+    return keys
+
+
+def load_config(path: str) -> ConfigDict:
+    """What the config file at `path` gives; UserError if it gives none."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path}")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config() if get_config else None
+    except Exception as error:  # whatever the user's file does wrong
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: {type(error).__name__}: {reason}") from error
+    if get_config is None:
+        raise UserError(f"{path} defines no function get_config()")
+    if not isinstance(config, ConfigDict) or set(_keys(config)) != set(_keys(default_config())):
+        raise UserError(f"{path}: get_config() must return default_config() with other values")
+    return config
+
+
+def _named(argv: list[str], default_path: Path | None) -> tuple[str, list[str]]:
+    """The config file that the command line names, '' for none, and the keys that it changes."""
+    path, overrides = str(default_path or ""), []
+    for position, argument in enumerate(argv):
+        name, _, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):
+            continue
+        if name == "config":
+            path = value or " ".join(argv[position + 1 : position + 2])
+        elif name.startswith("config."):
+            overrides.append(name)
+    return path, overrides
+
+
+def _check_keys(argv: list[str], default_path: Path | None) -> None:
+    """Raises UserError for a config file that fails, or an override of a key it does not have."""
+    path, overrides = _named(argv, default_path)
+    if not path:
+        raise UserError("--config is missing, expected a config file such as configs/digits.py")
+    known = _keys(load_config(path))
+    for name in overrides:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{path} has no key {name}{hint}")
+
+
+def describe_keys(config: ConfigDict) -> str:
+    """All keys with their values, a paragraph a group, for --help."""
+    groups: dict[str, list[str]] = {}
+    for key, value in flatten(config.to_dict()).items():
+        group, _, name = key.rpartition(".")
+        # Not broken at the blanks of a tuple.
+        groups.setdefault(group, []).append(f"{name}={value!r}".replace(" ", "\N{NO-BREAK SPACE}"))
+    paragraphs = [
+        textwrap.fill(
+            " ".join(pairs),
+            width=100,
+            initial_indent=f"  --config.{group}{'.' * bool(group)}  ",
+            subsequent_indent="      ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for group, pairs in groups.items()
+    ]
+    return "\n".join(paragraphs).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _print_keys(default_path: Path | None) -> None:
+    """Print the keys of the config file that the command line names, for --help."""
+    path, _ = _named(sys.argv[1:], default_path)
+    config = load_config(path) if path else default_config()
+    print(f"\nKeys of {path or 'a config'}, changed by --config.KEY=VALUE:\n")
+    print(describe_keys(config))
+
+
+def start(
+    main: Callable[[], None], own_flags: Sequence[str], default_path: Path | None = None
+) -> NoReturn:
+    """Parse the flags of a command that takes a config, and run it; ends the process.
+
+    A UserError, of the flags or of `main`, becomes its one line.
+
+    Args:
+      main: the command; it finds the config by `chosen_config`.
+      own_flags: names of the flags that --help shows beside the config; they are defined.
+      default_path: the config file where the command line names none; None where it must.
+    """
+    collect_garbage_rarely()
+    asks_for_help = any(
+        argument.startswith("-") and argument.lstrip("-") in HELP for argument in sys.argv[1:]
+    )
+    if not asks_for_help:
+        try:
+            _check_keys(sys.argv[1:], default_path)
+        except UserError as error:
+            exit_with(error)
+    config_flags.DEFINE_config_file(
+        "config",
+        str(default_path) if default_path else None,
+        "Config file; --config.KEY=VALUE changes a key of it.",
+    )
+    for name in ("config", *own_flags):
+        # --help shows the flags of the program's own module
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except SystemExit:  # absl has printed the flags, and would exit with status 1
+            with errors_in_one_line():
+                _print_keys(default_path)
+            sys.exit(0)
+        except (flags.Error, TypeError, ValueError) as error:
+            exit_with(" ".join(str(error).split()))
+        if len(rest) > 1:
+            exit_with(f"unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
+        if flags.FLAGS["verbosity"].using_default_value:
+            # absl would show every step of every checkpoint.
+            flags.FLAGS["verbosity"].value = logging.WARNING
+            flags.FLAGS["verbosity"].using_default_value = False
+            # orbax's advice at every save where epochs are short; saving so often is the config's.
+            logging.get_absl_logger().addFilter(lambda said: "previous save" not in str(said.msg))
+        return rest
+
+    def run_main(argv: list[str]) -> None:
+        del argv
+        with errors_in_one_line():
+            main()
+
+    app.run(run_main, flags_parser=parse)
+
+
+def chosen_config() -> tuple[str, ConfigDict]:
+    """The path of the config file, and its config with the changes of the command line."""
+    return config_flags.get_config_filename(flags.FLAGS["config"]), flags.FLAGS.config
+
+
+def run(default_path: Path) -> NoReturn:
+    """Parse the flags of `train.py`, and train; ends the process.
+
+    Args:
+      default_path: the config file where the command line names none.
+    """
+    flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
+    for name, kind, default, text in HOST_OPTIONS:
+        if kind is int:
+            flags.DEFINE_integer(name, default, text, lower_bound=0)
+        else:
+            flags.DEFINE_string(name, default, text)
+    keep_freed_memory()
+    start(_train, ("workdir", *_HOST_NAMES), default_path)
+
+
+def _train() -> None:
+    path, config = chosen_config()
+    name = Path(path).stem
+    workdir = flags.FLAGS.workdir or f"runs/{name}"
+    if "://" in workdir:
+        raise UserError(f"--workdir is {workdir}, expected a directory of this machine")
+    chosen: dict[str, Any] = {name: flags.FLAGS[name].value for name in _HOST_NAMES}
+    place = Path(workdir).expanduser()
+    if not chosen["process_id"]:
+        # What follows takes seconds to import, and longer on a slow disk.
+        print(one_line(f"starting: config {name}, workdir {workdir}"), flush=True)
+    from activemlp_jax.distributed import sharding  # here, as --help need not wait for them
+    from activemlp_jax.training.loop import train
+
+    hosts = sharding.Hosts(**chosen)
+    try:
+        with sharding.connected(hosts):
+            train(config, place, Console(), config_name=name, timeout=hosts.timeout)
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"\n{_interrupted(str(error), place)}")
+        sys.exit(getattr(error, "status", 130))
+
+
+def _interrupted(reason: str, workdir: Path) -> str:
+    """What an interruption has left, and how to go on."""
+    reason, checkpoints = reason or "interrupted", workdir / "checkpoints"
+    saved = checkpoints.is_dir() and any(name.isdigit() for name in os.listdir(checkpoints))
+    if saved:
+        return f"{reason}; the same command goes on from there in {one_line(workdir)}"
+    return f"{reason}; nothing is saved yet, and the same command starts from the first step"

@@ -1,0 +1,490 @@
+"""`python -m activemlp_jax.export`: what it writes runs elsewhere and gives the same numbers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import goldens
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import photo
+from PIL import Image
+
+import activemlp_jax as am
+from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
+from activemlp_jax.export import __main__ as export
+from activemlp_jax.export import stablehlo
+from activemlp_jax.export.description import describe, write_readme
+from activemlp_jax.utils.errors import install_command, one_line
+from activemlp_jax.utils.files import write_directory_aside
+from activemlp_jax.weights import convert
+from activemlp_jax.weights.model_directory import (
+    ModelCard,
+    read_card,
+    read_weights,
+    write_model,
+)
+
+# One process for all that share what a fixture takes long to make.
+pytestmark = pytest.mark.xdist_group("export")
+
+BOUND = 1e-5
+Answers = dict[str, tuple[np.ndarray, np.ndarray]]
+BACKBONE = {
+    "depths": (2, 2, 2, 2),
+    "embed_dims": (8, 8, 16, 16),
+    "mlp_ratios": (2, 2, 2, 2),
+    "share_dims": (2, 4, 2, 4),
+    "offset_interval": 1,
+}
+CLASSIFIER = am.ActiveMLP(**BACKBONE, num_classes=3)
+SEGMENTOR = am.ActiveSegmentor(BACKBONE, "upernet", 4, channels=8, aux_channels=8)
+CARDS = {
+    "classifier": ModelCard(
+        CLASSIFIER,
+        Preprocessing(image_size=32, mean=(0.5, 0.4, 0.3)),
+        ("ema", "model"),
+        "ema",
+        ("ant", "bee", "c|t"),
+        {"trained_on": "digits", "epoch": 3, "test_accuracy": 97.54321},
+    ),
+    "segmentor": ModelCard(
+        SEGMENTOR, ScenePreprocessing(long_side=0, window=40), ("model",), "model"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model directory for each of `CARDS`."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, card in CARDS.items():
+        variables = goldens.rule_variables(card.model)
+        weights = {
+            kind: jax.tree.map(lambda leaf, times=times: np.asarray(times * leaf), variables)
+            for times, kind in enumerate(card.kinds, 1)
+        }
+        with write_directory_aside(folder / name) as place:
+            write_model(place, card, weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(models: Path) -> Path:
+    """A folder with what the command writes of each model."""
+    for name in CARDS:
+        export.export_model(str(models / name), str(models / "exported" / name))
+    return models / "exported"
+
+
+@pytest.fixture(scope="module")
+def answers(models: Path) -> Answers:
+    """Seven images for each model, and what it makes of them."""
+    found = {}
+    for name, side in (("classifier", 32), ("segmentor", 40)):
+        images = np.random.default_rng(0).standard_normal((7, side, side, 3)).astype(np.float32)
+        model, variables = am.load_pretrained(models / name)
+        found[name] = images, np.asarray(jax.jit(model.apply)(variables, images))
+    return found
+
+
+def assert_equal_logits(found: np.ndarray, logits: np.ndarray) -> None:
+    assert found.dtype == np.float32
+    assert found.shape == logits.shape
+    assert np.abs(logits).max() > 0.1
+    difference = np.abs(found - logits).max()
+    assert difference < BOUND, f"logits differ by {difference:.1e}"
+
+
+def readme_program(folder: Path, format_name: str) -> str:
+    """The code under a format's heading in the README."""
+    section = (folder / "README.md").read_text().split(f"### `model.{format_name}`")[1]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+
+
+PHOTO = "photo.jpg"
+
+
+def with_photo(folder: Path) -> Path:
+    """`folder` with the photo that the README opens: no multiple of anything, and upright."""
+    photo(1, 301, 427).save(folder / PHOTO, quality=95)
+    return folder
+
+
+def assert_answer(output: str, directory: Path, file: Path) -> None:
+    """What the README's program prints is what the package makes of the photo."""
+    card, (model, variables) = am.read_card(directory), am.load_pretrained(directory)
+    found = [line.rsplit(" ", 1) for line in output.splitlines()]
+    if isinstance(card.preprocessing, Preprocessing):
+        expected = am.classify(model, variables, file, card)
+        assert [name for name, _ in found] == [one.name for one in expected]
+        shares = [one.probability for one in expected]
+    else:
+        side = card.preprocessing.window
+        with Image.open(file) as whole:
+            left, top = ((length - side) // 2 for length in whole.size)
+            pixels = np.asarray(whole)[top : top + side, left : left + side]
+        mean, std = map(np.float32, (card.preprocessing.mean, card.preprocessing.std))
+        images = ((pixels / np.float32(255) - mean) / std)[None]
+        labels = np.argmax(jax.jit(model.apply)(variables, images), axis=-1)
+        present, counts = np.unique(labels, return_counts=True)
+        assert [name for name, _ in found] == list(map(str, present))
+        shares = list(counts / counts.sum())
+    for (_, percent), share in zip(found, shares, strict=True):
+        assert float(percent.removesuffix("%")) == pytest.approx(100 * share, abs=0.06)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_stablehlo_runs_as_the_readme_says_without_this_package_and_flax(
+    name: str, models: Path, answers: Answers, exported: Path, tmp_path: Path
+):
+    folder = with_photo(shutil.copytree(exported / name, tmp_path / name))
+    images, logits = answers[name]
+    np.save(tmp_path / "images.npy", images)
+    program = f"""
+import sys
+sys.modules["activemlp_jax"] = sys.modules["flax"] = None
+{readme_program(exported / name, "stablehlo")}
+assert list(logits.shape) == [1, *config["output"]["shape"][1:]], logits.shape
+images = np.load({str(tmp_path / "images.npy")!r})
+for batch in (1, 7):
+    np.save({str(tmp_path)!r} + f"/{{batch}}.npy", program(images[:batch]))
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, text=True,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert_answer(done.stdout, models / name, folder / PHOTO)
+    for batch in (1, 7):
+        assert_equal_logits(np.load(tmp_path / f"{batch}.npy"), logits[:batch])
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_one_stablehlo_program_is_for_three_platforms_and_any_batch(name: str, exported: Path):
+    content = (exported / name / "model.stablehlo").read_bytes()
+    program = jax.export.deserialize(content)
+    config = json.loads((exported / name / "config.json").read_text())
+    assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+    for array, side in (("input", program.in_avals), ("output", program.out_avals)):
+        assert [str(size) for size in side[0].shape] == list(map(str, config[array]["shape"]))
+        assert side[0].dtype == config[array]["dtype"] == "float32"
+
+
+SHAPE = (2, 32, 32, 3)
+# Inputs that an exported function does not take, with what its runtime says of them.
+REFUSED = {
+    "bfloat16": (jnp.zeros(SHAPE, jnp.bfloat16), "expected float32 and called with bfloat16", ""),
+    "uint8": (np.zeros(SHAPE, np.uint8), "expected float32 and called with uint8", "tensor(uint8)"),
+    "size": (np.zeros((2, 40, 40, 3), np.float32), "expected (batch, 32, 32, 3)", "Expected: 32"),
+    "rank": (np.zeros((32, 32, 3), np.float32), "expected (batch, 32, 32, 3)", "Expected: 4"),
+    "channels first": (
+        np.zeros((2, 3, 32, 32), np.float32), "expected (batch, 32, 32, 3)", "Expected: 32",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stablehlo_program(exported: Path) -> Any:
+    content = (exported / "classifier" / "model.stablehlo").read_bytes()
+    return jax.jit(jax.export.deserialize(content).call)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_stablehlo_takes_a_batch_of_any_size(
+    batch: int, dtype: str, stablehlo_program: Any, answers: Answers
+):
+    """float64 too, as JAX makes float32 of it."""
+    images, logits = answers["classifier"]
+    found = np.asarray(stablehlo_program(images[:batch].astype(dtype)))
+    assert_equal_logits(found, logits[:batch])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_stablehlo_says_what_it_expected(name: str, stablehlo_program: Any, exported: Path):
+    images, message, _ = REFUSED[name]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        stablehlo_program(images)
+    text = (exported / "classifier" / "README.md").read_text()
+    assert "It takes `[batch, 32, 32, 3]` float32, a batch of any size." in text
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_onnx_gives_the_same_numbers_as_the_readme_says(
+    name: str,
+    models: Path,
+    answers: Answers,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    images, logits = answers[name]
+    folder = tmp_path / "exported"
+    export.export_model(str(models / name), str(folder), ["onnx"])
+    monkeypatch.chdir(with_photo(folder))
+    names: dict[str, Any] = {}
+    capsys.readouterr()
+    exec(readme_program(folder, "onnx"), names)
+    assert_answer(capsys.readouterr().out, models / name, folder / PHOTO)
+    for batch in (1, 3, 7):
+        (found,) = names["session"].run(["logits"], {"images": images[:batch]})
+        assert_equal_logits(found, logits[:batch])
+    for wrong, _, message in REFUSED.values() if name == "classifier" else ():
+        if message:
+            with pytest.raises(Exception, match=re.escape(message)):
+                names["session"].run(["logits"], {"images": wrong})
+    assert str(am.__path__[0]) not in (folder / "model.onnx").read_bytes().decode("latin-1")
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_safetensors_give_back_the_same_bits(name: str, models: Path, exported: Path):
+    card = read_card(models / name)
+    variables = read_weights(models / name, card, card.default_kind)
+    found = am.load_torch_checkpoint(exported / name / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    dtypes = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (found, variables)]
+    assert dtypes[0] == dtypes[1]
+
+
+def call(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    main()
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_model_directory_made_of_safetensors_knows_all(
+    name: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    call(convert.main, monkeypatch, exported / name / "model.safetensors", tmp_path / "again")
+    ours, again = CARDS[name].to_json(), read_card(tmp_path / "again").to_json()
+    kind = CARDS[name].default_kind
+    assert again.pop("weights") == {"kinds": (kind,), "default": kind}
+    source = again.pop("source")
+    assert source | ours.pop("source") == source
+    assert ("copied_from" if name == "classifier" else "file") in source
+    del ours["weights"]
+    assert json.dumps(again) == json.dumps(ours)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_no_file_tells_where_it_was_made(name: str, exported: Path):
+    files = sorted(file.name for file in (exported / name).iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors", "model.stablehlo"]
+    for file in files:
+        content = (exported / name / file).read_bytes()
+        for place in (Path(export.__file__).parent, exported, Path(sys.prefix)):
+            assert str(place).encode() not in content, f"{place} is in {file}"
+
+
+def front_matter(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+
+
+def test_the_readme_says_what_training_measured(exported: Path):
+    text = (exported / "classifier" / "README.md").read_text()
+    assert "accuracy 97.54% on the test images of `digits`" in text
+    assert "`ant`, `bee`, `c/t`" in text, "a bar would end the cell of the table"
+    found = front_matter(exported / "classifier")
+    (result,) = found.pop("model-index")[0]["results"]
+    assert result == {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": "digits", "type": "digits"},
+        "metrics": [{"type": "accuracy", "name": "accuracy", "value": 97.54}],
+    }
+    assert found == {
+        "library_name": "activemlp_jax",
+        "pipeline_tag": "image-classification",
+        "tags": [*("activemlp", "active-token-mixer", "jax", "flax"), "stablehlo", "safetensors"],
+        "metrics": ["accuracy"],
+    }
+
+
+def test_the_readme_claims_nothing_where_nothing_is_known(exported: Path):
+    text = (exported / "segmentor" / "README.md").read_text()
+    assert "## Where the weights come from\n\nNot said." in text
+    assert "## Quality\n\nNot measured." in text
+    assert {"metrics", "model-index"}.isdisjoint(front_matter(exported / "segmentor"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.text())
+def test_any_name_of_a_data_set_fits_into_the_readme(tmp_path_factory: Any, name: str):
+    card = ModelCard(
+        CLASSIFIER, Preprocessing(), ("model",), "model", None,
+        {"trained_on": name, "test_accuracy": 50},
+    )  # fmt: skip
+    found = {
+        "architecture": {}, "parameters": 1, "multiply_adds": 1, "files": {},
+        "classes": {"number": 3, "names": None},
+        "input": {"name": "images", "shape": ["batch", 32, 32, 3], "dtype": "float32"},
+        "output": {"name": "logits", "shape": ["batch", 3], "dtype": "float32"},
+    }  # fmt: skip
+    folder = tmp_path_factory.getbasetemp()
+    write_readme(folder / "README.md", card, found)
+    (result,) = front_matter(folder)["model-index"][0]["results"]
+    assert result["dataset"]["name"] == one_line(name)
+    assert (folder / "README.md").read_text(encoding="utf-8").count("\n## ") == 6
+
+
+@pytest.mark.parametrize(
+    ("source", "condition"),
+    [
+        ({}, ""),
+        ({"trained_on": "digits"}, " It depends on the data, `digits`."),
+        (
+            {"trained_on": "folder:pets", "init_from": "models/tiny"},
+            " It depends on the data, `folder:pets` and the weights that training started from, "
+            "`models/tiny`.",
+        ),
+        ({"file": "a.pth"}, " It depends on the file that they were converted from, `a.pth`."),
+    ],
+)
+def test_no_licence_is_claimed_for_the_weights(
+    source: dict[str, Any], condition: str, tmp_path: Path
+):
+    card = replace(CARDS["segmentor"], source=source)
+    variables = jax.eval_shape(card.model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    write_readme(tmp_path / "README.md", card, describe(card, variables))
+    assert "license" not in front_matter(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"is for those to say who made them.{condition} Before you publish" in text
+
+
+def test_a_thousand_classes_without_names_get_imagenets_names():
+    model = CLASSIFIER.clone(num_classes=1000)
+    card = ModelCard(model, Preprocessing(image_size=32), ("model",), "model")
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert describe(card, variables)["classes"]["names"][:2] == ("tench", "goldfish")
+    names = (*(f"n{label:08}" for label in range(999)), "n01440764")
+    found = describe(replace(card, class_names=names), variables)["classes"]["names"]
+    assert found[998:] == ("n00000998", "tench (n01440764)")
+
+
+def test_another_image_size_is_exported_and_described(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    folder = tmp_path / "new" / "folder"
+    options = ("--format", "stablehlo", "--image-size", "50")
+    call(export.main, monkeypatch, models / "classifier", folder, *options)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["preprocessing"]["image_size"] == 50
+    assert config["input"]["shape"] == ["batch", 50, 50, 3]
+    program = jax.export.deserialize((folder / "model.stablehlo").read_bytes())
+    assert program.in_avals[0].shape[1:] == (50, 50, 3)
+    lines = capsys.readouterr().out.splitlines()
+    expected = f"wrote {folder}: the averaged (EMA) weights, images of 50 by 50 pixels"
+    assert lines[0] == expected
+    files = [line.split()[0] for line in lines[1:]]
+    assert files == ["model.stablehlo", "config.json", "README.md"]
+
+
+def test_another_image_size_is_that_of_a_segmentation_models_windows():
+    card = export.with_image_size(CARDS["segmentor"], 50)
+    assert card.preprocessing == ScenePreprocessing(long_side=0, window=50)
+
+
+def test_the_default_weights_are_those_exported(models: Path, exported: Path):
+    """A directory with averaged weights has others as well."""
+    found = am.load_torch_checkpoint(exported / "classifier" / "model.safetensors")
+    raw = read_weights(models / "classifier", read_card(models / "classifier"), "model")
+    assert json.loads((exported / "classifier" / "config.json").read_text())["weights"] == "ema"
+    assert not np.array_equal(found["params"]["head"]["kernel"], raw["params"]["head"]["kernel"])
+
+
+def test_a_failed_export_leaves_jax_as_it_was():
+    frames = jax.config.jax_traceback_in_locations_limit
+    variables = jax.eval_shape(CLASSIFIER.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+    with pytest.raises(ValueError, match="expected sides of at least 32"):
+        stablehlo.export_program(CLASSIFIER, zeros, 16)
+    assert jax.config.jax_traceback_in_locations_limit == frames
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing", "OUT"], "nothing is no model directory: there is no such folder"),
+        (["MODEL", "OUT", "--image-size", "31"], "--image-size is 31, expected at least 32"),
+        (["MODEL", "OUT", "--image-size", f"{10**9}"], "is 1000000000, expected at most 16,384"),
+        (["MODEL", "THERE"], "THERE is already there; give another place"),
+        (["MODEL", "THERE/file"], "THERE/file is already there; give another place"),
+        (
+            ["MODEL", "THERE/file/out"],
+            "THERE/file/out cannot be written: THERE/file is not a folder",
+        ),
+        (
+            ["MODEL", "OUT", "--format", "onnx"],
+            f"--format onnx needs onnx and onnxscript: {install_command('onnx')}",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_one_clear_line(
+    arguments: list[str],
+    message: str,
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("mine")
+    places = {"MODEL": models / "classifier", "OUT": tmp_path / "out"}
+    places |= {"THERE": tmp_path / "there", "THERE/file": tmp_path / "there" / "file"}
+    places |= {"THERE/file/out": tmp_path / "there" / "file" / "out"}
+    for package in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stopped:
+        call(export.main, monkeypatch, *(places.get(value, value) for value in arguments))
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message.replace("THERE", str(tmp_path / "there")) in line
+    assert [file.name for file in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there" / "file").read_text() == "mine"
+
+
+def test_an_unknown_format_is_refused_with_those_there_are(
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as stopped:
+        call(export.main, monkeypatch, models / "classifier", "out", "--format", "pickle")
+    assert stopped.value.code == 2
+    assert "invalid choice: 'pickle'" in capsys.readouterr().err
+
+
+def test_nothing_is_left_of_an_export_that_fails(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def full(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(export, "write_checkpoint", full)
+    arguments = (models / "classifier", tmp_path / "out", "--format", "safetensors")
+    with pytest.raises(SystemExit) as stopped:
+        call(export.main, monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.safetensors: No space left on device" in line
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,52 @@
+"""From letters to digits, by way of PyTorch: what was learnt survives, and shortens training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> str:
+    # These train for so long that optimized code pays.
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=500, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def last_accuracy(workdir: Path) -> float:
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["test_accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("recipe")  # groups come first, and this would keep one process waiting
+def test_fine_tuning_from_converted_letters_needs_fewer_epochs(tmp_path: Path):
+    folder, letters = tmp_path / "images", tmp_path / "letters"
+    short = "--config.optimizer.warmup_epochs=1"
+    run("examples/draw_letters.py", str(folder))
+    run(
+        "train.py", f"--workdir={letters}", f"--config.data.name=folder:{folder}",
+        "--config.data.test_split=val", "--config.epochs=6", short,
+    )  # fmt: skip
+    run("convert_torch_weights.py", str(letters / "model"), str(tmp_path / "l.pth"), "--to-torch")
+    converted = tmp_path / "converted"
+    run("convert_torch_weights.py", str(tmp_path / "l.pth"), str(converted))
+
+    tuned, scratch = tmp_path / "tuned", tmp_path / "scratch"
+    output = run(
+        "train.py", "--config=configs/digits_fine_tune.py", f"--workdir={tuned}",
+        f"--config.init_from={converted}", "--config.epochs=3", short,
+    )  # fmt: skip
+    assert "head re-initialised, 26 classes there and 10 here" in output
+    run("train.py", f"--workdir={scratch}", "--config.epochs=6", short)
+    ours, theirs = last_accuracy(tuned), last_accuracy(scratch)
+    assert ours > theirs, f"{ours:.2f}% after 3 epochs, {theirs:.2f}% after 6 from scratch"
+    assert ours > 93, f"{ours:.2f}%"

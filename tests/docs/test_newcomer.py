@@ -1,0 +1,179 @@
+"""A newcomer's first hour: the pages as they are printed, a conversion, the notebook.
+
+The blocks of README.md and docs/first_steps.md go into bash one after the other, in a copy of the
+project in which nothing else was done before. What differs from a newcomer's machine:
+
+- pip installs nothing: `.venv` is new and finds the packages of the environment of the tests;
+- `make demo` trains a smaller model for fewer epochs, by DEMO_FLAGS, and LLVM does not optimize;
+- `NOT_RUN` are left to others.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from documents import Step, form, steps
+from processes import ROOT, SMALL
+from small_models import run
+
+from activemlp_jax import predict
+from activemlp_jax.weights import convert
+
+# One process with tests/commands/test_train.py: whichever comes second finds the compiled programs
+# in JAX's cache.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
+
+NOTEBOOK = ROOT / "examples" / "activemlp.ipynb"
+
+# Runs the cells of a notebook one after the other, and shows the last value of each as Jupyter
+# would: as a picture where it is one.
+RUN_NOTEBOOK = """
+import ast, json, sys
+names = {}
+for cell in json.load(open(sys.argv[1]))["cells"]:
+    if cell["cell_type"] == "code":
+        *statements, last = ast.parse("".join(cell["source"])).body
+        shows = isinstance(last, ast.Expr)
+        rest = statements if shows else [*statements, last]
+        exec(compile(ast.Module(rest, []), cell["id"], "exec"), names)
+        value = eval(compile(ast.Expression(last.value), cell["id"], "eval"), names) if shows else 0
+        is_picture = hasattr(value, "_repr_png_")
+        print(f"picture {value.size} {len(value._repr_png_())}" if is_picture else repr(value))
+"""
+
+
+# CI runs `make test` itself, and a published model compiles for long: test_docs finds its shapes.
+NOT_RUN = ("make test", "am.create_model(")
+# Of a line that is printed only where the last epoch is not the best one.
+BY_CHANCE = "best_model is of step"
+PAGES = ("README.md", "docs/first_steps.md")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project, as `git clone` makes it, with a `.venv` for `make` to find."""
+    place = tmp_path_factory.mktemp("newcomer") / "activemlp-jax"
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
+    )
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, place / name)
+    environment = place / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "newcomer.pth").write_text("\n".join([str(place), *site.getsitepackages()]))
+    (environment / "demo-installed").touch()
+    return place
+
+
+def variables() -> dict[str, str]:
+    """The environment of a newcomer's shell, with the cache of the tests and a short demo."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    return inherited | {"DEMO_FLAGS": shlex.join(SMALL)}
+
+
+def follow(page: str, place: Path) -> list[tuple[Step, str]]:
+    """The blocks of a page that are run, in one bash, and what each printed."""
+    run = [step for step in steps(ROOT / page) if not any(part in step.script for part in NOT_RUN)]
+    mark = "-- block "
+    script = "".join(f"echo '{mark}{number}'\n{step.script}" for number, step in enumerate(run))
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=place, env=variables(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=900,
+    )  # fmt: skip
+    parts = [part.partition("\n")[2] for part in result.stdout.split(mark)[1:]]
+    assert result.returncode == 0, f"{run[len(parts) - 1].block}\n{parts[-1][-3000:]}"
+    return list(zip(run, parts, strict=True))
+
+
+@pytest.fixture(scope="module")
+def followed(place: Path) -> dict[str, list[tuple[Step, str]]]:
+    """The pages in the order in which the README leads to them; each goes on where one ended."""
+    return {page: follow(page, place) for page in PAGES}
+
+
+def missing(shown: list[str], printed: Iterator[str]) -> list[str]:
+    """The first of the shown lines that does not begin a printed one, in order."""
+    for line in shown:
+        if not any(other.startswith(line) for other in printed):
+            return [line]
+    return []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_as_it_is_printed_and_shows_what_it_says(
+    page: str, followed: dict[str, list[tuple[Step, str]]]
+):
+    assert followed[page]
+    for step, printed in followed[page]:
+        shown = [line for line in form(step.shown) if not line.startswith(BY_CHANCE)]
+        gone = missing(shown, iter(form(printed)))
+        assert not gone, f"{step.block}\nprints no {gone}, but\n{printed}"
+
+
+@pytest.mark.usefixtures("followed")
+def test_what_the_pages_write_is_complete(place: Path):
+    with np.load(place / "digits.npz") as arrays:
+        assert list(arrays["names"]) == [f"{index}.png" for index in range(10)]
+        assert arrays["embeddings"].shape == (10, 16)
+    exported = place / "exported" / "digits"
+    names = {file.name for file in exported.iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "model.stablehlo"}
+    text = (exported / "README.md").read_text()
+    recipe = "Trained by the config `digits` on 1,437 images of `digits` for 4 epochs"
+    assert recipe in text
+    assert "on the 360 test images of `digits`, measured after 4 epochs." in text
+
+
+@pytest.mark.usefixtures("followed")
+def test_a_checkpoint_of_the_original_is_converted_and_asked(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(place)
+    checkpoint = ROOT / "tests" / "fixtures" / "micro_checkpoint.pth"
+    monkeypatch.setattr(sys, "argv", ["convert", str(checkpoint), "models/micro"])
+    convert.main()
+    assert "wrote models/micro" in capsys.readouterr().out
+    assert run(predict.main, monkeypatch, "models/micro", "digits/7.png", "--json") == 0
+    (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert answer["image"] == "digits/7.png"
+    assert answer["classes"][0]["name"] in set("0123456789")
+
+
+def cells() -> list[dict[str, Any]]:
+    return json.loads(NOTEBOOK.read_text())["cells"]
+
+
+def test_the_notebook_is_kept_with_the_results_of_one_run_from_top_to_bottom():
+    code = [cell for cell in cells() if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"execute_result", "stream"}
+    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+
+
+@pytest.mark.usefixtures("followed")
+def test_the_notebook_runs_and_shows_pictures(place: Path):
+    notebook = place / "examples" / "activemlp.ipynb"
+    result = subprocess.run(
+        [place / ".venv" / "bin" / "python", "-c", RUN_NOTEBOOK, notebook],
+        cwd=notebook.parent, env=variables(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    output = result.stdout
+    pictures = [line for line in output.splitlines() if line.startswith("picture")]
+    assert len(pictures) == 3, output
+    assert "[(12, 8, 8, 8), (12, 4, 4, 8), (12, 2, 2, 16), (12, 1, 1, 16)]" in output

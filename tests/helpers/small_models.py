@@ -1,0 +1,63 @@
+"""Directories of models that compile in seconds, and photos to ask them about."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import goldens
+import jax
+import numpy as np
+import pytest
+from pictures import photo
+
+import activemlp_jax as am
+from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
+from activemlp_jax.utils.files import write_directory_aside
+from activemlp_jax.weights.model_directory import ModelCard, write_model
+
+PREPROCESSING = Preprocessing(image_size=32, resize_factor=1.25, mean=(0.5, 0.4, 0.3))
+BACKBONE: dict[str, Any] = {
+    "depths": (2, 2, 2, 2),
+    "embed_dims": (8, 8, 16, 16),
+    "mlp_ratios": (2, 2, 2, 2),
+    "share_dims": (2, 2, 2, 2),
+    "offset_interval": 2,
+}
+CLASSIFIER = am.ActiveMLP(**BACKBONE, num_classes=7)
+NAMES = ("ant", "bee", "n01440764", "doe", "eel", "fox", "gnu")  # one as ImageNet has them
+SEED = 5  # with it label maps have many classes
+SEGMENTOR = am.ActiveSegmentor(BACKBONE, "fpn", 7, channels=8, neck_channels=16)
+
+
+def save_model(directory: Path, model: Any, preprocessing: Any, names: Any = None) -> Path:
+    """A model directory with weights of the golden runs."""
+    card = ModelCard(model, preprocessing, ("model",), "model", names)
+    variables = jax.tree.map(np.asarray, goldens.rule_variables(model, SEED))
+    with write_directory_aside(directory) as place:
+        write_model(place, card, {"model": variables})
+    return directory
+
+
+def save_classifier(directory: Path) -> Path:
+    return save_model(directory, CLASSIFIER, PREPROCESSING, NAMES)
+
+
+def save_segmentor(directory: Path) -> Path:
+    return save_model(directory, SEGMENTOR, ScenePreprocessing(long_side=0, window=64))
+
+
+def save_photos(folder: Path, *names: str, width: int = 60, height: int = 45) -> list[Path]:
+    """A photo of its own under each name."""
+    files = [folder / name for name in names]
+    for number, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photo(number, width, height).save(file)
+    return files
+
+
+def run(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The status with which a command ends that is called with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
