@@ -58,7 +58,8 @@ from activemlp_jax.tasks.segmentation_evaluation import open_segmenter
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, one_line
 from activemlp_jax.utils.json_files import json_line
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_compiled_programs
-from activemlp_jax.weights.model_directory import ModelCard, Variables, read_card, read_weights
+from activemlp_jax.utils.types import Variables
+from activemlp_jax.weights.model_directory import ModelCard, read_card, read_weights
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # what is written has these after its name
 SHOWN = 5  # classes an image

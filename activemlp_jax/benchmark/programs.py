@@ -20,7 +20,7 @@ from activemlp_jax.training.config import check_config
 from activemlp_jax.training.init_from import draw_variables
 from activemlp_jax.training.program import build_program, train_flops
 from activemlp_jax.training.recipe import imagenet_config
-from activemlp_jax.training.step import Params, Variables
+from activemlp_jax.utils.types import Params, Variables
 
 CLASSES = 1000
 

@@ -14,8 +14,9 @@ from activemlp_jax.inference.imagenet_names import imagenet_names, readable_name
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.utils.errors import one_line
+from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.convert import NAMES
-from activemlp_jax.weights.model_directory import ModelCard, Variables
+from activemlp_jax.weights.model_directory import ModelCard
 
 PAPER = "https://arxiv.org/abs/2203.06108"
 CITATION = """\

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from activemlp_jax.weights.model_directory import ModelCard, Variables
+from activemlp_jax.utils.types import Variables
+from activemlp_jax.weights.model_directory import ModelCard
 from activemlp_jax.weights.torch_files import DESCRIPTION, as_tensor
 from activemlp_jax.weights.torch_names import to_torch
 

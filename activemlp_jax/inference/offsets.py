@@ -14,8 +14,9 @@ from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.tiling import PUBLISHED, plan_views, show
 from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.architecture import Model
-from activemlp_jax.weights.model_directory import ModelCard, Variables, backbone
+from activemlp_jax.weights.model_directory import ModelCard, backbone
 
 STRIDES = (4, 8, 16, 32)  # of the four stages
 

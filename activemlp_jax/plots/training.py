@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from activemlp_jax.training.workdir import Record
+from activemlp_jax.utils.types import Record
 
 COLOURS = {"train": "#9aa0a6", "test": "#1a73e8", "ema": "#e8710a"}
 RIGHT, WRONG = colormaps["Blues"], colormaps["Reds"]

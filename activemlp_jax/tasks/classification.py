@@ -26,7 +26,7 @@ from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.distributed import sharding
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.tasks.evaluation import Sums, evaluate
-from activemlp_jax.training.step import Batch, Variables
+from activemlp_jax.utils.types import Batch, Variables
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activemlp_jax.distributed import sharding
-from activemlp_jax.training.step import Batch, Variables
+from activemlp_jax.utils.types import Batch, Variables
 
 Count = Callable[[Variables, Batch], dict[str, jax.Array]]
 Sums = dict[str, np.ndarray]

@@ -25,7 +25,7 @@ from activemlp_jax.inference.tiling import Protocol
 from activemlp_jax.models.resizing import resize_bilinear
 from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.tasks.metrics import scene_metrics
-from activemlp_jax.training.step import Batch, Variables
+from activemlp_jax.utils.types import Batch, Variables
 
 AUXILIARY_WEIGHT = 0.4
 

@@ -10,16 +10,12 @@ from activemlp_jax.data.batch_transforms import group_size, mixes
 from activemlp_jax.data.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Preprocessing,
-    ScenePreprocessing,
 )
 from activemlp_jax.data.randaugment import parse_randaugment
-from activemlp_jax.models.active_mlp import ActiveMLP
-from activemlp_jax.models.segmentor import ActiveSegmentor
+from activemlp_jax.tasks.registry import make_task
 from activemlp_jax.training.limits import check_values
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.json_files import short
-from activemlp_jax.weights.architecture import Model
 
 # A run may be resumed with others of these. They do not change what it computes, but for rounding
 # and, with accumulation, which samples drop path drops.
@@ -158,49 +154,6 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def build_model(config: ConfigDict, num_classes: int) -> Model:
-    """The model of `config.model`, for segmentation under the head of `config.head`.
-
-    Raises:
-      UserError: fields that fit no model.
-    """
-    try:
-        model = ActiveMLP(**config.model, num_classes=num_classes)
-    except ValueError as error:
-        raise UserError(f"config.model: {error}") from error
-    if config.task == "classification":
-        return model
-    head = config.head
-    try:
-        return ActiveSegmentor(
-            config.model.to_dict(),
-            head.name,
-            num_classes,
-            head.channels or None,
-            head.aux_channels,
-            head.neck_channels,
-            head.dropout_rate,
-        )
-    except ValueError as error:
-        raise UserError(f"config.head: {error}") from error
-
-
-def build_preprocessing(config: ConfigDict) -> Preprocessing | ScenePreprocessing:
-    """The preprocessing of `config.data`, for evaluation.
-
-    Raises:
-      UserError: a value that cannot work.
-    """
-    data = config.data
-    try:
-        if config.task == "segmentation":
-            sides = data.scene.long_side, data.scene.short_side
-            return ScenePreprocessing(*sides, data.image_size, data.mean, data.std)
-        return Preprocessing(data.image_size, data.resize_factor, data.mean, data.std)
-    except ValueError as error:
-        raise UserError(f"config.data.{error}") from error
-
-
 def check_config(config: ConfigDict) -> None:
     """Raises UserError, naming the key, the value and what was expected, before any work."""
     check_values(config)
@@ -225,8 +178,7 @@ def check_config(config: ConfigDict) -> None:
             parse_randaugment(config.data.randaugment)
         except ValueError as error:
             raise UserError(f"config.data.randaugment: {error}") from error
-    build_model(config, num_classes=1)
-    build_preprocessing(config)
+    make_task(config, num_classes=1)
 
 
 def _check_segmentation(config: ConfigDict) -> None:

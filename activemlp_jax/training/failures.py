@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from activemlp_jax.distributed.sharding import is_first_host
-from activemlp_jax.training.workdir import Record, replace_file
+from activemlp_jax.training.workdir import replace_file
 from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.types import Record
 
 
 def non_finite(figures: Record) -> list[str]:

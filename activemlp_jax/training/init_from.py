@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.tasks.registry import Task
-from activemlp_jax.training.step import Variables
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
+from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.model_directory import (
     ARCHITECTURE,

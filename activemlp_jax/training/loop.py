@@ -42,13 +42,13 @@ from activemlp_jax.training.step import Metrics, TrainState
 from activemlp_jax.training.workdir import (
     EPOCHS,
     STEPS,
-    Record,
     claim_workdir,
     read_records,
     rewind_records,
 )
 from activemlp_jax.utils.errors import Interrupted
 from activemlp_jax.utils.hardware import peak_flops
+from activemlp_jax.utils.types import Record
 
 
 def train(

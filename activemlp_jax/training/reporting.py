@@ -18,8 +18,9 @@ from rich.progress import (
 )
 
 from activemlp_jax.training.schedules import peak_learning_rate, warmup_steps
-from activemlp_jax.training.workdir import EPOCHS, STEPS, Record, append_record
+from activemlp_jax.training.workdir import EPOCHS, STEPS, append_record
 from activemlp_jax.utils.hardware import GIB, memory_in_use
+from activemlp_jax.utils.types import Record
 
 Tracker = Callable[[Record], None]
 

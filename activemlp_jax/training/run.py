@@ -19,8 +19,9 @@ from activemlp_jax.training.config import check_config
 from activemlp_jax.training.consistency import run_facts
 from activemlp_jax.training.init_from import adopt_architecture, write_result
 from activemlp_jax.training.program import Program, build_program
-from activemlp_jax.training.step import TrainState, Variables
-from activemlp_jax.training.workdir import EPOCHS, Record, read_mark, read_records, write_mark
+from activemlp_jax.training.step import TrainState
+from activemlp_jax.training.workdir import EPOCHS, read_mark, read_records, write_mark
+from activemlp_jax.utils.types import Record, Variables
 
 PICTURES = ("curves.png", "confusion_matrix.png", "scenes.png")
 SCENES_DRAWN = 8  # of the test set

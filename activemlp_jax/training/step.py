@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-Params = Any
-Variables = dict[str, Any]  # `params`, which are trained, and what else a model keeps
-Batch = dict[str, jax.Array]
+from activemlp_jax.utils.types import Batch, Params, Variables
+
 Inputs = Any  # arrays whose first axis is the batch's
 # Variables, inputs and a key, to a scalar and those of the other collections that have moved.
 Loss = Callable[[Variables, Inputs, jax.Array], tuple[jax.Array, Variables]]

@@ -21,8 +21,7 @@ from activemlp_jax.training.config import differing_keys
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import partial_path, read_file, write_aside
 from activemlp_jax.utils.json_files import expect, parse_json, read_json, short
-
-Record = dict[str, Any]
+from activemlp_jax.utils.types import Record
 
 LOCK, MARK = ".lock", ".mark"
 EPOCHS, STEPS = "metrics.jsonl", "steps.jsonl"

@@ -33,6 +33,7 @@ from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.files import previous_path, read_file
 from activemlp_jax.utils.json_files import MOST_BYTES, expect, parse_json, short
 from activemlp_jax.utils.orbax_logs import without_tracebacks
+from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.architecture import (
     MOST_BLOCKS,
     Model,
@@ -57,8 +58,6 @@ MOST_RATIO = 64
 
 # What `ModelCard.from_json` raises where there is none.
 BROKEN_CARD = (AttributeError, KeyError, TypeError, ValueError)
-
-Variables = dict[str, Any]  # what a model's `apply` takes, as arrays
 
 
 @dataclasses.dataclass(frozen=True)

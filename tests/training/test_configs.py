@@ -8,8 +8,9 @@ import pytest
 
 import activemlp_jax as am
 from activemlp_jax.models.active_mlp import VARIANTS
+from activemlp_jax.tasks.registry import build_model
 from activemlp_jax.training.cli_flags import load_config
-from activemlp_jax.training.config import build_model, check_config, default_config, flatten
+from activemlp_jax.training.config import check_config, default_config, flatten
 from activemlp_jax.training.recipe import ade20k_config, imagenet_config
 from activemlp_jax.utils.errors import UserError
 

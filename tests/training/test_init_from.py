@@ -11,8 +11,8 @@ import pytest
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.tasks.registry import make_task
-from activemlp_jax.training.config import build_model, default_config
+from activemlp_jax.tasks.registry import build_model, make_task
+from activemlp_jax.training.config import default_config
 from activemlp_jax.training.init_from import (
     adopt_architecture,
     initial_variables,
