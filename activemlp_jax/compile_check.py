@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from activemlp_jax.benchmark.hlo_cost import Bounds, Needs, count_bounds, count_needs
 from activemlp_jax.distributed import sharding
-from activemlp_jax.tasks.registry import open_data
+from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.cli_flags import chosen_config, start
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.init_from import adopt_architecture
@@ -32,11 +32,6 @@ from activemlp_jax.utils.errors import UserError, install_command, one_line
 from activemlp_jax.utils.hardware import CHIPS, GIB, Chip
 from activemlp_jax.utils.json_files import json_line
 
-# Images and classes of the data sets of the recipes, by task.
-USUAL = {
-    "classification": (1_281_167, 1000, "ImageNet"),
-    "segmentation": (20_210, 150, "ADE20K"),
-}
 LESS_MEMORY = (
     "Ways to need less: more devices, a smaller config.batch_size, config.accumulation=2, "
     "config.model.remat_stages=(0,1), config.mesh.fsdp"
@@ -120,7 +115,7 @@ def data_size(config: ConfigDict, images: int | None, classes: int | None) -> Da
         source = open_data(config, config.data.train_split)
         found = DataSize(len(source), len(source.class_names), f"of {config.data.name}")
     except UserError:
-        number, kinds, name = USUAL[config.task]
+        number, kinds, name = TASKS[config.task].dataset
         found = DataSize(number, kinds, f"as {name} has; {config.data.name} is not here")
     if images or classes:
         return DataSize(images or found.images, classes or found.classes, "in part as given")

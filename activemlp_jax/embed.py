@@ -34,6 +34,7 @@ from activemlp_jax.inference.files import (
     unbroken,
     watched,
 )
+from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.files import check_output_file, write_aside
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_compiled_programs
@@ -104,7 +105,7 @@ def embed(
       UserError: an unusable directory or output, or no image that can be read.
     """
     card = read_card(directory)
-    if card.is_segmentor:
+    if not isinstance(card.model, ActiveMLP):
         # Its maps were trained to tell places apart, at the size of each photo.
         raise UserError(
             f"{directory} has a segmentation model, which sees no image as a whole; expected a "

@@ -37,7 +37,10 @@ def main() -> None:
     config.data.image_size = 128
     mean, std = config.data.mean, config.data.std
     source = open_source("photos:64")
-    with contextlib.closing(train_batches(source, config, first_step=0, last_step=1)) as batches:
+    transform = Classification.transform
+    with contextlib.closing(
+        train_batches(source, transform, config, first_step=0, last_step=1)
+    ) as batches:
         batch = jax.tree.map(jnp.asarray, next(batches))
     preprocessing = Preprocessing(mean=mean, std=std)
     task = Classification(create_model("active_tiny"), preprocessing, config)

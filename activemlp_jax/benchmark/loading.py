@@ -15,6 +15,7 @@ from activemlp_jax.data.base import EncodedSource
 from activemlp_jax.data.image_transforms import color_jitter, draw_crop
 from activemlp_jax.data.loader import Batch, Sample, iterate, sample_order, train_batches
 from activemlp_jax.data.randaugment import parse_randaugment
+from activemlp_jax.tasks.classification import Classification
 
 
 class Rates(NamedTuple):
@@ -84,7 +85,9 @@ def measure(source: EncodedSource, config: ConfigDict, steps: int, rounds: int) 
         first = number * (steps + 1)
         last = first + steps + 1
         with contextlib.closing(
-            train_batches(source, config, first_step=first, last_step=last)
+            train_batches(
+                source, Classification.transform, config, first_step=first, last_step=last
+            )
         ) as ours:
             rates.ours.append(images_per_second(ours))
         with contextlib.closing(plain_batches(source, config, first, last)) as plain:

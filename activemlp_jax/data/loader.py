@@ -23,13 +23,13 @@ from ml_collections import ConfigDict
 from activemlp_jax.data.base import Example, Source
 from activemlp_jax.data.batch_transforms import group_size
 from activemlp_jax.data.decoding import BrokenImageError
-from activemlp_jax.data.image_transforms import eval_transform, train_transform
+from activemlp_jax.data.image_transforms import eval_transform
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sampler import SampleOrder
-from activemlp_jax.data.segmentation_transforms import scene_train_transform
 from activemlp_jax.utils.errors import UserError, one_line
 
 Batch = dict[str, np.ndarray]
+Transform = Callable[[Example, np.random.Generator, ConfigDict], Batch]
 
 BATCHES_AHEAD = 2
 
@@ -134,28 +134,14 @@ def read_unbroken(source: Source, index: int, most: int) -> tuple[Example, list[
             skipped.append((place, str(error)))
 
 
-def _transform_photo(example: Example, rng: np.random.Generator, data: ConfigDict) -> Batch:
-    image = train_transform(example.image, rng, data)
-    return {"image": image, "label": np.asarray(example.label, np.int32)}
-
-
-def _transform_scene(example: Example, rng: np.random.Generator, data: ConfigDict) -> Batch:
-    image, label, extent = scene_train_transform(example.image, example.label, rng, data)
-    return {"image": image, "label": label, "extent": extent}
-
-
-TRANSFORMS = {"classification": _transform_photo, "segmentation": _transform_scene}
-
-
 def train_units(
-    source: Source, config: ConfigDict, process: int, processes: int
+    source: Source, transform: Transform, config: ConfigDict, process: int, processes: int
 ) -> tuple[Callable[[int], Unit], int]:
     """The function from an index to a unit, and the number of units a step.
 
     Repeats of an example within a step make one unit, so that it is read and decoded once.
     """
     order = sample_order(config, len(source))
-    transform = TRANSFORMS[config.task]
     data, batch_size, repeats = config.data, config.batch_size, config.data.repeats
     local_batch = batch_size // processes
     units_per_step = (batch_size + repeats - 2) // repeats + 1  # a row of copies may straddle two
@@ -240,6 +226,7 @@ def iterate(
 
 def train_batches(
     source: Source,
+    transform: Transform,
     config: ConfigDict,
     *,
     first_step: int,
@@ -252,8 +239,9 @@ def train_batches(
 
     Args:
       source: the training set.
-      config: the whole config; `task`, `seed`, `batch_size` (global), `mix.group_size` and `data`
-        are read.
+      transform: from an example, random numbers and `config.data` to the arrays of a sample.
+      config: the whole config; `seed`, `batch_size` (global), `mix.group_size` and `data` are
+        read.
       first_step: the first to give; a resumed run passes the step it is at.
       last_step: where to end.
       process: this host's number among `processes`, which divides the batch size.
@@ -261,14 +249,13 @@ def train_batches(
       skipped: told which images could not be read, where `config.data.on_error` is 'skip'.
 
     Yields:
-      `image` `[B, S, S, 3]` uint8 and `label` `[B]` int32, of `batch_size / processes` rows B. Of
-      scenes, `label` is `[B, S, S]` uint8, and `extent` `[B, 2]` int32 the part of each that is no
-      padding. Close the iterator to end its threads and processes.
+      The arrays of `transform`, `batch_size / processes` of each stacked. Close the iterator to end
+      its threads and processes.
 
     Raises:
       BrokenImageError: an image that cannot be read, where `config.data.on_error` is 'raise'.
     """
-    unit, units_per_step = train_units(source, config, process, processes)
+    unit, units_per_step = train_units(source, transform, config, process, processes)
     elements = grain.MapDataset.range(first_step * units_per_step, last_step * units_per_step)
     data = config.data
     iterator: Any = iterate(
@@ -304,8 +291,8 @@ def eval_batches(
       processes: the number of hosts.
 
     Yields:
-      `image` and `label` as `train_batches`, and `mask` `[B]` float32: 1 for an example, 0 for
-      the padding that fills the last batch, so that all hosts take the same number of steps.
+      `image` `[B, S, S, 3]` uint8, `label` `[B]` int32, and `mask` `[B]` float32: 1 for an example,
+      0 for the padding that fills the last batch, so that all hosts take the same number of steps.
 
     Raises:
       BrokenImageError: an image that cannot be read.

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.export.usage import USAGE
 from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
+from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.models.segmentor import ActiveSegmentor
+from activemlp_jax.tasks.registry import TASKS
 from activemlp_jax.utils.errors import one_line
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.convert import NAMES
@@ -49,7 +51,7 @@ def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
     logits = jax.eval_shape(card.model.apply, variables, images)
     cost = count_cost(card.model, side, side)
     number = card.model.num_classes
-    if not card.is_segmentor and (card.class_names or number == len(imagenet_names())):
+    if isinstance(card.model, ActiveMLP) and (card.class_names or number == len(imagenet_names())):
         content["classes"]["names"] = readable_names(card.class_names, number)
     kept = ("task", "name", "architecture", "classes", "preprocessing", "source")
     return {
@@ -89,7 +91,7 @@ def _title(card: ModelCard) -> str:
 
 def _front_matter(card: ModelCard, files: Sequence[str]) -> str:
     """The YAML that model hubs read."""
-    task = "image-segmentation" if card.is_segmentor else "image-classification"
+    task = TASKS[card.task].hub_name
     tags = ["activemlp", "active-token-mixer", "jax", "flax"]
     tags += [Path(file).suffix[1:] for file in files]
     lines = ["library_name: activemlp_jax", f"pipeline_tag: {task}"]
@@ -231,11 +233,11 @@ def write_readme(path: Path, card: ModelCard, found: dict[str, Any]) -> None:
       card: with the preprocessing of the exported function.
       found: the content of `config.json`.
     """
-    does = "labels the pixels of images" if card.is_segmentor else "names what images show"
     parts = [
         _front_matter(card, list(found["files"])),
         f"# {_title(card)}",
-        f"A model that {does}: ActiveMLP, the backbone of the [Active Token Mixer]({PAPER}).",
+        f"A model that {TASKS[card.task].does}: ActiveMLP, the backbone of the "
+        f"[Active Token Mixer]({PAPER}).",
         _numbers(card, found),
         "## Input",
         _input(card),

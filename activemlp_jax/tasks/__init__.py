@@ -1,4 +1,4 @@
 """What differs between classification and segmentation: inputs, loss, evaluation, metrics.
 
-Imports `inference`, `distributed`, `data`, `weights`, `models` and `utils`.
+Imports `plots`, `inference`, `distributed`, `data`, `weights`, `models` and `utils`.
 """

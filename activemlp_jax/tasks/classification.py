@@ -1,8 +1,9 @@
-"""What a classifier is trained for: loss and metrics."""
+"""Classification: a label for each image."""
 
+import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
 
-from activemlp_jax.data.base import Source
+from activemlp_jax.data.base import Example, Source
 from activemlp_jax.data.batch_transforms import (
     draw_mixing,
     group_size,
@@ -21,12 +24,32 @@ from activemlp_jax.data.batch_transforms import (
     normalise,
     random_erasing,
 )
+from activemlp_jax.data.image_transforms import train_transform
 from activemlp_jax.data.loader import eval_batches
 from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.data.sources import open_source
 from activemlp_jax.distributed import sharding
+from activemlp_jax.inference.files import ImageFile
 from activemlp_jax.models.active_mlp import ActiveMLP
-from activemlp_jax.tasks.evaluation import Sums, evaluate
+from activemlp_jax.tasks import classified_files
+from activemlp_jax.tasks.base import (
+    Draw,
+    Options,
+    Record,
+    Shapes,
+    Sums,
+    Task,
+    Test,
+    build_model,
+    redraw_heads,
+    same,
+)
+from activemlp_jax.tasks.evaluation import evaluate
+from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Batch, Variables
+from activemlp_jax.weights.model_directory import ModelCard
+
+HARDEST = 5
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -35,21 +58,82 @@ def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
-    """One label an image.
-
-    Args:
-      model: whose logits are judged.
-      preprocessing: of the images it is tested on, with the mean and std of all.
-      config: the whole config of a run; None where there is no training.
-    """
+class Classification(Task):
+    """One label an image."""
 
     model: ActiveMLP
     preprocessing: Preprocessing
     config: ConfigDict | None = None
 
+    name = "classification"
     score = "accuracy"
     score_name = "accuracy"
+    counted = "images"
+    model_type = ActiveMLP
+    dataset = (1_281_167, 1000, "ImageNet")
+    hub_name = "image-classification"
+    does = "names what images show"
+    noun = "classifier"
+    evaluate_options = ("image_size",)
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, num_classes: int) -> "Classification":
+        """The task of a run."""
+        data = config.data
+        model = build_model(ActiveMLP, "config.model", **config.model, num_classes=num_classes)
+        assert isinstance(model, ActiveMLP), "as asked for"
+        try:
+            shown = Preprocessing(data.image_size, data.resize_factor, data.mean, data.std)
+        except ValueError as error:
+            raise UserError(f"config.data.{error}") from error
+        return cls(model, shown, config)
+
+    @classmethod
+    def from_card(cls, card: ModelCard, options: Options) -> "Classification":
+        """The task of a model directory, at `options['image_size']` if that is given."""
+        assert isinstance(card.model, ActiveMLP), "as the registry checks"
+        preprocessing = card.preprocessing
+        assert isinstance(preprocessing, Preprocessing), "as every classifier's"
+        if (side := options.get("image_size")) is not None:
+            try:
+                preprocessing = dataclasses.replace(preprocessing, image_size=side)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        return cls(card.model, preprocessing)
+
+    @staticmethod
+    def open_data(name: str, split: str | None) -> Source:
+        """A split of a dataset of labeled images."""
+        return open_source(name, split)
+
+    @staticmethod
+    def transform(
+        example: Example, rng: np.random.Generator, data: ConfigDict
+    ) -> dict[str, np.ndarray]:
+        """`image` `[S, S, 3]` uint8 and `label`, an int32."""
+        image = train_transform(example.image, rng, data)
+        return {"image": image, "label": np.asarray(example.label, np.int32)}
+
+    @staticmethod
+    def adopt(config: ConfigDict, card: ModelCard) -> None:
+        """Take over the architecture of a classifier; UserError for another model."""
+        if not isinstance(card.model, ActiveMLP):
+            raise UserError(
+                f"config.init_from is {config.init_from}, a segmentation model, and config.task is "
+                "classification, expected the directory of a classifier"
+            )
+        Task.adopt(config, card)
+
+    def start_from(
+        self, card: ModelCard, variables: Variables, draw: Draw
+    ) -> tuple[Variables, str]:
+        """The variables of a classifier, with a random head for another number of classes."""
+        return redraw_heads(self.model, card, variables, draw)
+
+    def batch_shapes(self) -> Shapes:
+        """Shapes and dtypes of a training batch."""
+        batch, size = self.settings.batch_size, self.settings.data.image_size
+        return {"image": ((batch, size, size, 3), "uint8"), "label": ((batch,), "int32")}
 
     def _normalise(self, images: jax.Array) -> jax.Array:
         return normalise(images, self.preprocessing.mean, self.preprocessing.std)
@@ -57,22 +141,12 @@ class Classification:
     def _logits(self, variables: Variables, images: jax.Array, **kwargs: Any) -> jax.Array:
         return jnp.asarray(self.model.apply(variables, images, **kwargs))
 
-    @property
-    def _settings(self) -> ConfigDict:
-        assert self.config is not None, "a task without a config is not trained"
-        return self.config
-
-    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shapes and dtypes of a training batch."""
-        batch, size = self._settings.batch_size, self._settings.data.image_size
-        return {"image": ((batch, size, size, 3), "uint8"), "label": ((batch,), "int32")}
-
     def inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What a step trains on: images `[B, H, W, 3]` and targets `[B, K]`, float32.
 
-        Images are normalised, then erased in, then mixed as are the smoothed labels.
+        Images are normalized, then erased in, then mixed, as are the smoothed labels.
         """
-        config, batch_size = self._settings, len(batch["label"])
+        config, batch_size = self.settings, len(batch["label"])
         erasing_key, mixing_key = jax.random.split(key)
         images = self._normalise(batch["image"])
         if config.random_erasing:
@@ -119,15 +193,14 @@ class Classification:
         }
 
     def make_test(
-        self, mesh: Mesh, gather: Callable[[Variables], Variables]
-    ) -> Callable[[Mapping[str, Variables], Source], dict[str, Sums]]:
-        """The function from weights by name and a data set to sums for `metrics`, by name.
-
-        Args:
-          mesh: of all devices.
-          gather: variables as they are kept to what the model needs on each device.
-        """
-        config = self._settings
+        self,
+        mesh: Mesh,
+        batch_size: int,
+        num_threads: int,
+        gather: Callable[[Variables], Variables] = same,
+        show_progress: bool = False,
+    ) -> Test:
+        """The function from variables by name and a dataset to sums for `metrics`, by name."""
 
         def count_batch(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
             return self.count(gather(variables), batch)
@@ -140,21 +213,99 @@ class Classification:
             batches = eval_batches(
                 source,
                 self.preprocessing,
-                config.eval_batch_size,
-                num_threads=config.data.num_threads,
+                batch_size,
+                num_threads=num_threads,
                 **sharding.this_host(),
             )
+            console = Console(stderr=True)
+            shown = track(
+                batches,
+                "evaluating",
+                total=-(-len(source) // batch_size),
+                console=console,
+                transient=True,
+                disable=not (show_progress and console.is_terminal),
+            )
             with contextlib.closing(batches):
-                return evaluate(count, weights, batches, mesh)
+                return evaluate(count, weights, shown, mesh)
 
         return test
 
     @staticmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:
-        """Means over a data set: `loss`, and `accuracy` and `accuracy_top5` in percent."""
+        """Means over a dataset: `loss`, and `accuracy` and `accuracy_top5` in percent."""
         examples = float(sums["examples"])
         return {
             "loss": float(sums["loss"]) / examples,
             "accuracy": 100 * float(np.trace(sums["confusion"])) / examples,
             "accuracy_top5": 100 * float(sums["top5"]) / examples,
         }
+
+    @staticmethod
+    def add_evaluate_options(parser: argparse._ArgumentGroup) -> None:
+        """Add `evaluate_options`."""
+        parser.add_argument("--image-size", type=int, help="side in pixels (the model's)")
+
+    def report(
+        self, found: Mapping[str, Sums], images: int, class_names: Sequence[str]
+    ) -> tuple[list[Any], Record]:
+        """Accuracy of each kind of weights, and the classes that are hardest for the first."""
+        lines, record = list[Any](), Record()
+        for kind, sums in found.items():
+            values = self.metrics(sums)
+            acc1, acc5 = values["accuracy"], values["accuracy_top5"]
+            among_five = f" | {acc5:.3f}% acc@5" if len(class_names) > 5 else ""
+            lines.append(
+                f"[{kind}] accuracy on {images} test images: {acc1:.3f}% acc@1{among_five}"
+            )
+            hardest = hardest_classes(sums["confusion"], class_names)
+            accuracies = {"acc1": acc1} | ({"acc5": acc5} if among_five else {})
+            record[kind] = {**accuracies, "loss": values["loss"], "hardest": hardest}
+        kind = next(iter(found))
+        shown = [
+            f"{row['class']} ({row['accuracy']:.1f}% of {row['images']}, else {row['taken_for']})"
+            for row in record[kind]["hardest"]
+        ]
+        if shown:
+            lines.append(one_line(f"[{kind}] hardest classes: {', '.join(shown)}"))
+        return lines, record
+
+    def plan_predict(
+        self, card: ModelCard, files: Sequence[ImageFile], options: Options
+    ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
+        """What yields the most probable `classes` of each `image`."""
+        del options
+        return classified_files.plan(card, files)
+
+    @staticmethod
+    def print_records(records: Iterator[Record]) -> None:
+        """Print a table of all images."""
+        classified_files.print_table(records)
+
+
+def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The `HARDEST` classes of lowest accuracy among those with mistakes, the lowest first.
+
+    Args:
+      confusion: counts `[K, K]`, label by prediction.
+      class_names: by label.
+
+    Returns:
+      For each `class`, its `accuracy` in percent, `images`, and the class it is most often
+      `taken_for`.
+    """
+    confusion = np.asarray(confusion, np.float64)
+    images = confusion.sum(1)
+    right = np.diag(confusion)
+    wrong = confusion - np.diag(right)
+    accuracy = 100 * right / np.maximum(images, 1)
+    labels = [label for label in np.argsort(accuracy, kind="stable") if wrong[label].any()]
+    return [
+        {
+            "class": class_names[label],
+            "accuracy": float(accuracy[label]),
+            "images": int(images[label]),
+            "taken_for": class_names[wrong[label].argmax()],
+        }
+        for label in labels[:HARDEST]
+    ]

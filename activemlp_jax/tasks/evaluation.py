@@ -7,10 +7,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from activemlp_jax.distributed import sharding
+from activemlp_jax.tasks.base import Sums
 from activemlp_jax.utils.types import Batch, Variables
 
 Count = Callable[[Variables, Batch], dict[str, jax.Array]]
-Sums = dict[str, np.ndarray]
 
 
 def evaluate(

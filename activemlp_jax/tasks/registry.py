@@ -1,74 +1,17 @@
-"""What a model can be trained for, and where the tasks differ."""
+"""All tasks by name, and the task of a run or of a model directory."""
 
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from activemlp_jax.data.base import Source
-from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.data.segmentation_sources import open_scenes
-from activemlp_jax.data.sources import open_source
-from activemlp_jax.models.active_mlp import ActiveMLP
-from activemlp_jax.models.segmentor import ActiveSegmentor
+from activemlp_jax.tasks.base import Options, Task
 from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.tasks.segmentation import Segmentation
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.weights.architecture import Model
+from activemlp_jax.weights.model_directory import ModelCard
 
-# What config.task may be: each with its model's loss and metrics, and its data sets by name.
-Task = Classification | Segmentation
-TASKS: dict[str, Callable[..., Any]] = {
-    "classification": Classification,
-    "segmentation": Segmentation,
-}
-OPENERS: dict[str, Callable[[str, str | None], Source]] = {
-    "classification": open_source,
-    "segmentation": open_scenes,
-}
-
-
-def build_model(config: ConfigDict, num_classes: int) -> Model:
-    """The model of `config.model`, for segmentation under the head of `config.head`.
-
-    Raises:
-      UserError: fields that fit no model.
-    """
-    try:
-        model = ActiveMLP(**config.model, num_classes=num_classes)
-    except ValueError as error:
-        raise UserError(f"config.model: {error}") from error
-    if config.task == "classification":
-        return model
-    head = config.head
-    try:
-        return ActiveSegmentor(
-            config.model.to_dict(),
-            head.name,
-            num_classes,
-            head.channels or None,
-            head.aux_channels,
-            head.neck_channels,
-            head.dropout_rate,
-        )
-    except ValueError as error:
-        raise UserError(f"config.head: {error}") from error
-
-
-def build_preprocessing(config: ConfigDict) -> Preprocessing | ScenePreprocessing:
-    """The preprocessing of `config.data`, for evaluation.
-
-    Raises:
-      UserError: a value that cannot work.
-    """
-    data = config.data
-    try:
-        if config.task == "segmentation":
-            sides = data.scene.long_side, data.scene.short_side
-            return ScenePreprocessing(*sides, data.image_size, data.mean, data.std)
-        return Preprocessing(data.image_size, data.resize_factor, data.mean, data.std)
-    except ValueError as error:
-        raise UserError(f"config.data.{error}") from error
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Segmentation)}
 
 
 def make_task(config: ConfigDict, num_classes: int) -> Task:
@@ -76,19 +19,48 @@ def make_task(config: ConfigDict, num_classes: int) -> Task:
 
     Args:
       config: the whole config.
-      num_classes: of the data set.
+      num_classes: of the dataset.
 
     Raises:
       UserError: settings that fit no model.
     """
-    model, preprocessing = build_model(config, num_classes), build_preprocessing(config)
-    return TASKS[config.task](model, preprocessing, config)
+    return TASKS[config.task].from_config(config, num_classes)
 
 
 def open_data(config: ConfigDict, split: str) -> Source:
-    """The split of a config's data set.
+    """The split of a config's dataset.
 
     Raises:
-      UserError: an unknown name or split, or a data set that cannot be read.
+      UserError: an unknown name or split, or a dataset that cannot be read.
     """
-    return OPENERS[config.task](config.data.name, split)
+    return TASKS[config.task].open_data(config.data.name, split)
+
+
+def task_type(card: ModelCard, directory: object) -> type[Task]:
+    """The type of the task of a model directory.
+
+    Raises:
+      UserError: the task is unknown, or has other models than the directory.
+    """
+    task = TASKS.get(card.task)
+    if task is None:
+        raise UserError(f"{directory} is for the task {card.task!r}, expected {', '.join(TASKS)}")
+    if not isinstance(card.model, task.model_type):
+        raise UserError(
+            f"{directory} is for {task.name}, but has an {type(card.model).__name__}, expected an "
+            f"{task.model_type.__name__}"
+        )
+    return task
+
+
+def check_options(task: type[Task], directory: object, command: str, options: Options) -> None:
+    """Raises UserError for an option of `command` that is given and is for another task."""
+    own = getattr(task, f"{command}_options")
+    for other in TASKS.values():
+        for name in getattr(other, f"{command}_options"):
+            value: Any = options[name]
+            if name not in own and value is not None and value is not False:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for {other.noun}s, but {directory} has a "
+                    f"{task.noun}"
+                )

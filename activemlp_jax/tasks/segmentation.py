@@ -1,7 +1,8 @@
-"""What a segmentation model is trained for: loss and metrics."""
+"""Segmentation: a class for every pixel."""
 
+import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,24 +11,52 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from PIL import Image
 
-from activemlp_jax.data.batch_transforms import normalise
+from activemlp_jax.data.base import Example, Source
+from activemlp_jax.data.batch_transforms import mixes, normalise
 from activemlp_jax.data.preprocessing import ScenePreprocessing
-from activemlp_jax.data.segmentation_transforms import IGNORED
+from activemlp_jax.data.segmentation_sources import open_scenes
+from activemlp_jax.data.segmentation_transforms import (
+    IGNORED,
+    load_opencv,
+    scene_train_transform,
+)
+from activemlp_jax.distributed import sharding
+from activemlp_jax.inference.files import ImageFile
 from activemlp_jax.inference.segmentation import (
-    Evaluation,
     Segmenter,
     Settings,
     make_evaluation,
     segment_image,
 )
-from activemlp_jax.inference.tiling import Protocol
+from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, make_protocol
+from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.resizing import resize_bilinear
 from activemlp_jax.models.segmentor import ActiveSegmentor
-from activemlp_jax.tasks.metrics import scene_metrics
+from activemlp_jax.plots.overlays import draw_comparison
+from activemlp_jax.tasks import labeled_files
+from activemlp_jax.tasks.base import (
+    Draw,
+    Options,
+    Record,
+    Shapes,
+    Sums,
+    Task,
+    Test,
+    build_model,
+    redraw_heads,
+    same,
+)
+from activemlp_jax.tasks.metrics import class_figures, scene_metrics
+from activemlp_jax.tasks.segmentation_report import class_table, watch_parts
+from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Batch, Variables
+from activemlp_jax.weights.model_directory import HEAD, ModelCard
+from activemlp_jax.weights.torch_names import BACKBONE, variable_shapes
 
 AUXILIARY_WEIGHT = 0.4
+EXAMPLES_DRAWN = 8
 
 
 def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -48,30 +77,133 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Segmentation:
+class Segmentation(Task):
     """A class for every pixel.
 
     Args:
-      model: that is trained.
-      preprocessing: of the scenes it is tested on, with the mean and std of all.
-      config: the whole config of a run.
+      protocol: how label maps are asked for.
     """
 
     model: ActiveSegmentor
     preprocessing: ScenePreprocessing
-    config: ConfigDict
+    config: ConfigDict | None = None
+    protocol: Protocol = PUBLISHED
 
+    name = "segmentation"
     score = "mean_iou"
     score_name = "mIoU"
+    counted = "pixels"
+    model_type = ActiveSegmentor
+    dataset = (20_210, 150, "ADE20K")
+    hub_name = "image-segmentation"
+    does = "labels the pixels of images"
+    noun = "segmentation model"
+    default_batch_size = 1
+    evaluate_options = ("multi_scale", "slide", "size_multiple")
+    predict_options = ("output", "opacity", "labels", "multi_scale", "slide")
+    written = (labeled_files.OVERLAY, labeled_files.LABELS)
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, num_classes: int) -> "Segmentation":
+        """The task of a run."""
+        head, data = config.head, config.data
+        build_model(ActiveMLP, "config.model", **config.model, num_classes=num_classes)
+        model = build_model(
+            ActiveSegmentor,
+            "config.head",
+            config.model.to_dict(),
+            head.name,
+            num_classes,
+            head.channels or None,
+            head.aux_channels,
+            head.neck_channels,
+            head.dropout_rate,
+        )
+        assert isinstance(model, ActiveSegmentor), "as asked for"
+        sides = data.scene.long_side, data.scene.short_side
+        try:
+            shown = ScenePreprocessing(*sides, data.image_size, data.mean, data.std)
+        except ValueError as error:
+            raise UserError(f"config.data.{error}") from error
+        return cls(model, shown, config, Protocol(size_multiple=config.test.size_multiple))
+
+    @classmethod
+    def from_card(cls, card: ModelCard, options: Options) -> "Segmentation":
+        """The task of a model directory; UserError if OpenCV is needed and missing."""
+        assert isinstance(card.model, ActiveSegmentor), "as the registry checks"
+        assert isinstance(card.preprocessing, ScenePreprocessing), "as every segmentation model's"
+        protocol = make_protocol(
+            options["multi_scale"], options["slide"], options.get("size_multiple")
+        )
+        if card.preprocessing.long_side or protocol.scales != (1.0,) or protocol.size_multiple > 1:
+            load_opencv()  # to resize by; better missed now than at the first image
+        return cls(card.model, card.preprocessing, protocol=protocol)
+
+    @staticmethod
+    def check_config(config: ConfigDict) -> None:
+        """Raises UserError for settings that are for classification alone."""
+        if mixes(config) or config.random_erasing:
+            raise UserError("config.mix and config.random_erasing are for classification alone")
+        if config.accumulation != 1:
+            raise UserError(
+                f"config.accumulation is {config.accumulation}, expected 1 for segmentation, whose "
+                "batch norm goes by whole batches; config.model.remat_stages saves memory too"
+            )
+        if config.batch_size < 2:
+            raise UserError(
+                f"config.batch_size is {config.batch_size}, expected at least 2 for segmentation, "
+                "as one image makes no statistics for batch norm"
+            )
+
+    @staticmethod
+    def check_packages(config: ConfigDict) -> None:
+        """Raises UserError if OpenCV is needed and missing."""
+        if config.data.scene.long_side or config.data.scene.photometric:
+            load_opencv()
+
+    @staticmethod
+    def open_data(name: str, split: str | None) -> Source:
+        """A split of a dataset of images with masks."""
+        return open_scenes(name, split)
+
+    @staticmethod
+    def transform(
+        example: Example, rng: np.random.Generator, data: ConfigDict
+    ) -> dict[str, np.ndarray]:
+        """`image` `[S, S, 3]` and `label` `[S, S]` uint8, and `extent`, the part not padding."""
+        image, label, extent = scene_train_transform(example.image, example.label, rng, data)
+        return {"image": image, "label": label, "extent": extent}
+
+    @staticmethod
+    def adopt(config: ConfigDict, card: ModelCard) -> None:
+        """Take over the backbone, and the head of a segmentation model."""
+        Task.adopt(config, card)
+        if isinstance(card.model, ActiveSegmentor):
+            for field in HEAD:
+                config.head["name" if field == "head" else field] = getattr(card.model, field)
+
+    def start_from(
+        self, card: ModelCard, variables: Variables, draw: Draw
+    ) -> tuple[Variables, str]:
+        """A segmentation model's variables, or a classifier's backbone under a random head."""
+        if isinstance(card.model, ActiveSegmentor):
+            return redraw_heads(self.model, card, variables, draw)
+        shapes = variable_shapes(self.model)
+        names = {path[2] for path in shapes if path[1] == BACKBONE}
+        paths = sorted({path[:2] for path in shapes} - {("params", BACKBONE)})
+        new: Variables = {"params": {}, "batch_stats": {}}
+        for (collection, name), drawn in zip(paths, draw(paths), strict=True):
+            new[collection][name] = drawn
+        new["params"][BACKBONE] = {name: variables["params"][name] for name in names}
+        return new, "the backbone, under a new head"
 
     @property
     def _segmenter(self) -> Segmenter:
-        protocol = Protocol(size_multiple=self.config.test.size_multiple)
-        return Segmenter(self.model, self.preprocessing, protocol)
+        return Segmenter(self.model, self.preprocessing, self.protocol)
 
-    def batch_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+    def batch_shapes(self) -> Shapes:
         """Shapes and dtypes of a training batch."""
-        batch, size = self.config.batch_size, self.config.data.image_size
+        batch, size = self.settings.batch_size, self.settings.data.image_size
         return {
             "image": ((batch, size, size, 3), "uint8"),
             "label": ((batch, size, size), "uint8"),
@@ -112,21 +244,106 @@ class Segmentation:
         loss = pixel_cross_entropy(logits, labels)
         return loss + AUXILIARY_WEIGHT * pixel_cross_entropy(auxiliary, labels), moved
 
-    def make_test(self, mesh: Mesh, gather: Callable[[Variables], Variables]) -> Evaluation:
-        """The function from weights by name and a data set to sums for `metrics`, by name.
-
-        Args:
-          mesh: of all devices.
-          gather: variables as they are kept to what the model needs on each device.
-        """
-        settings = Settings(self.config.eval_batch_size, self.config.data.num_threads)
+    def make_test(
+        self,
+        mesh: Mesh,
+        batch_size: int,
+        num_threads: int,
+        gather: Callable[[Variables], Variables] = same,
+        show_progress: bool = False,
+    ) -> Test:
+        """The function from variables by name and a dataset to sums for `metrics`, by name."""
+        shows = show_progress and sharding.is_first_host()
+        settings = Settings(batch_size, num_threads, watch_parts if shows else iter)
         return make_evaluation(self._segmenter, mesh, settings, gather)
-
-    def label(self, variables: Variables, image: np.ndarray) -> np.ndarray:
-        """The class `[H, W]` int32 of each pixel of `image` `[H, W, 3]` uint8."""
-        return segment_image(self._segmenter, variables, image)
 
     @staticmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:
         """`mean_iou`, `mean_accuracy` and `pixel_accuracy` in percent."""
         return scene_metrics(sums["confusion"])
+
+    def draw_examples(
+        self, variables: Variables, source: Source, class_names: Sequence[str]
+    ) -> Image.Image:
+        """The first examples, with their labels and the model's."""
+        examples = map(source.__getitem__, range(min(EXAMPLES_DRAWN, len(source))))
+        shown = [
+            (example.image, example.label, segment_image(self._segmenter, variables, example.image))
+            for example in examples
+        ]
+        return draw_comparison(shown, class_names)
+
+    @staticmethod
+    def add_evaluate_options(parser: argparse._ArgumentGroup) -> None:
+        """Add `evaluate_options`."""
+        parser.add_argument(
+            "--multi-scale",
+            action="store_true",
+            help=f"average over the scales {', '.join(map(str, MULTI_SCALE))}, each also flipped",
+        )
+        parser.add_argument(
+            "--slide",
+            action="store_true",
+            help="windows of the size trained on, every two thirds of it, in place of whole images",
+        )
+        parser.add_argument(
+            "--size-multiple",
+            type=int,
+            help="round the sides of resized images to multiples of so many pixels, such as 32: "
+            "fewer sizes to compile, and not quite the published protocol",
+        )
+
+    def report(
+        self, found: Mapping[str, Sums], images: int, class_names: Sequence[str]
+    ) -> tuple[list[Any], Record]:
+        """A table of the classes for the first kind of weights, and metrics for each."""
+        protocol = self.protocol.describe(self.preprocessing)
+        lines, record = list[Any](), Record(protocol=protocol)
+        for kind, sums in found.items():
+            values = self.metrics(sums)
+            lines.append(
+                f"[{kind}] {images} test images, {protocol}: mIoU {values['mean_iou']:.2f}% | mAcc "
+                f"{values['mean_accuracy']:.2f}% | aAcc {values['pixel_accuracy']:.2f}%"
+            )
+            figures = class_figures(sums["confusion"])
+            record[kind] = values | {
+                "iou": {
+                    name: None if np.isnan(iou) else float(iou)
+                    for name, iou in zip(class_names, figures["iou"], strict=True)
+                }
+            }
+        first = next(iter(found.values()))
+        return [class_table(first["confusion"], class_names), *lines], record
+
+    @staticmethod
+    def add_predict_options(parser: argparse._ArgumentGroup) -> None:
+        """Add `predict_options`."""
+        parser.add_argument("--output", metavar="DIR", help="for the overlays (next to the images)")
+        parser.add_argument(
+            "--opacity", type=float, help=f"of the colors, 0 to 1 ({labeled_files.OPACITY})"
+        )
+        parser.add_argument(
+            "--labels",
+            action="store_true",
+            help="also write NAME_labels.png, a class index a pixel",
+        )
+        parser.add_argument(
+            "--multi-scale", action="store_true", help="average over six scales, each also flipped"
+        )
+        parser.add_argument(
+            "--slide",
+            action="store_true",
+            help="by windows of the size trained on, for large photos",
+        )
+
+    def plan_predict(
+        self, card: ModelCard, files: Sequence[ImageFile], options: Options
+    ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
+        """What writes an overlay of each image, and a label map if asked for."""
+        return labeled_files.plan(self._segmenter, card, files, options)
+
+    @staticmethod
+    def print_records(records: Iterator[Record]) -> None:
+        """Print a line for each image, as soon as it is done."""
+        for record in records:
+            print(labeled_files.describe(record), flush=True)

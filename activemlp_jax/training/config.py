@@ -6,13 +6,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from activemlp_jax.data.batch_transforms import group_size, mixes
+from activemlp_jax.data.batch_transforms import group_size
 from activemlp_jax.data.preprocessing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
 )
 from activemlp_jax.data.randaugment import parse_randaugment
-from activemlp_jax.tasks.registry import make_task
+from activemlp_jax.tasks.registry import TASKS, make_task
 from activemlp_jax.training.limits import check_values
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.json_files import short
@@ -156,6 +156,8 @@ def default_config() -> ConfigDict:
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError, naming the key, the value and what was expected, before any work."""
+    if config.task not in TASKS:
+        raise UserError(f"config.task is {config.task!r}, expected one of {', '.join(TASKS)}")
     check_values(config)
     for place, kind in (("crop", "area"), ("crop", "ratio"), ("scene", "ratio")):
         low, high = (config.data[place][f"{end}_{kind}"] for end in ("min", "max"))
@@ -163,8 +165,7 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(
                 f"config.data.{place}.min_{kind} is {low!r}, expected at most max_{kind}, {high!r}"
             )
-    if config.task == "segmentation":
-        _check_segmentation(config)
+    TASKS[config.task].check_config(config)
     group = group_size(config)
     if config.batch_size % group:
         raise UserError(
@@ -179,21 +180,6 @@ def check_config(config: ConfigDict) -> None:
         except ValueError as error:
             raise UserError(f"config.data.randaugment: {error}") from error
     make_task(config, num_classes=1)
-
-
-def _check_segmentation(config: ConfigDict) -> None:
-    if mixes(config) or config.random_erasing:
-        raise UserError("config.mix and config.random_erasing are for classification alone")
-    if config.accumulation != 1:
-        raise UserError(
-            f"config.accumulation is {config.accumulation}, expected 1 for segmentation, whose "
-            "batch norm goes by whole batches; config.model.remat_stages saves memory too"
-        )
-    if config.batch_size < 2:
-        raise UserError(
-            f"config.batch_size is {config.batch_size}, expected at least 2 for segmentation, as "
-            "one image makes no statistics for batch norm"
-        )
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -85,7 +85,6 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     *(
         ((key,), lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
         for key, choices in (
-            ("task", ("classification", "segmentation")),
             ("head.name", tuple(HEADS)),
             ("init_weights", ("auto", "ema", "model")),
             ("model.dtype", ("bfloat16", "float32", "float64")),

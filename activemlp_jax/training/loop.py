@@ -15,7 +15,7 @@ from rich.console import Console
 
 from activemlp_jax.data.loader import Skipped, sample_order, train_batches
 from activemlp_jax.distributed import sharding
-from activemlp_jax.tasks.evaluation import Sums
+from activemlp_jax.tasks.base import Sums
 from activemlp_jax.training.checkpoints import Checkpoints, Restored
 from activemlp_jax.training.failures import non_finite, stop_at_non_finite
 from activemlp_jax.training.init_from import initial_variables
@@ -91,7 +91,7 @@ def train(
         if restored is None:
             if speaks:
                 checkpoints.begin(has_records=any(records))
-            variables = initial_variables(run.config, run.program.model, say)
+            variables = initial_variables(run.config, run.program.task, say)
             variables = sharding.put_everywhere(variables, run.mesh)
             restored = Restored(run.program.first_state(variables), [])
         first_step = int(restored.state.step)
@@ -175,6 +175,7 @@ def _take_steps(
     skipped = Skipped(config.data.max_skipped, say_here, sharding.shared_store())
     batches = train_batches(
         run.train_source,
+        run.program.task.transform,
         config,
         first_step=first_step,
         last_step=run.last_step,

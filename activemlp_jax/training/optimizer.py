@@ -8,8 +8,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from activemlp_jax.models.segmentor import ActiveSegmentor
-from activemlp_jax.weights.architecture import Model
+from activemlp_jax.weights.architecture import Model, backbone
 from activemlp_jax.weights.torch_names import BACKBONE
 
 
@@ -44,7 +43,7 @@ def layer_scales(params: Any, model: Model, decay: float) -> Any:
 
     Source: the layer-wise decay of BEiT and its successors' fine-tuning.
     """
-    depths = model.backbone["depths"] if isinstance(model, ActiveSegmentor) else model.depths
+    depths = backbone(model).depths
     starts = [sum(depths[:stage]) for stage in range(5)]
     blocks = starts[-1]
 

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from activemlp_jax.data.loader import sample_order
 from activemlp_jax.distributed import sharding
 from activemlp_jax.models.flops import count_cost
-from activemlp_jax.tasks.evaluation import Sums
-from activemlp_jax.tasks.registry import Task, make_task
+from activemlp_jax.tasks.base import Sums, Task
+from activemlp_jax.tasks.registry import make_task
 from activemlp_jax.training.init_from import draw_variables
 from activemlp_jax.training.optimizer import make_optimizer
 from activemlp_jax.training.schedules import learning_rate_schedule
@@ -120,7 +120,7 @@ def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
         sharding.place_rows(task.batch_shapes(), mesh),
         jax.jit(create, out_shardings=places),
         jax.jit(sharding.on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, everywhere)),
-        task.make_test(mesh, gather),
+        task.make_test(mesh, config.eval_batch_size, config.data.num_threads, gather),
     )
 
 

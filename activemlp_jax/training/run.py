@@ -9,12 +9,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from activemlp_jax.data.base import Source, check_same_classes
-from activemlp_jax.data.segmentation_transforms import load_opencv
 from activemlp_jax.distributed import sharding
-from activemlp_jax.plots.overlays import draw_comparison
-from activemlp_jax.tasks.evaluation import Sums
-from activemlp_jax.tasks.registry import open_data
-from activemlp_jax.tasks.segmentation import Segmentation
+from activemlp_jax.tasks.base import Sums
+from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.consistency import run_facts
 from activemlp_jax.training.init_from import adopt_architecture, write_result
@@ -23,8 +20,7 @@ from activemlp_jax.training.step import TrainState
 from activemlp_jax.training.workdir import EPOCHS, read_mark, read_records, write_mark
 from activemlp_jax.utils.types import Record, Variables
 
-PICTURES = ("curves.png", "confusion_matrix.png", "scenes.png")
-SCENES_DRAWN = 8  # of the test set
+CURVES, CONFUSION, EXAMPLES = "curves.png", "confusion_matrix.png", "scenes.png"
 
 
 class Run(NamedTuple):
@@ -68,9 +64,7 @@ def prepare_run(config: ConfigDict, workdir: Path, timeout: float, config_name: 
     test_source = open_data(config, config.data.test_split)
     names = train_source.class_names
     check_same_classes(names, test_source.class_names, f"the test set of {config.data.name}")
-    scene = config.data.scene
-    if config.task == "segmentation" and (scene.long_side or scene.photometric):
-        load_opencv()  # better missed now than at the first image
+    TASKS[config.task].check_packages(config)  # better missed now than at the first image
     program = build_program(config, len(names), len(train_source), mesh)
     sharding.check_same("the run", run_facts(config, (train_source, test_source)), timeout)
     return Run(config, workdir, mesh, train_source, test_source, program, config_name)
@@ -176,17 +170,12 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
 
     records = read_records(run.workdir / EPOCHS)
     if records:  # a finished run whose metrics.jsonl was taken away has none
-        draw_curves(records, task.score, task.score_name, run.workdir / "curves.png")
+        draw_curves(records, task.score, task.score_name, run.workdir / CURVES)
     confusion = sums["confusion"]
     right, total = int(np.trace(confusion)), int(confusion.sum())
-    what = "test images" if task.score == "accuracy" else "test pixels"
-    title = f"{right:,} of {total:,} {what} right ({100 * right / total:.2f}%)"
-    draw_confusion(confusion, run.class_names, title, run.workdir / "confusion_matrix.png")
-    if isinstance(task, Segmentation):
-        number = min(SCENES_DRAWN, len(run.test_source))
-        scenes = [
-            (example.image, example.label, task.label(variables, example.image))
-            for example in map(run.test_source.__getitem__, range(number))
-        ]
-        draw_comparison(scenes, run.class_names).save(run.workdir / "scenes.png")
-    return [name for name in PICTURES if (run.workdir / name).exists()]
+    title = f"{right:,} of {total:,} test {task.counted} right ({100 * right / total:.2f}%)"
+    draw_confusion(confusion, run.class_names, title, run.workdir / CONFUSION)
+    examples = task.draw_examples(variables, run.test_source, run.class_names)
+    if examples is not None:
+        examples.save(run.workdir / EXAMPLES)
+    return [name for name in (CURVES, CONFUSION, EXAMPLES) if (run.workdir / name).exists()]

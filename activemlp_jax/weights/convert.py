@@ -135,7 +135,7 @@ def _preprocessing(
     model: Model, described: ModelCard | None, sizes: tuple[int | None, int | None]
 ) -> Preprocessing | ScenePreprocessing:
     """For a model: what the file says or the original's; `sizes` are the file's and the asked."""
-    if described and described.is_segmentor != isinstance(model, ActiveSegmentor):
+    if described and type(described.model) is not type(model):
         raise ValueError("the description of its model is of another task than its weights")
     if isinstance(model, ActiveSegmentor):
         if sizes[-1] is not None:
@@ -237,7 +237,7 @@ def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
 
 def _to_torch(source: Path, target: Path, only: str | None) -> None:
     card = read_card(source)
-    one_only = target.suffix == ".safetensors" or card.is_segmentor
+    one_only = target.suffix == ".safetensors" or isinstance(card.model, ActiveSegmentor)
     if only:
         kinds = {choose_kind(card.kinds, only, source): "model"}
     elif one_only:

@@ -73,6 +73,7 @@ class ModelCard:
       source: where the weights come from, as JSON takes it. Training says the data set, the recipe,
         and what was measured, in percent, on how many images; conversion says the file, its SHA-256
         and the epoch.
+      task: what the model was trained for; by default classification or segmentation, as the model.
     """
 
     model: Model
@@ -81,16 +82,18 @@ class ModelCard:
     default_kind: str
     class_names: tuple[str, ...] | None = None
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task: str = ""
+
+    def __post_init__(self) -> None:
+        """The usual task of such a model where none is given."""
+        if not self.task:
+            is_segmentor = isinstance(self.model, ActiveSegmentor)
+            object.__setattr__(self, "task", "segmentation" if is_segmentor else "classification")
 
     @property
     def name(self) -> str | None:
         """The published variant's, also of a backbone; None where it is none of them."""
         return variant_name(self.model)
-
-    @property
-    def is_segmentor(self) -> bool:
-        """Whether the model labels pixels, not images."""
-        return isinstance(self.model, ActiveSegmentor)
 
     def __repr__(self) -> str:
         """On one line; `to_json` has it all."""
@@ -114,7 +117,7 @@ class ModelCard:
         """The content of `model.json`, as `json.dumps` takes it.
 
         Returns:
-          By key: `format`, the number of this form; `task`, 'classification' or 'segmentation';
+          By key: `format`, the number of this form; `task`, such as 'classification';
           `name`, that of the published variant or None; `architecture`, the fields of `ActiveMLP`
           that say its shape, for segmentation under `backbone` beside those of the head; `classes`,
           their `number`, and their `names` by label or None; `preprocessing`, its fields, with
@@ -123,7 +126,7 @@ class ModelCard:
         """
         return {
             "format": FORMAT,
-            "task": "segmentation" if self.is_segmentor else "classification",
+            "task": self.task,
             "name": self.name,
             "architecture": architecture(self.model),
             "classes": {"number": self.model.num_classes, "names": self.class_names},
@@ -146,9 +149,10 @@ class ModelCard:
         _expect_keys(content, "it", ("format", *CARD_KEYS))
         if content["format"] != FORMAT:
             raise ValueError(f"format is {short(content['format'])}, expected {FORMAT}")
-        if content["task"] not in ("classification", "segmentation"):
-            raise ValueError(f"task is {short(content['task'])}, which is unknown")
-        to_segment = content["task"] == "segmentation"
+        if not isinstance(content["task"], str) or not content["task"].isidentifier():
+            raise ValueError(f"task is {short(content['task'])}, expected a name")
+        _expect_keys(content["architecture"], "architecture", ())
+        to_segment = "backbone" in content["architecture"]
         classes, weights = content["classes"], content["weights"]
         _expect_keys(classes, "classes", ("number", "names"))
         _expect_keys(weights, "weights", ("kinds", "default"))
@@ -170,6 +174,7 @@ class ModelCard:
             default,
             _class_names(classes["names"], number),
             content["source"],
+            content["task"],
         )
 
 

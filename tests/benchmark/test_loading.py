@@ -10,6 +10,7 @@ import pytest
 from activemlp_jax.benchmark.loading import plain_batches
 from activemlp_jax.data.loader import train_batches
 from activemlp_jax.data.sources import PhotosSource
+from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.training.recipe import imagenet_config
 
 
@@ -22,7 +23,9 @@ def test_plain_pillow_gives_the_same_batches_pixel_for_pixel(randaugment: str):
     config.data.randaugment = randaugment
     source = PhotosSource(300)
     with (
-        contextlib.closing(train_batches(source, config, first_step=7, last_step=10)) as ours,
+        contextlib.closing(
+            train_batches(source, Classification.transform, config, first_step=7, last_step=10)
+        ) as ours,
         contextlib.closing(plain_batches(source, config, 7, 10)) as plain,
     ):
         count = 0

@@ -18,8 +18,8 @@ from activemlp_jax import ActiveMLP, evaluate
 from activemlp_jax.data.image_transforms import eval_transform
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
-from activemlp_jax.evaluate import hardest_classes
-from activemlp_jax.tasks.segmentation_evaluation import class_table
+from activemlp_jax.tasks.classification import Classification, hardest_classes
+from activemlp_jax.tasks.segmentation_report import class_table
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.weights.model_directory import (
@@ -194,21 +194,20 @@ def test_the_hardest_classes_are_printed_and_recorded(on_one_device: str):
 def test_of_two_classes_nothing_is_said_of_five_guesses_and_names_are_printable(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    metrics = {"ema": {"accuracy": 75.0, "accuracy_top5": 100.0, "loss": 0.5}}
-    confusion = {"ema": np.array([[2, 0], [1, 1]])}
-    found = evaluate.Evaluation(4, metrics, confusion, ("cät", "dog\x1b[2J"))
+    sums = {"ema": {"confusion": np.array([[2, 0], [1, 1]]), "top5": 4, "loss": 2.0, "examples": 4}}
+    task = Classification(ActiveMLP(**goldens.MICRO), Preprocessing())
+    found = evaluate.Evaluation(task, 4, sums, ("cät", "dog\x1b[2J"))
     monkeypatch.setattr(evaluate, "evaluate_directory", lambda **_: found)
-    options = ("directory", "data", "split", "num_threads", "batch_size", "image_size")
-    scenes = ("multi_scale", "slide", "size_multiple")
-    first, hardest, last = evaluate._report_images(dict.fromkeys((*options, *scenes)))
+    options = dict.fromkeys(("directory", "data", "split", "num_threads", "batch_size"))
+    first, hardest, last = evaluate.report(options)
     assert first == "[ema] accuracy on 4 test images: 75.000% acc@1"
     assert hardest == "[ema] hardest classes: dog?[2J (50.0% of 2, else cät)"
     record = json.loads(last)["ema"]
     assert "acc5" not in record
     assert record["hardest"][0]["class"] == "dog\x1b[2J"
-    metrics["ema"]["loss"] = float("nan")
+    sums["ema"]["loss"] = float("nan")
     with pytest.raises(UserError, match="has a number that is not finite"):
-        evaluate._report_images(dict.fromkeys((*options, *scenes)))
+        evaluate.report(options)
 
 
 def test_the_table_of_classes_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]):

@@ -20,6 +20,7 @@ from activemlp_jax import predict
 from activemlp_jax.inference import classify
 from activemlp_jax.inference.offsets import show_to_model
 from activemlp_jax.plots.overlays import class_shares
+from activemlp_jax.tasks import labeled_files
 from activemlp_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("predict")
@@ -301,12 +302,12 @@ def test_overwriting_replaces_links_and_leaves_what_they_point_to(
 def test_probabilities_that_are_not_finite_are_one_clear_line(
     call: Any, classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    load = predict.load_variables
+    load = predict.read_variables
 
     def broken(*arguments: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf * np.nan, load(*arguments))
 
-    monkeypatch.setattr(predict, "load_variables", broken)
+    monkeypatch.setattr(predict, "read_variables", broken)
     status, output, errors = call(classifier, photos[0], "--json")
     assert (status, output) == (2, "")
     assert f"gives {photos[0]} probabilities that are not finite" in errors
@@ -319,7 +320,7 @@ def test_names_reach_neither_a_terminal_nor_json_as_what_they_are_not(name: str)
     assert json.loads(line) == record
     assert line.isprintable()
     assert ("grün" in line) == (name == "grün"), "letters are written as they are"
-    assert predict.describe_labels(record).isprintable()
+    assert labeled_files.describe(record).isprintable()
 
 
 def test_json_has_no_number_that_json_has_not():

@@ -23,6 +23,7 @@ from activemlp_jax.data.decoding import BrokenImageError
 from activemlp_jax.data.loader import Batch, Skipped, eval_batches, train_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import ArraySource
+from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.training.config import FREE_TO_CHANGE, default_config
 from activemlp_jax.utils.errors import UserError
 
@@ -54,17 +55,22 @@ RECIPE = {
     "data.augmentation": "random_resized_crop",
     "data.randaugment": "rand-m9-mstd0.5-inc1",
 }
+TRANSFORM = Classification.transform
 # A program that does not parse flags of absl.
 PROGRAM = """
 import sys
 from activemlp_jax.data.loader import train_batches
 from activemlp_jax.data.sources import open_source
+from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.training.config import default_config
 
 if __name__ == "__main__":
     config = default_config()
     config.batch_size, config.data.num_workers = 8, 2
-    batches = train_batches(open_source("digits", "train"), config, first_step=0, last_step=1000)
+    batches = train_batches(
+        open_source("digits", "train"), Classification.transform, config,
+        first_step=0, last_step=1000,
+    )
     for _ in range(4):
         next(batches)
     print("ready", flush=True)
@@ -78,7 +84,7 @@ def batches(
 ) -> Any:
     process, processes = hosts
     iterator = train_batches(
-        data or source(), config(**changes), first_step=first, last_step=last,
+        data or source(), TRANSFORM, config(**changes), first_step=first, last_step=last,
         process=process, processes=processes,
     )  # fmt: skip
     with contextlib.closing(iterator):
@@ -289,6 +295,7 @@ def test_broken_images_are_replaced_by_the_next_index_and_counted_once(threads: 
     skipped = Skipped(5, said.append)
     iterator = train_batches(
         BrokenSource({7, 8, 52}),
+        TRANSFORM,
         config(**{"data.num_threads": threads}),
         first_step=0,
         last_step=20 * EPOCH,
@@ -310,6 +317,7 @@ def test_broken_images_are_counted_across_worker_processes():
     skipped = Skipped(5, lambda _: None)
     iterator = train_batches(
         BrokenSource({7, 8, 52}),
+        TRANSFORM,
         config(**{"data.num_workers": 2}),
         first_step=0,
         last_step=6 * EPOCH,
@@ -341,8 +349,8 @@ def train_on_two_hosts(counts: list[Skipped]) -> None:
     """Epochs in which the copies of many an image are on both hosts."""
     for process, skipped in enumerate(counts):
         iterator = train_batches(
-            BrokenSource({7, 8, 52}), config(**RECIPE), first_step=0, last_step=12 * EPOCH,
-            process=process, processes=2, skipped=skipped,
+            BrokenSource({7, 8, 52}), TRANSFORM, config(**RECIPE),
+            first_step=0, last_step=12 * EPOCH, process=process, processes=2, skipped=skipped,
         )  # fmt: skip
         with contextlib.closing(iterator):
             for _ in iterator:
@@ -378,7 +386,12 @@ def test_names_of_broken_images_are_made_fit_for_a_terminal():
 def test_more_broken_images_than_allowed_stop_the_run():
     skipped = Skipped(2, lambda _: None)
     iterator = train_batches(
-        BrokenSource({7, 8, 52}), config(), first_step=0, last_step=20 * EPOCH, skipped=skipped
+        BrokenSource({7, 8, 52}),
+        TRANSFORM,
+        config(),
+        first_step=0,
+        last_step=20 * EPOCH,
+        skipped=skipped,
     )
     with (
         contextlib.closing(iterator),

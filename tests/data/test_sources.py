@@ -19,6 +19,7 @@ from activemlp_jax.data.decoding import BrokenImageError
 from activemlp_jax.data.loader import Skipped, eval_batches, train_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
+from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.training.config import default_config
 from activemlp_jax.utils.errors import UserError
 
@@ -140,7 +141,7 @@ def test_every_odd_image_of_a_folder_is_read_trained_on_and_evaluated(tmp_path: 
         image = source[index].image
         size = (1, 1, 3) if "tiny" in source.encoded(index).name else (60, 90, 3)
         assert (image.shape, image.dtype) == (size, np.uint8), source.encoded(index).name
-    train = train_batches(source, config, first_step=0, last_step=3)
+    train = train_batches(source, Classification.transform, config, first_step=0, last_step=3)
     preprocessing = Preprocessing(image_size=32)
     test = eval_batches(source, preprocessing, len(kinds), num_threads=1)
     with contextlib.closing(train), contextlib.closing(test):
@@ -359,7 +360,12 @@ def test_a_damaged_record_is_a_broken_image(tfds_folder: Path):
     config.update_from_flattened_dict({"batch_size": 5, "data.on_error": "skip"})
     said: list[str] = []
     batches = train_batches(
-        source, config, first_step=0, last_step=2, skipped=Skipped(1, said.append)
+        source,
+        Classification.transform,
+        config,
+        first_step=0,
+        last_step=2,
+        skipped=Skipped(1, said.append),
     )
     with contextlib.closing(batches):
         assert [batch["image"].shape for batch in batches] == [(5, 32, 32, 3)] * 2

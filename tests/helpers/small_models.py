@@ -29,9 +29,11 @@ SEED = 5  # with it label maps have many classes
 SEGMENTOR = am.ActiveSegmentor(BACKBONE, "fpn", 7, channels=8, neck_channels=16)
 
 
-def save_model(directory: Path, model: Any, preprocessing: Any, names: Any = None) -> Path:
+def save_model(
+    directory: Path, model: Any, preprocessing: Any, names: Any = None, task: str = ""
+) -> Path:
     """A model directory with weights of the golden runs."""
-    card = ModelCard(model, preprocessing, ("model",), "model", names)
+    card = ModelCard(model, preprocessing, ("model",), "model", names, task=task)
     variables = jax.tree.map(np.asarray, goldens.rule_variables(model, SEED))
     with write_directory_aside(directory) as place:
         write_model(place, card, {"model": variables})

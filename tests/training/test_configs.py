@@ -8,7 +8,7 @@ import pytest
 
 import activemlp_jax as am
 from activemlp_jax.models.active_mlp import VARIANTS
-from activemlp_jax.tasks.registry import build_model
+from activemlp_jax.tasks.registry import make_task
 from activemlp_jax.training.cli_flags import load_config
 from activemlp_jax.training.config import check_config, default_config, flatten
 from activemlp_jax.training.recipe import ade20k_config, imagenet_config
@@ -177,7 +177,7 @@ def test_each_model_has_configs_with_the_originals_recipe_for_ade20k(name: str, 
     flat = flatten(config.to_dict())
     expected = ADE20K | (UPERNET if head == "upernet" else {"steps": 40_000})
     assert {key: flat[key] for key in expected} == expected
-    model = build_model(config, num_classes=150)
+    model = make_task(config, num_classes=150).model
     published = am.create_segmentor(name, head, drop_path_rate=0.2, dtype="bfloat16")
     assert model == published.clone(dtype=model.dtype)
 
@@ -199,6 +199,6 @@ def test_each_model_has_a_config_with_the_originals_recipe(name: str):
     }
     differing = {key: flat[key] for key, value in RECIPE.items() if flat[key] != value}
     assert not differing
-    model = build_model(config, num_classes=1000)
+    model = make_task(config, num_classes=1000).model
     for field, value in VARIANTS[name].items():
         assert getattr(model, field) == value

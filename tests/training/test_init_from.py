@@ -11,7 +11,7 @@ import pytest
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.tasks.registry import build_model, make_task
+from activemlp_jax.tasks.registry import make_task
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.init_from import (
     adopt_architecture,
@@ -51,12 +51,12 @@ def config(pretrained: Path, **changes: Any) -> Any:
 
 def start(config: Any, num_classes: int) -> tuple[Any, Saying]:
     said: Saying = []
-    return initial_variables(config, build_model(config, num_classes), said.append), said
+    return initial_variables(config, make_task(config, num_classes), said.append), said
 
 
 def test_the_architecture_is_that_of_the_weights_and_the_rest_that_of_the_config(pretrained: Path):
     adopted = config(pretrained, **{"model.drop_path_rate": 0.3, "epochs": 7})
-    assert build_model(adopted, 10).clone(drop_path_rate=0.0, dtype=jnp.float32) == MODEL
+    assert make_task(adopted, 10).model.clone(drop_path_rate=0.0, dtype=jnp.float32) == MODEL
     assert (adopted.model.drop_path_rate, adopted.epochs) == (0.3, 7)
 
 
@@ -97,7 +97,7 @@ def test_another_number_of_classes_draws_a_new_head_and_says_so(pretrained: Path
 @pytest.mark.parametrize("size", [32, 48, 70])
 def test_another_image_size_just_works(pretrained: Path, size: int):
     adopted = config(pretrained, **{"data.image_size": size})
-    model = build_model(adopted, 7)
+    model = make_task(adopted, 7).model
     variables, _ = start(adopted, 7)
     images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
     assert jax.eval_shape(model.apply, variables, images).shape == (2, 7)
@@ -134,7 +134,7 @@ def segment(pretrained: Path, num_classes: int, **changes: Any) -> tuple[Any, Sa
     widths = {"head.channels": 16, "head.aux_channels": 8}
     settings = config(pretrained, **{"task": "segmentation", **widths, **changes})
     variables, said = start(settings, num_classes)
-    model = build_model(settings, num_classes)
+    model = make_task(settings, num_classes).model
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     expected = jax.eval_shape(model.init, jax.random.key(0), images)
     shapes = jax.tree.map(lambda leaf: leaf.shape, variables)

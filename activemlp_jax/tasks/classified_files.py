@@ -1,0 +1,67 @@
+"""What `predict` does with a classifier: the most probable classes of image files."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from activemlp_jax.inference.classify import (
+    ask,
+    choose_batch_size,
+    make_classifier,
+    most_probable,
+    probabilities,
+)
+from activemlp_jax.inference.files import ImageFile, read_images, unbroken, watched
+from activemlp_jax.inference.imagenet_names import readable_names
+from activemlp_jax.utils.errors import UserError, one_line
+from activemlp_jax.utils.types import Variables
+from activemlp_jax.weights.model_directory import ModelCard
+
+SHOWN = 5  # classes an image
+
+Record = dict[str, Any]
+
+
+def plan(
+    card: ModelCard, files: Sequence[ImageFile]
+) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
+    """The function that classifies the files, some at a time.
+
+    It yields, for each file that can be read, the name of `image` and the most probable `classes`.
+    It raises UserError for probabilities that are not finite.
+    """
+    classifier = make_classifier(card.model, card)
+    names = readable_names(card.class_names, card.model.num_classes)
+
+    def run(variables: Variables, broken: list[ImageFile]) -> Iterator[Record]:
+        program = functools.partial(probabilities, classifier, variables)
+        read = watched(read_images(files, classifier.prepare, os.cpu_count() or 1), len(files))
+        for file, row in ask(program, unbroken(read, broken), choose_batch_size(len(files))):
+            if not np.isfinite(row).all():
+                raise UserError(f"the model gives {file.path} probabilities that are not finite")
+            classes = [found._asdict() for found in most_probable(row, names, SHOWN)]
+            yield {"image": file.path, "classes": classes}
+
+    return run
+
+
+def print_table(records: Iterator[Record]) -> None:
+    """Print the classes of each image in a table, if there are any records."""
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right")
+    for record in records:
+        for rank, found in enumerate(record["classes"]):
+            image = "" if rank else one_line(record["image"])
+            percent = f"{100 * found['probability']:.1f}%"
+            table.add_row(Text(image), Text(one_line(found["name"])), percent)
+        table.add_section()
+    if table.row_count:
+        Console().print(table)

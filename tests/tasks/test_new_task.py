@@ -1,0 +1,92 @@
+"""A new task is one class and its line in the registry: here, by how much an image is turned."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from small_models import BACKBONE, CLASSIFIER, PREPROCESSING, run, save_model
+
+from activemlp_jax import evaluate, predict
+from activemlp_jax.data.base import Example, Source
+from activemlp_jax.data.sources import open_source
+from activemlp_jax.tasks.classification import Classification
+from activemlp_jax.tasks.registry import TASKS
+from activemlp_jax.training.config import default_config
+from activemlp_jax.training.loop import train
+from activemlp_jax.weights.model_directory import read_card
+
+ANGLES = ("0", "90", "180", "270")
+
+
+class Turned:
+    """A dataset whose labels are quarter turns."""
+
+    class_names = ANGLES
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        turns = index % 4
+        image = np.asarray(self._source[index].image)
+        return Example(np.ascontiguousarray(np.rot90(image, turns)), turns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation(Classification):
+    """By how much an image is turned."""
+
+    name = "rotation"
+    noun = "rotation model"
+
+    @staticmethod
+    def open_data(name: str, split: str | None) -> Source:
+        return Turned(open_source(name, split))
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, Rotation.name, Rotation)
+
+
+@pytest.mark.slow
+def test_it_trains_resumes_evaluates_and_predicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    config = default_config()
+    config.task = "rotation"
+    config.model.update(BACKBONE | {"mlp_ratios": (2.0,) * 4})
+    config.update_from_flattened_dict({"steps": 4, "data.train_split": "test", "batch_size": 90})
+    console = Console(width=200)
+    train(config, tmp_path / "run", console)
+    train(config, tmp_path / "run", console)
+    assert "all 4 steps are done" in capsys.readouterr().out
+
+    directory = tmp_path / "run" / "model"
+    assert (read_card(directory).task, read_card(directory).class_names) == ("rotation", ANGLES)
+    *_, last = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    found = evaluate.evaluate_directory(str(directory), "digits")
+    accuracy = found.task.metrics(found.sums["ema"])["accuracy"]
+    assert accuracy == pytest.approx(last["ema_test_accuracy"], abs=1e-9)
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "photo.png")
+    assert run(predict.main, monkeypatch, directory, tmp_path / "photo.png", "--json") == 0
+    classes = json.loads(capsys.readouterr().out)["classes"]
+    assert {found["name"] for found in classes} == set(ANGLES)
+
+
+def test_a_directory_of_an_unknown_task_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    save_model(tmp_path / "model", CLASSIFIER, PREPROCESSING, task="rotation")
+    monkeypatch.delitem(TASKS, "rotation")
+    assert run(predict.main, monkeypatch, tmp_path / "model", "photo.png") == 2
+    errors = capsys.readouterr().err
+    assert "model is for the task 'rotation', expected classification, segmentation" in errors
