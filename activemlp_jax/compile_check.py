@@ -27,7 +27,7 @@ from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.cli_flags import chosen_config, start
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.init_from import adopt_architecture
-from activemlp_jax.training.program import build_program, train_flops
+from activemlp_jax.training.trainer import build_trainer, train_flops
 from activemlp_jax.utils.errors import UserError, install_command, one_line
 from activemlp_jax.utils.hardware import CHIPS, GIB, Chip
 from activemlp_jax.utils.json_files import json_line
@@ -178,7 +178,7 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
     check_config(config)
     size = data_size(config, images, classes)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    program = build_program(config, size.classes, size.images, mesh)
+    program = build_trainer(config, size.classes, size.images, mesh)
     kind, hosts = devices[0].device_kind, len({device.process_index for device in devices})
     chip = CHIPS.get(kind)
     axes = ", ".join(f"{name} {number}" for name, number in mesh.shape.items())

@@ -18,8 +18,8 @@ from activemlp_jax.models.active_mlp import create_model
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.init_from import draw_variables
-from activemlp_jax.training.program import build_program, train_flops
 from activemlp_jax.training.recipe import imagenet_config
+from activemlp_jax.training.trainer import build_trainer, train_flops
 from activemlp_jax.utils.types import Params, Variables
 
 CLASSES = 1000
@@ -141,7 +141,7 @@ def compile_training(
     config = recipe(workload)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     examples = EPOCH_MULTIPLE * workload.batch_size
-    program = build_program(config, CLASSES, examples, mesh)
+    program = build_trainer(config, CLASSES, examples, mesh)
     flops = train_flops(config, program.model)
     batch = sharding.put_batch({"image": inputs.pixels, "label": inputs.labels}, mesh)
     key = jax.random.key(0)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from activemlp_jax.data.sampler import EPOCH_MULTIPLE
 from activemlp_jax.distributed import sharding
 from activemlp_jax.training.init_from import draw_variables
-from activemlp_jax.training.program import build_program
+from activemlp_jax.training.trainer import build_trainer
 from activemlp_jax.utils.errors import UserError
 
 
@@ -27,7 +27,7 @@ def _start(config: ConfigDict, num_classes: int, devices: Sequence[Any]) -> Call
     config.batch_size *= len(devices)
     config.eval_batch_size = len(devices)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    program = build_program(config, num_classes, EPOCH_MULTIPLE * config.batch_size, mesh)
+    program = build_trainer(config, num_classes, EPOCH_MULTIPLE * config.batch_size, mesh)
     rng = np.random.default_rng(0)
     limits = {"image": 256, "label": num_classes, "extent": config.data.image_size + 1}
     drawn = {

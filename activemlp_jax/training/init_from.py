@@ -1,6 +1,5 @@
-"""Model directories as the beginning and as the end of a run."""
+"""The variables that a run starts from: random, or those of a model directory."""
 
-import pathlib
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import getitem
@@ -13,11 +12,9 @@ from ml_collections import ConfigDict
 
 from activemlp_jax.tasks.base import Task
 from activemlp_jax.tasks.registry import TASKS
-from activemlp_jax.utils.errors import UserError
-from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.architecture import Model
-from activemlp_jax.weights.model_directory import ModelCard, read_card, read_weights, write_model
+from activemlp_jax.weights.model_directory import read_card, read_weights
 from activemlp_jax.weights.torch_files import choose_kind
 
 
@@ -84,33 +81,3 @@ def initial_variables(config: ConfigDict, task: Task, say: Callable[[str], None]
 
 def _single(leaf: np.ndarray) -> np.ndarray:
     return leaf if leaf.dtype.kind == "i" else leaf.astype(np.float32)
-
-
-def write_result(
-    directory: pathlib.Path,
-    task: Task,
-    weights: dict[str, Variables],
-    class_names: tuple[str, ...],
-    source: dict[str, Any],
-) -> None:
-    """The end of a run as a model directory, in place of an older one; called by one host alone.
-
-    Args:
-      directory: to write.
-      task: with the model that was trained, and its preprocessing.
-      weights: numpy arrays by kind, 'ema' before 'model' where there is an average.
-      class_names: by label.
-      source: where the weights come from, as JSON takes it.
-
-    Raises:
-      UserError: it cannot be written, as on a full disk.
-    """
-    kinds = tuple(weights)
-    card = ModelCard(
-        task.model, task.preprocessing, kinds, kinds[0], class_names, source, task.name
-    )
-    try:
-        with write_directory_aside(directory) as place:
-            write_model(place, card, weights)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error

@@ -21,7 +21,6 @@ from activemlp_jax.training.failures import non_finite, stop_at_non_finite
 from activemlp_jax.training.init_from import initial_variables
 from activemlp_jax.training.interruption import Interruption
 from activemlp_jax.training.profiling import Trace
-from activemlp_jax.training.program import train_flops
 from activemlp_jax.training.reporting import (
     Reporter,
     Tracker,
@@ -29,16 +28,10 @@ from activemlp_jax.training.reporting import (
     describe_length,
     lagging_average,
 )
-from activemlp_jax.training.run import (
-    Run,
-    check_shared,
-    draw_pictures,
-    prepare_run,
-    score,
-    test,
-    write_model_directory,
-)
+from activemlp_jax.training.results import draw_pictures, write_model_directory
+from activemlp_jax.training.run import Run, check_shared, prepare_run
 from activemlp_jax.training.step import Metrics, TrainState
+from activemlp_jax.training.trainer import train_flops
 from activemlp_jax.training.workdir import (
     EPOCHS,
     STEPS,
@@ -87,13 +80,13 @@ def train(
         # Read the records now, so that a broken line is reported before training, not after it.
         records = [read_records(workdir / name) for name in (EPOCHS, STEPS) if speaks]
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", run.config))
-        restored = checkpoints.restore(run.program.state)
+        restored = checkpoints.restore(run.trainer.state)
         if restored is None:
             if speaks:
                 checkpoints.begin(has_records=any(records))
-            variables = initial_variables(run.config, run.program.task, say)
+            variables = initial_variables(run.config, run.trainer.task, say)
             variables = sharding.put_everywhere(variables, run.mesh)
-            restored = Restored(run.program.first_state(variables), [])
+            restored = Restored(run.trainer.first_state(variables), [])
         first_step = int(restored.state.step)
         if speaks:
             for name in (EPOCHS, STEPS):
@@ -104,30 +97,30 @@ def train(
             f"{parameters:,} parameters, {len(run.train_source):,} images to train, "
             f"{len(run.test_source):,} to test, in {workdir}"
         )
-        say(describe_length(run.config, run.program.steps_per_epoch, run.last_step))
+        say(describe_length(run.config, run.trainer.steps_per_epoch, run.last_step))
         if first_step == run.last_step:
             say(f"all {run.last_step} steps are done; give another --workdir to train again")
         elif first_step:
             say(f"going on from step {first_step} of {run.last_step}")
 
-        flops = train_flops(run.config, run.program.model)
+        flops = train_flops(run.config, run.trainer.model)
         peak = peak_flops(run.mesh.devices.flat[0].device_kind, run.mesh.size)
-        epochs, batch_size = run.program.epochs, run.config.batch_size
+        epochs, batch_size = run.trainer.epochs, run.config.batch_size
         work = Work(first_step, run.last_step, epochs, batch_size, flops, peak)
         with Reporter(workdir if speaks else None, work, run.config, console, trackers) as reporter:
             last = _take_steps(run, restored, checkpoints, reporter, say, say_here)
 
         checkpoints.wait()
-        found = score(run, last.sums)
+        found = run.trainer.score(last.sums)
         write_model_directory(run, "model", last.state, found)
         best = checkpoints.best()
         if best is not None and best.step != run.last_step:
-            again = checkpoints.restore(run.program.state, best.step)
+            again = checkpoints.restore(run.trainer.state, best.step)
             assert again is not None, f"{best} is there"
             write_model_directory(run, "best_model", again.state, best.score)
             say(f"best_model is of step {best.step}, with {best.score:.2f}%")
         names = draw_pictures(run, last.state, last.sums)
-    task, images = run.program.task, len(run.test_source)
+    task, images = run.trainer.task, len(run.test_source)
     if lag := lagging_average(run.config, last.record, task.score, images):
         say(lag)
     *others, final = ["model", *names]
@@ -159,23 +152,25 @@ def _take_steps(
     say_here: Callable[[str], None],
 ) -> _Last:
     """Take the steps from the restored one to the last."""
-    config, epoch_steps = run.config, run.program.steps_per_epoch
+    config, epoch_steps = run.config, run.trainer.steps_per_epoch
     state, losses = restored
     first_step = int(state.step)
     started = time.perf_counter()
     if first_step < run.last_step:
         say("compiling, which can take minutes for a large model")
     if first_step == run.last_step or config.test.every_epochs == 1:
-        found, sums = test(run, state)  # compiles it, and is all that a finished run needs
+        found, sums = run.trainer.test(
+            state, run.test_source
+        )  # compiles it, and is all that a finished run needs
     if first_step == run.last_step:
         return _Last(state, found, sums, 0.0)
-    train_step = run.program.train_step.lower(run.program.state, run.program.batch).compile()
+    train_step = run.trainer.train_step.lower(run.trainer.state, run.trainer.batch).compile()
     say(f"compiled in {time.perf_counter() - started:.0f} s")
 
     skipped = Skipped(config.data.max_skipped, say_here, sharding.shared_store())
     batches = train_batches(
         run.train_source,
-        run.program.task.transform,
+        run.trainer.task.transform,
         config,
         first_step=first_step,
         last_step=run.last_step,
@@ -208,7 +203,7 @@ def _take_steps(
         Trace(run.workdir / "profile", first_step, run.last_step, config.profile) as trace,
         Interruption(say) as interruption,
     ):
-        for epoch in range(first_step // epoch_steps + 1, run.program.epochs + 1):
+        for epoch in range(first_step // epoch_steps + 1, run.trainer.epochs + 1):
             start, end = (epoch - 1) * epoch_steps, min(epoch * epoch_steps, run.last_step)
             reporter.start_epoch(epoch, start)
             for step in range(max(first_step, start), end):
@@ -222,9 +217,9 @@ def _take_steps(
                     settle(most=0)
                     found = {}
                     if epoch % config.test.every_epochs == 0 or done == run.last_step:
-                        found, sums = test(run, state)
+                        found, sums = run.trainer.test(state, run.test_source)
                         check_finite(step, {key: found[key] for key in found if "loss" in key})
-                        reached = score(run, sums)
+                        reached = run.trainer.score(sums)
                     reporter.epoch(
                         {
                             "epoch": epoch,

@@ -2,19 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from ml_collections import ConfigDict
 
 from activemlp_jax.utils.types import Batch, Params, Variables
 
-Inputs = Any  # arrays whose first axis is the batch's
 # Variables, inputs and a key, to a scalar and those of the other collections that have moved.
-Loss = Callable[[Variables, Inputs, jax.Array], tuple[jax.Array, Variables]]
+Loss = Callable[[Variables, Any, jax.Array], tuple[jax.Array, Variables]]
 Metrics = dict[str, jax.Array]
 
 
@@ -37,17 +36,9 @@ class TrainState(struct.PyTreeNode):
         ema = jax.tree.map(jnp.copy, variables) if ema_decay else None
         return cls(jnp.zeros((), jnp.int32), variables, ema, optimizer.init(variables["params"]))
 
-
-def _decay(limit: float, step: jax.Array) -> jax.Array:
-    """Of the average at the step numbered `step`, from 0, where it warms up to `limit`."""
-    return jnp.minimum(limit, (1.0 + step) / (10.0 + step))
-
-
-def _average(new: jax.Array, old: jax.Array, step_size: float | jax.Array) -> jax.Array:
-    if jnp.issubdtype(new.dtype, jnp.integer):  # a count
-        return new
-    # The step size of a warm-up is an array, whose dtype may be wider than the weights'.
-    return optax.incremental_update(new, old, step_size).astype(old.dtype)
+    def weights(self) -> dict[str, Variables]:
+        """The variables and their average, if there is one, by kind."""
+        return {"model": self.variables} | ({} if self.ema is None else {"ema": self.ema})
 
 
 def _total(parts: Sequence[jax.Array]) -> jax.Array:
@@ -70,100 +61,135 @@ def norm_over_all(tree: Any) -> jax.Array:
     return jnp.sqrt(_total([_total(same).sum() for same in squares.values()]))
 
 
-def _identity(tree: Any) -> Any:
+def _same(tree: Any) -> Any:
     return tree
 
 
-def _same_inputs(batch: Batch, key: jax.Array) -> Inputs:
-    del key
-    return batch
+def _split(inputs: Any, parts: int) -> Any:
+    """Arrays `[B, ...]` as `[parts, B / parts, ...]`.
 
-
-def _parts(inputs: Inputs, number: int) -> Inputs:
-    """Arrays `[B, ...]` as `[number, B / number, ...]`.
-
-    Part k has the rows k, k + number and so on, so that every device takes its part of each from
-    the rows that it holds.
+    Part k has the rows k, k + parts and so on, so that every device takes its share of each part
+    from the rows that it holds.
     """
 
     def split(rows: jax.Array) -> jax.Array:
-        return rows.reshape(len(rows) // number, number, *rows.shape[1:]).swapaxes(0, 1)
+        return rows.reshape(len(rows) // parts, parts, *rows.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split, inputs)
 
 
-def make_train_step(
+def loss_and_gradients(
     loss: Loss,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-    seed: int,
-    *,
-    ema_warmup: bool = False,
-    inputs: Callable[[Batch, jax.Array], Inputs] = _same_inputs,
-    accumulation: int = 1,
-    gather: Callable[[Variables], Variables] = _identity,
-    scatter: Callable[[Params], Params] = _identity,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function of one step: state and batch to the next state and figures of this step.
-
-    Random numbers come from `seed` and the state's step alone, so a resumed run draws the same.
+    variables: Variables,
+    inputs: Any,
+    key: jax.Array,
+    parts: int = 1,
+    shard: Callable[[Params], Params] = _same,
+) -> tuple[jax.Array, Params, Variables]:
+    """The loss, its gradients by the parameters, and the other collections that have changed.
 
     Args:
-      loss: a mean over its inputs' rows.
-      optimizer: that turns gradients into updates.
-      ema_decay: of the average; 0 where the state has none.
-      seed: of the run.
-      ema_warmup: whether step t, from 0, decays by (1 + t) / (10 + t) where that is less, so that
-        the average follows a short run, too.
-      inputs: what the loss takes, from a batch and a key; made for the whole batch at once.
-      accumulation: equal parts to take the inputs in, one after the other; their mean gradient is
-        the whole batch's, unless the loss moves anything, which needs 1.
-      gather: variables as the state keeps them to what the loss needs on each device.
-      scatter: gradients to where the state keeps the parameters.
-
-    Returns:
-      The function. Its figures are `loss`, before the update, `gradient_norm`, and
-      `parameter_norm`, after it: norms over all parameters together.
-
-    Source: the warm-up of the average, `num_updates` of TensorFlow's ExponentialMovingAverage.
+      loss: a mean over the rows of its inputs.
+      variables: of the model.
+      inputs: of the loss, arrays whose first axis is the batch's.
+      key: of the loss's random numbers.
+      parts: equal parts to take the inputs in, one after the other; their mean gradient is that of
+        the whole batch. More than one is for models that change nothing but their parameters.
+      shard: gradients to where the state keeps the parameters.
     """
 
-    def gradient(
-        variables: Variables, examples: Inputs, key: jax.Array
-    ) -> tuple[tuple[jax.Array, Params], Variables]:
+    def of_part(inputs: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Variables]:
         def of_params(params: Params) -> tuple[jax.Array, Variables]:
-            return loss({**variables, "params": params}, examples, key)
+            return loss({**variables, "params": params}, inputs, key)
 
-        value_and_grad = jax.value_and_grad(of_params, has_aux=True)
-        (value, moved), gradients = value_and_grad(variables["params"])
-        return (value, scatter(gradients)), moved
+        (value, changed), gradients = jax.value_and_grad(of_params, has_aux=True)(
+            variables["params"]
+        )
+        return (value, shard(gradients)), changed
 
-    def accumulated(
-        variables: Variables, examples: Inputs, key: jax.Array
-    ) -> tuple[tuple[jax.Array, Params], Variables]:
-        def add(total: Any, part: tuple[Inputs, jax.Array]) -> tuple[Any, None]:
-            found, moved = gradient(variables, *part)
-            assert not moved, "statistics of a batch are not those of its parts"
-            return jax.tree.map(jnp.add, total, found), None
+    if parts == 1:
+        (value, gradients), changed = of_part(inputs, key)
+        return value, gradients, changed
 
-        parts = _parts(examples, accumulation), jax.random.split(key, accumulation)
-        shapes, _ = jax.eval_shape(gradient, variables, examples, key)
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)
-        return jax.tree.map(lambda leaf: leaf / accumulation, total), {}
+    def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        found, changed = of_part(*part)
+        assert not changed, "statistics of a batch are not those of its parts"
+        return jax.tree.map(jnp.add, total, found), None
+
+    shapes, _ = jax.eval_shape(of_part, inputs, key)
+    zeros = jax.tree.map(jnp.zeros_like, shapes)
+    total, _ = jax.lax.scan(add, zeros, (_split(inputs, parts), jax.random.split(key, parts)))
+    value, gradients = jax.tree.map(lambda leaf: leaf / parts, total)
+    return value, gradients, {}
+
+
+def update_average(
+    average: Variables | None, variables: Variables, step: jax.Array, config: ConfigDict
+) -> Variables | None:
+    """The moving average of the variables after the step numbered `step`, from 0.
+
+    With `config.ema_warmup` it decays by (1 + step) / (10 + step) where that is less than
+    `config.ema_decay`, so that it follows a short run, too.
+
+    Source: `num_updates` of TensorFlow's ExponentialMovingAverage.
+    """
+    if average is None:
+        return None
+    decay = config.ema_decay
+    if config.ema_warmup:
+        decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+    def average_leaf(new: jax.Array, old: jax.Array) -> jax.Array:
+        if jnp.issubdtype(new.dtype, jnp.integer):  # a count
+            return new
+        # The step size of a warm-up is an array, whose dtype may be wider than the weights'.
+        return optax.incremental_update(new, old, 1 - decay).astype(old.dtype)
+
+    return jax.tree.map(average_leaf, variables, average)
+
+
+def make_train_step(
+    task: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: ConfigDict,
+    replicate: Callable[[Variables], Variables] = _same,
+    shard: Callable[[Params], Params] = _same,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function of one step: state and batch to the next state and metrics of this step.
+
+    Random numbers come from `config.seed` and the state's step alone, so a resumed run draws the
+    same.
+
+    Args:
+      task: makes inputs of a batch, and the loss of inputs; see `Task`.
+      optimizer: turns gradients into updates.
+      schedule: the learning rate by step, for the metrics; the optimizer has it, too.
+      config: the whole config; `seed`, `accumulation`, `ema_decay` and `ema_warmup` are read.
+      replicate: variables as the state keeps them to what the loss needs on each device.
+      shard: gradients to where the state keeps the parameters.
+
+    Returns:
+      The function. Its metrics are `loss`, before the update, `learning_rate`, and the norms over
+      all parameters together `gradient_norm` and, after the update, `parameter_norm`.
+    """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        examples = inputs(batch, jax.random.fold_in(key, 1))
-        whole = accumulated if accumulation > 1 else gradient
-        (value, gradients), moved = whole(gather(state.variables), examples, key)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.variables["params"])
-        params = optax.apply_updates(state.variables["params"], updates)
-        variables, ema = {**state.variables, **moved, "params": params}, state.ema
-        if ema is not None:
-            decay = _decay(ema_decay, state.step) if ema_warmup else ema_decay
-            ema = jax.tree.map(partial(_average, step_size=1 - decay), variables, ema)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        inputs = task.inputs(batch, jax.random.fold_in(key, 1))
+
+        loss, gradients, changed = loss_and_gradients(
+            task.loss, replicate(state.variables), inputs, key, config.accumulation, shard
+        )
+        old = state.variables["params"]
+        updates, opt_state = optimizer.update(gradients, state.opt_state, old)
+        params = optax.apply_updates(old, updates)
+        variables = {**state.variables, **changed, "params": params}
+        ema = update_average(state.ema, variables, state.step, config)
+
         metrics = {
-            "loss": value,
+            "loss": loss,
+            "learning_rate": schedule(state.step),
             "gradient_norm": norm_over_all(gradients),
             "parameter_norm": norm_over_all(params),
         }

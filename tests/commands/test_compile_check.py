@@ -16,7 +16,7 @@ from activemlp_jax import ActiveMLP
 from activemlp_jax.distributed.sharding import make_mesh
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.training.cli_flags import load_config
-from activemlp_jax.training.program import build_program
+from activemlp_jax.training.trainer import build_trainer
 
 ROOT = Path(__file__).parents[2]
 # Where `make test` puts the TPU compiler; an environment with the extra `tpu` has its own.
@@ -77,7 +77,7 @@ def test_the_compiler_for_tpus_compiles_a_step_for_a_slice_that_is_not_here():
 @pytest.mark.parametrize("name", ["active_xtiny", "active_tiny"])
 def test_on_tpus_the_step_of_a_recipe_reads_and_writes_nothing_by_index(name: str):
     config = load_config(str(ROOT / "configs" / f"{name}.py"))
-    program = build_program(config, 1000, 1_281_167, make_mesh(devices=jax.devices()[:1]))
+    program = build_trainer(config, 1000, 1_281_167, make_mesh(devices=jax.devices()[:1]))
     traced = program.train_step.trace(program.state, program.batch)
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in text, "the operator's kernels"

@@ -116,7 +116,7 @@ def test_weights_are_split_over_devices_where_the_mesh_says_so(one: Path, two: P
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_after_a_host_is_killed_within_a_step(folder: Path, two: Path):
-    """`python tests/helpers/kills.py` is the long form, in float32, with the whole state on each device."""
+    """The long form is `python tests/helpers/kills.py`, in float32, with whole states."""
 
     def start(workdir: Path) -> list[subprocess.Popen[str]]:
         return on_two_hosts(workdir, "--config.checkpoint.every_steps=2", "--timeout=60")

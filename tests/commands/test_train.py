@@ -23,6 +23,7 @@ import activemlp_jax as am
 from activemlp_jax.training import cli_flags, loop
 from activemlp_jax.training.cli_flags import load_config
 from activemlp_jax.training.config import flatten
+from activemlp_jax.training.trainer import Trainer
 from activemlp_jax.utils.errors import UserError
 
 # One process for all that share what a fixture takes long to make.
@@ -281,13 +282,13 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(
         key, _, value = flag.removeprefix("--config.").partition("=")
         config.update_from_flattened_dict({key: ast.literal_eval(value)})
     config.tensorboard, config.profile = True, 2
-    test = loop.test
+    test = Trainer.test
 
     def diverged(*arguments: Any) -> Any:
         record, sums = test(*arguments)
         return {**record, "ema_test_loss": math.nan}, sums
 
-    monkeypatch.setattr(loop, "test", diverged)
+    monkeypatch.setattr(Trainer, "test", diverged)
     with pytest.raises(UserError, match=r"^the ema test loss is nan at step 11; .*checkpoints/9;"):
         loop.train(config, workdir, Console(quiet=True))
 

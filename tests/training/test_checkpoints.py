@@ -15,6 +15,7 @@ import optax
 import pytest
 from damage import single_bit_flips
 from ml_collections import ConfigDict
+from toy_task import ToyTask
 
 from activemlp_jax.distributed import sharding
 from activemlp_jax.training.checkpoints import Best, Checkpoints
@@ -52,7 +53,9 @@ def test_a_state_comes_back_as_it_was_at_the_save(tmp_path: Path, steps_after: i
         return sum(leaf.sum() for leaf in jax.tree.leaves(variables["params"])), {}
 
     # Donation lets a step write into the very buffers that are being saved.
-    step = jax.jit(make_train_step(loss, OPTIMIZER, 0.9, seed=0), donate_argnums=0)
+    rate = optax.constant_schedule(0.1)
+    train_step = make_train_step(ToyTask(loss), OPTIMIZER, rate, config(ema_decay=0.9))
+    step = jax.jit(train_step, donate_argnums=0)
     state, _ = step(new_state(), {})
     saved = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
     with Checkpoints(tmp_path, config()) as checkpoints:

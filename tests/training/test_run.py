@@ -19,7 +19,8 @@ from activemlp_jax.export.__main__ import export_model
 from activemlp_jax.export.description import describe, write_readme
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.loop import train
-from activemlp_jax.training.run import Run, describe_source, prepare_run, write_model_directory
+from activemlp_jax.training.results import describe_source, write_model_directory
+from activemlp_jax.training.run import Run, prepare_run
 from activemlp_jax.training.workdir import EPOCHS, STEPS, append_record, claim_workdir
 from activemlp_jax.utils.digests import DIGESTS
 from activemlp_jax.utils.errors import UserError
@@ -66,7 +67,7 @@ def test_a_broken_record_is_named_before_anything_is_forgotten(name: str, tmp_pa
 
 def readme(run: Run, source: dict[str, Any]) -> str:
     """The model card that is exported of weights of this source."""
-    task, variables = run.program.task, run.program.state.variables
+    task, variables = run.trainer.task, run.trainer.state.variables
     card = ModelCard(task.model, task.preprocessing, ("ema",), "ema", run.class_names, source)
     run.workdir.mkdir(exist_ok=True)
     write_readme(run.workdir / "README.md", card, describe(card, variables))
@@ -88,8 +89,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def directory(run: Run) -> Path:
     """The model directory of the run's last step, with some weights."""
-    variables = jax.tree.map(np.asarray, goldens.rule_variables(run.program.model))
-    state = run.program.first_state(variables).replace(step=jnp.asarray(run.last_step))
+    variables = jax.tree.map(np.asarray, goldens.rule_variables(run.trainer.model))
+    state = run.trainer.first_state(variables).replace(step=jnp.asarray(run.last_step))
     write_model_directory(run, "model", state, 97.5)
     return run.workdir / "model"
 

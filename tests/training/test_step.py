@@ -8,12 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toy_task import ToyTask
 
 import activemlp_jax as am
 from activemlp_jax.tasks.classification import soft_cross_entropy
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.optimizer import decay_mask, make_optimizer
 from activemlp_jax.training.step import TrainState, make_train_step, norm_over_all
+
+
+def make_step(loss: Any, optimizer: Any, inputs: Any = None, **changes: Any) -> Any:
+    """A step without an average, but for `changes` of the config."""
+    config = default_config()
+    config.update({"ema_decay": 0.0, **changes})
+    task = ToyTask(loss, inputs) if inputs else ToyTask(loss)
+    return make_train_step(task, optimizer, optax.constant_schedule(0.1), config)
 
 
 def micro(**changes: Any) -> am.ActiveMLP:
@@ -57,7 +66,7 @@ def test_six_steps_equal_the_originals():
     optimizer = make_optimizer(default_config().optimizer, lambda step: rates[step], model)
     ema_decay = float(golden["ema_decay"])
     state = TrainState.create(goldens.rule_variables(model, seed=1), optimizer, ema_decay)
-    step = jax.jit(make_train_step(loss, optimizer, ema_decay, seed=0))
+    step = jax.jit(make_step(loss, optimizer, ema_decay=ema_decay))
     for i, expected in enumerate(golden["loss"]):
         logits = goldens.golden_input("train_steps.npz", f"target_logits_{i}")
         batch = {
@@ -79,7 +88,7 @@ def test_no_average_is_kept_where_the_decay_is_zero():
     optimizer = optax.sgd(0.5)
     state = TrainState.create({"params": {"w": jnp.ones(2)}}, optimizer, ema_decay=0)
     assert state.ema is None
-    step = make_train_step(sum_of("w"), optimizer, ema_decay=0, seed=0)
+    step = make_step(sum_of("w"), optimizer)
     state, _ = step(state, {})
     assert state.ema is None
     np.testing.assert_array_equal(state.variables["params"]["w"], [0.5, 0.5])
@@ -90,7 +99,7 @@ def test_an_average_that_warms_up_follows_from_the_first_steps(decay: float):
     """Against a loop over numbers; the weight goes down by 1 a step, from 3."""
     optimizer = optax.sgd(1.0)
     state = TrainState.create({"params": {"w": jnp.full((), 3.0)}}, optimizer, decay)
-    step = jax.jit(make_train_step(sum_of("w"), optimizer, decay, seed=0, ema_warmup=True))
+    step = jax.jit(make_step(sum_of("w"), optimizer, ema_decay=decay, ema_warmup=True))
     average = 3.0
     for number in range(40):
         state, _ = step(state, {})
@@ -108,7 +117,7 @@ def test_an_average_that_warms_up_has_the_dtype_of_the_weights():
     optimizer = optax.sgd(1.0)
     variables = {"params": {"w": jnp.ones(2, jnp.float32)}}
     state = TrainState.create(variables, optimizer, 0.9)
-    step = make_train_step(sum_of("w"), optimizer, 0.9, seed=0, ema_warmup=True)
+    step = make_step(sum_of("w"), optimizer, ema_decay=0.9, ema_warmup=True)
     state, _ = step(state, {})
     assert state.ema is not None
     assert state.ema["params"]["w"].dtype == jnp.float32
@@ -133,7 +142,7 @@ def test_what_a_model_keeps_beside_parameters_moves_and_is_averaged():
         "batch_stats": {"mean": jnp.zeros(()), "count": jnp.zeros((), jnp.int32)},
     }
     state = TrainState.create(variables, optax.sgd(1.0), ema_decay=0.9)
-    step = make_train_step(loss, optax.sgd(1.0), 0.9, seed=0)
+    step = make_step(loss, optax.sgd(1.0), ema_decay=0.9)
     state, metrics = step(state, {"x": jnp.arange(3.0)})
     assert state.ema is not None
     kept, averaged = state.variables["batch_stats"], state.ema["batch_stats"]
@@ -149,7 +158,7 @@ def test_random_numbers_follow_from_seed_and_step_alone():
         return variables["params"]["w"] * jax.random.uniform(key), {}
 
     def losses(seed: int, first: int) -> list[float]:
-        step = make_train_step(loss, optax.sgd(0.0), 0, seed)
+        step = make_step(loss, optax.sgd(0.0), seed=seed)
         state = TrainState.create({"params": {"w": jnp.ones(())}}, optax.sgd(0.0), 0)
         state = state.replace(step=jnp.asarray(first, jnp.int32))
         values = []
@@ -169,14 +178,15 @@ def test_the_norm_over_all_leaves_of_a_model():
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_step_tells_the_norms_of_gradient_and_weights():
+def test_metrics_are_the_loss_the_rate_and_the_norms_of_gradient_and_weights():
     optimizer = optax.sgd(1.0)
     params = {"a": jnp.full(4, 3.0), "b": jnp.zeros(2)}
     state = TrainState.create({"params": params}, optimizer, 0)
-    step = make_train_step(sum_of("a"), optimizer, 0, seed=0)
+    step = make_step(sum_of("a"), optimizer)
     _, metrics = step(state, {})
     assert {name: float(value) for name, value in metrics.items()} == {
         "loss": 12.0,
+        "learning_rate": pytest.approx(0.1),
         "gradient_norm": 2.0,
         "parameter_norm": 4.0,
     }
@@ -199,7 +209,7 @@ def test_a_batch_taken_in_parts_gives_the_same_step():
     optimizer = optax.sgd(0.1)
     found = []
     for parts in (1, 2):
-        step = jax.jit(make_train_step(loss, optimizer, 0, seed=0, accumulation=parts))
+        step = jax.jit(make_step(loss, optimizer, accumulation=parts))
         state, metrics = step(TrainState.create({"params": params}, optimizer, 0), batch)
         found.append((state.variables, metrics["loss"]))
     for ours, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[0]), strict=True):
@@ -215,7 +225,7 @@ def test_each_part_has_its_own_rows_and_random_numbers():
         return values["rows"]
 
     optimizer = optax.sgd(1.0)
-    step = make_train_step(loss, optimizer, 0, seed=0, inputs=batch, accumulation=3)
+    step = make_step(loss, optimizer, batch, accumulation=3)
     state = TrainState.create({"params": {"w": jnp.ones(())}}, optimizer, 0)
     _, metrics = step(state, {"rows": jnp.arange(6.0)})
     assert float(metrics["gradient_norm"]) == 5.0  # (0 + 1 + ... + 5) / 3

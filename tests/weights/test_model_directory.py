@@ -18,7 +18,7 @@ from damage import single_bit_flips
 
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.training import init_from
+from activemlp_jax.training import results
 from activemlp_jax.utils.digests import DIGESTS, write_digests
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
@@ -305,7 +305,7 @@ def test_weights_that_are_not_finite_are_not_used(tmp_path: Path):
 def write_result(directory: Path) -> None:
     """Write a model as training does."""
     task = Task(MODEL, Preprocessing())
-    init_from.write_result(directory, task, {"model": variables(2)}, NAMES, {})  # type: ignore[arg-type]
+    results.write_result(directory, task, {"model": variables(2)}, NAMES, {})  # type: ignore[arg-type]
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_stays(written: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What a config compiles to on a mesh: the model, its state's shapes, the steps."""
+"""The trainer of a config on a mesh: the model, the shapes of its state, the step and the test."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from activemlp_jax.data.base import Source
 from activemlp_jax.data.loader import sample_order
 from activemlp_jax.distributed import sharding
 from activemlp_jax.models.flops import count_cost
@@ -16,24 +17,19 @@ from activemlp_jax.tasks.registry import make_task
 from activemlp_jax.training.init_from import draw_variables
 from activemlp_jax.training.optimizer import make_optimizer
 from activemlp_jax.training.schedules import learning_rate_schedule
-from activemlp_jax.training.step import (
-    Batch,
-    Metrics,
-    Params,
-    TrainState,
-    Variables,
-    make_train_step,
-)
+from activemlp_jax.training.step import TrainState, make_train_step
+from activemlp_jax.utils.types import Params, Record, Variables
 from activemlp_jax.weights.architecture import Model
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A run, ready to be compiled; nothing in it holds arrays.
+class Trainer:
+    """All that is compiled for a run; nothing in it holds arrays.
 
     `state` and `batch` are trees of `jax.ShapeDtypeStruct` that say where each array lies;
     `first_state` makes a state from variables, `train_step` takes a state, whose buffers it uses
-    again, and a batch; both are jitted. `test` takes weights by name and a `Source` of the task.
+    again, and a batch; both are jitted. `evaluate` takes variables by name and a `Source` of the
+    task, and gives sums by name.
     """
 
     task: Task
@@ -43,21 +39,37 @@ class Program:
     batch: dict[str, jax.ShapeDtypeStruct]
     first_state: Callable[[Variables], TrainState]
     train_step: Any
-    test: Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
+    evaluate: Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
 
     @property
     def model(self) -> Model:
-        """The task's."""
+        """The model of the task."""
         return self.task.model
 
     @property
     def epochs(self) -> int:
-        """That are begun."""
+        """Number of epochs, counting a partial last one."""
         return -(-self.steps // self.steps_per_epoch)
 
+    def test(self, state: TrainState, source: Source) -> tuple[Record, Sums]:
+        """Metrics of the weights and of their average, and the sums of the last of these."""
+        names = {"model": "test", "ema": "ema_test"}
+        weights = {names[kind]: variables for kind, variables in state.weights().items()}
+        sums = self.evaluate(weights, source)
+        record = {
+            f"{name}_{key}": value
+            for name in weights
+            for key, value in self.task.metrics(sums[name]).items()
+        }
+        return record, sums[list(weights)[-1]]
 
-def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mesh) -> Program:
-    """The program of a run.
+    def score(self, sums: Sums) -> float:
+        """The metric, in percent, by which states are compared."""
+        return self.task.metrics(sums)[self.task.score]
+
+
+def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mesh) -> Trainer:
+    """The trainer of a run.
 
     Args:
       config: the whole config, checked.
@@ -91,24 +103,8 @@ def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
     def scatter(gradients: Params) -> Params:
         return jax.lax.with_sharding_constraint(gradients, places.variables["params"])
 
-    update = make_train_step(
-        task.loss,
-        optimizer,
-        config.ema_decay,
-        config.seed,
-        ema_warmup=config.ema_warmup,
-        inputs=task.inputs,
-        accumulation=config.accumulation,
-        gather=gather,
-        scatter=scatter,
-    )
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        rate = schedule(state.step)
-        state, metrics = update(state, batch)
-        return state, {**metrics, "learning_rate": rate}
-
-    return Program(
+    train_step = make_train_step(task, optimizer, schedule, config, gather, scatter)
+    return Trainer(
         task,
         steps_per_epoch,
         steps,
@@ -119,7 +115,11 @@ def build_program(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
         ),
         sharding.place_rows(task.batch_shapes(), mesh),
         jax.jit(create, out_shardings=places),
-        jax.jit(sharding.on_mesh(step, mesh), donate_argnums=0, out_shardings=(places, everywhere)),
+        jax.jit(
+            sharding.on_mesh(train_step, mesh),
+            donate_argnums=0,
+            out_shardings=(places, everywhere),
+        ),
         task.make_test(mesh, config.eval_batch_size, config.data.num_threads, gather),
     )
 
