@@ -1,9 +1,9 @@
-# Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv as needed.
+# Two commands for a fresh machine: `make demo` and `make test`. Each creates .venv if needed.
 #
-#   PYTHON=python3.12   another Python than python3 (3.11 to 3.13)
-#   PIP_FLAGS=...       more flags for pip, such as an index with a CPU build of torch
-#   DEMO_FLAGS=...      more flags for the demo's train.py, such as --workdir=runs/again
-#   TEST_FLAGS=...      more flags for pytest, such as -n 0 for one process instead of two
+#   PYTHON=python3.12   Python to use instead of python3 (3.11 to 3.13)
+#   PIP_FLAGS=...       extra pip flags, such as an index with a CPU build of torch
+#   DEMO_FLAGS=...      extra flags for the demo's train.py, such as --workdir=runs/again
+#   TEST_FLAGS=...      extra pytest flags, such as -n 0 for one process instead of two
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -12,8 +12,9 @@ TEST_FLAGS ?=
 
 .PHONY: demo test lint clean
 
-# JAX locks a cache of compiled programs only where its size has a limit. All processes that share a
-# cache have to agree on that, so the user's own cache is taken as it is; the tests have another.
+# JAX locks a compilation cache only if the cache has a size limit, and all processes that share a
+# cache must agree on that. So a cache that the user has set is used unchanged, and the tests have
+# their own.
 ifndef JAX_COMPILATION_CACHE_DIR
 demo: export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.cache/jax
 demo: export JAX_COMPILATION_CACHE_MAX_SIZE := 8589934592
@@ -33,8 +34,8 @@ lint: .venv/dev-installed
 clean:
 	rm -rf .venv .cache
 
-# The compiler for TPUs, for the tests of compile_check, which skip what it is needed for where it
-# cannot be installed. Outside .venv, as JAX would look for a TPU at every start.
+# The TPU compiler, for the tests of compile_check; tests that need it are skipped if it cannot be
+# installed. It is outside .venv because JAX would otherwise look for a TPU at every start.
 .cache/libtpu-tried: .venv/bin/python constraints.txt
 	mkdir -p .cache
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \

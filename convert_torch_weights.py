@@ -1,4 +1,4 @@
-"""Convert PyTorch weights of ActiveMLP into a model directory, or a model directory back.
+"""Convert PyTorch weights of ActiveMLP to a model directory, or a model directory to PyTorch.
 
 Examples:
   python convert_torch_weights.py activemlp_tiny.pth models/active_tiny --verify

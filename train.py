@@ -1,4 +1,4 @@
-"""Train ActiveMLP as a config file says; the same command again goes on where a run stopped.
+"""Train ActiveMLP as a config file says; run the same command again to resume a stopped run.
 
 Examples:
   python train.py

@@ -1,26 +1,26 @@
-"""The commands of the package, one a line.
+"""List the commands of the package.
 
 Example:
   python -m activemlp_jax
 """
 
 COMMANDS = {
-    "predict": "name what photos show, or label their pixels",
-    "evaluate": "accuracy or mIoU of a model on a data set",
-    "embed": "write the features that a classifier sees in images to a file",
+    "predict": "classify photos, or label their pixels",
+    "evaluate": "measure the accuracy or mIoU of a model on a dataset",
+    "embed": "write the features that a classifier computes from images to a file",
     "export": "write a model as StableHLO, ONNX or safetensors",
-    "prepare_data": "make ArrayRecord files of a data set, for fast training",
-    "benchmark": "count what models cost, time them and the loading of images",
-    "compile_check": "compile a config's train step for devices that are not here",
+    "prepare_data": "convert a dataset to ArrayRecord files, for fast training",
+    "benchmark": "count the cost of models, and time models and image loading",
+    "compile_check": "compile a config's train step for devices that this machine lacks",
 }
 
 
 def main() -> None:
-    """The command line."""
+    """Print every command with a one-line description."""
     width = max(map(len, COMMANDS))
     for name, text in COMMANDS.items():
         print(f"python -m activemlp_jax.{name:<{width}}  {text}")
-    print("Each has --help. In the project's folder are train.py and convert_torch_weights.py.")
+    print("Each has --help. The project's folder also has train.py and convert_torch_weights.py.")
 
 
 if __name__ == "__main__":

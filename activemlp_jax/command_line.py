@@ -1,4 +1,4 @@
-"""Command lines by argparse: errors are one line, numbers have limits."""
+"""Command lines with argparse: one-line errors, and limits on numeric options."""
 
 import argparse
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE
 from activemlp_jax.utils.errors import UserError, exit_with
 
-# The lowest and highest value of each option, wherever it occurs: what is beyond would fill the
-# memory, or start more threads than a system allows, before it failed.
+# Lowest and highest value of each option, in every command that has it. Larger values would fill
+# the memory, or start more threads than the system allows, before they fail.
 LIMITS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 2**20),
     "classes": (1, 2**20),
@@ -25,7 +25,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose errors are one line, without the usage."""
+    """An `argparse.ArgumentParser` that reports errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Print one line to standard error and exit with status 2."""
@@ -33,7 +33,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(options: Mapping[str, Any]) -> None:
-    """Check the options that `LIMITS` names; None is an option that was not given.
+    """Check the options that have limits in `LIMITS`.
+
+    Args:
+      options: values keyed by option name; None for an option that was not given.
 
     Raises:
       UserError: a number is not within its limits.

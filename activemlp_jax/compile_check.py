@@ -1,12 +1,12 @@
-"""Compile the train step of a config for devices that are not here: does it compile, and fit?
+"""Compile a config's train step for devices that this machine lacks, and check that it fits.
 
 Examples:
   python -m activemlp_jax.compile_check --config configs/active_tiny.py --topology v5e:4x4
   python -m activemlp_jax.compile_check --config configs/digits.py --topology cpu:8
 
-The compiler for TPU slices, v5e:4x4 and the like, comes with the extra `tpu` and needs no TPU.
-The last line is the record as JSON. The status is 0 if the step compiles and fits, 1 if it does
-not fit, 2 for an error.
+The compiler for TPU slices such as v5e:4x4 comes with the extra `tpu` and needs no TPU. The last
+line of the output is the record as JSON. The exit status is 0 if the step compiles and fits, 1 if
+it does not fit, and 2 for an error.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from activemlp_jax.benchmark.hlo_cost import Bounds, Needs, count_bounds, count_needs
+from activemlp_jax.benchmark.hlo_cost import Bounds, Resources, count_bounds, count_resources
 from activemlp_jax.distributed import sharding
 from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.cli_flags import chosen_config, start
@@ -39,7 +39,7 @@ LESS_MEMORY = (
 
 
 class DataSize(NamedTuple):
-    """What the program of a run depends on in its training set; `origin` says who tells."""
+    """Size of the training set, which the program depends on; `origin` says where it is from."""
 
     images: int
     classes: int
@@ -47,27 +47,27 @@ class DataSize(NamedTuple):
 
 
 class Images(NamedTuple):
-    """How many a step takes, and how many the whole run."""
+    """Number of images in a step and in the whole run."""
 
-    a_step: int
-    a_run: int
+    per_step: int
+    per_run: int
 
 
 def say(line: str) -> None:
-    """Print at once, as compiling takes long."""
+    """Print without buffering, because compiling takes long."""
     print(line, flush=True)
 
 
 def open_topology(name: str) -> list[Any]:
-    """The devices of a slice, which need not be there.
+    """Describe the devices of a slice, which need not exist.
 
     Args:
       name: such as v5e:4x4, chips by chips, or cpu:8.
 
     Raises:
-      UserError: an unknown name, or the compiler is not installed.
+      UserError: the name is unknown, or the compiler is not installed.
     """
-    # A TPU that is here is not wanted: others may use it.
+    # Do not use a TPU of this machine, as other processes may need it.
     jax.config.update("jax_platforms", "cpu")
     kind, _, size = name.partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d{0,4}", size):
@@ -82,8 +82,8 @@ def open_topology(name: str) -> list[Any]:
         )
     from jax.experimental import topologies
 
-    # Otherwise libtpu looks for the slice that this machine is part of, complains that there is
-    # none, and keeps other processes from using it.
+    # Without these, libtpu looks for the slice of this machine, complains if there is none, and
+    # keeps other processes from using libtpu.
     for variable, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
@@ -102,83 +102,85 @@ def open_topology(name: str) -> list[Any]:
 
 
 def data_size(config: ConfigDict, images: int | None, classes: int | None) -> DataSize:
-    """Of the config's training set, which need not be here.
+    """Determine the size of the config's training set, which need not be on this machine.
 
     Args:
       config: the whole config.
-      images: to take in place of its own number, or None.
-      classes: the same.
+      images: number of images to assume instead of the dataset's, or None.
+      classes: number of classes to assume instead of the dataset's, or None.
     """
     if images and classes:
         return DataSize(images, classes, "as given")
     try:
         source = open_data(config, config.data.train_split)
-        found = DataSize(len(source), len(source.class_names), f"of {config.data.name}")
+        size = DataSize(len(source), len(source.class_names), f"of {config.data.name}")
     except UserError:
-        number, kinds, name = TASKS[config.task].dataset
-        found = DataSize(number, kinds, f"as {name} has; {config.data.name} is not here")
+        num_images, num_classes, name = TASKS[config.task].dataset
+        size = DataSize(num_images, num_classes, f"as {name} has; {config.data.name} is not here")
     if images or classes:
-        return DataSize(images or found.images, classes or found.classes, "in part as given")
-    return found
+        return DataSize(images or size.images, classes or size.classes, "in part as given")
+    return size
 
 
-def figure(value: float) -> str:
-    """Three digits, or all before the point."""
+def rounded(value: float) -> str:
+    """Format with three digits, or as a whole number from 100 up."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def report_needs(needs: Needs, flops: float, chip: Chip | None) -> None:
-    """Print what a step needs of each device.
+def report_resources(resources: Resources, flops: float, chip: Chip | None) -> None:
+    """Print what a step needs on each device.
 
     Args:
-      needs: of a device.
-      flops: of a step on a device, by the model's multiply-adds.
-      chip: the device's data sheet, where there is one.
+      resources: of one device.
+      flops: floating-point operations of a step on one device, from the model's multiply-adds.
+      chip: data sheet of the device, or None.
     """
     parts = " + ".join(
         f"{name} {size / GIB:.2f}"
         for name, size in (
-            ("state and batch", needs.arguments),
-            ("results", needs.results),
-            ("temporary", needs.temporary),
-            ("program", needs.program),
+            ("state and batch", resources.arguments),
+            ("results", resources.results),
+            ("temporary", resources.temporary),
+            ("program", resources.program),
         )
         if size / GIB >= 0.005
     )
     limit = "" if chip is None else f" of {chip.memory / GIB:.0f}"
-    say(f"memory       {needs.memory / GIB:.2f} GiB{limit} a device: {parts}")
+    say(f"memory       {resources.memory / GIB:.2f} GiB{limit} a device: {parts}")
     say(
-        f"work         {figure(flops / 1e9)} GFLOP a device by the model's multiply-adds, "
-        f"{figure(needs.flops / 1e9)} by the compiler; {figure(needs.accessed / 1e9)} GB accessed"
+        f"work         {rounded(flops / 1e9)} GFLOP a device by the model's multiply-adds, "
+        f"{rounded(resources.flops / 1e9)} by the compiler; "
+        f"{rounded(resources.accessed / 1e9)} GB accessed"
     )
-    say(f"by index     {needs.gathers} gathers, {needs.scatters} scatters")
-    traffic = [
-        f"{found.number} {kind}, {found.size / 1e6:,.1f} MB"
-        for kind, found in sorted(needs.collectives.items())
+    say(f"by index     {resources.gathers} gathers, {resources.scatters} scatters")
+    collectives = [
+        f"{traffic.number} {kind}, {traffic.size / 1e6:,.1f} MB"
+        for kind, traffic in sorted(resources.collectives.items())
     ]
-    say(f"collectives  {'; '.join(traffic) or 'none'}")
+    say(f"collectives  {'; '.join(collectives) or 'none'}")
 
 
-def report_bounds(least: Bounds, images: Images, hosts: int) -> None:
-    """Print what follows from the data sheet: seconds a step, images a second, hours."""
-    times = ", ".join(f"{name} {figure(1e3 * value)} ms" for name, value in least._asdict().items())
-    rate = images.a_step / least.step
+def report_bounds(bounds: Bounds, images: Images, hosts: int) -> None:
+    """Print bounds from the data sheet: time of a step, images per second, hours of the run."""
+    seconds = bounds._asdict()
+    times = ", ".join(f"{name} {rounded(1e3 * value)} ms" for name, value in seconds.items())
+    rate = images.per_step / bounds.step
     say(f"least a step {times} (data sheet)")
     say(
         f"at most      {rate:,.0f} images/s, {rate / hosts:,.0f} from each host; "
-        f"at least {images.a_run / rate / 3600:,.1f} h for the run"
+        f"at least {images.per_run / rate / 3600:,.1f} h for the run"
     )
 
 
 def check(topology: str, images: int | None, classes: int | None) -> bool:
-    """Compile, and print what was found; whether it fits, as far as is known."""
+    """Compile the step and print a report; return False only if the step is known not to fit."""
     path, config = chosen_config()
     config = adopt_architecture(config)
     devices = open_topology(topology)
     check_config(config)
     size = data_size(config, images, classes)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    program = build_trainer(config, size.classes, size.images, mesh)
+    trainer = build_trainer(config, size.classes, size.images, mesh)
     kind, hosts = devices[0].device_kind, len({device.process_index for device in devices})
     chip = CHIPS.get(kind)
     axes = ", ".join(f"{name} {number}" for name, number in mesh.shape.items())
@@ -197,7 +199,7 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
     say("compiling the train step; that takes a minute or two for a recipe's model")
     began = time.perf_counter()
     try:
-        step = program.train_step.lower(program.state, program.batch).compile()
+        step = trainer.train_step.lower(trainer.state, trainer.batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(f"the step of {path} does not compile: {error}") from error
@@ -206,28 +208,28 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
         say(json_line({**record, "fits": False}, "the record"))
         return False
     seconds = time.perf_counter() - began
-    needs = count_needs(step, len(devices))
+    resources = count_resources(step, len(devices))
     say(f"compiled in {seconds:.0f} s")
-    flops = train_flops(config, program.model) / len(devices)
-    report_needs(needs, flops, chip)
+    flops = train_flops(config, trainer.model) / len(devices)
+    report_resources(resources, flops, chip)
     record |= {
         "compile_seconds": round(seconds, 1),
-        **needs._asdict(),
-        "collectives": {name: found._asdict() for name, found in needs.collectives.items()},
-        "memory": needs.memory,
+        **resources._asdict(),
+        "collectives": {name: traffic._asdict() for name, traffic in resources.collectives.items()},
+        "memory": resources.memory,
         "model_flops": flops,
     }
     if chip is None:
         say(json_line({**record, "fits": None}, "the record"))
         return True
     if config.accumulation == 1:
-        least = count_bounds(needs, flops, chip)
-        steps = program.steps
-        report_bounds(least, Images(config.batch_size, config.batch_size * steps), hosts)
-        record["least_seconds"] = least._asdict()
+        bounds = count_bounds(resources, flops, chip)
+        steps = trainer.steps
+        report_bounds(bounds, Images(config.batch_size, config.batch_size * steps), hosts)
+        record["least_seconds"] = bounds._asdict()
     else:
         say(f"no bounds: the compiler counts one of the {config.accumulation} parts of a batch")
-    fits = needs.memory <= chip.memory
+    fits = resources.memory <= chip.memory
     say("fits" if fits else f"does not fit. {LESS_MEMORY}")
     say(json_line({**record, "fits": fits}, "the record"))
     return fits
@@ -241,12 +243,12 @@ def _main() -> None:
 
 
 def main() -> None:
-    """The command line."""
-    flags.DEFINE_string("topology", None, "A TPU slice, chips by chips, as v5e:4x4; or cpu:8.")
+    """Run the command line."""
+    flags.DEFINE_string("topology", None, "A TPU slice, chips by chips, such as v5e:4x4; or cpu:8.")
     for name, least, most in (("images", 1, 2**40), ("classes", 2, 2**20)):
         text = (
-            f"Number of {name} of the training set; default: that of the config's, or of ImageNet "
-            "or ADE20K where it is not here."
+            f"Number of {name} of the training set; default: from the config's dataset, or from "
+            "ImageNet or ADE20K if that is not on this machine."
         )
         flags.DEFINE_integer(name, None, text, least, most)
     start(_main, ("topology", "images", "classes"))

@@ -1,15 +1,16 @@
-"""Write the features that a classifier sees in images to a file: one row of numbers an image.
+"""Write a classifier's image features to a file, one row per image.
 
-They are the last map of the backbone, normalised and averaged: what the classifier's head sees. Of
-one folder, names are places in it, so folders of classes stay apart; else they are as given.
-Images that cannot be read are named and left out; the status is 1 then.
+The features are the backbone's last map, normalized and averaged over positions: the input of the
+classifier's head. If IMAGE is a single folder, images are named by their path inside it, so class
+folders stay apart; otherwise by their path as given. Images that cannot be read are reported and
+skipped, and the exit status is then 1.
 
 Examples:
   python -m activemlp_jax.embed models/active_tiny photos/ --output features.npz
   python -m activemlp_jax.embed models/active_tiny 'val/n0*/*.JPEG' --output val.parquet
 
-An .npz file has the arrays `names` [N] and `embeddings` [N, C] float32, a Parquet file the columns
-`name` and `embedding`.
+An .npz file has the arrays `names` [N] and `embeddings` [N, C] float32; a Parquet file has the
+columns `name` and `embedding`.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def _write_npz(file: IO[bytes], names: Sequence[str], rows: np.ndarray) -> None:
 
 
 def _write_parquet(file: IO[bytes], names: Sequence[str], rows: np.ndarray) -> None:
-    import pyarrow as pa  # an extra, and slow to import
+    import pyarrow as pa  # optional, and slow to import
     from pyarrow import parquet
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
@@ -60,10 +61,10 @@ WRITERS: dict[str, Write] = {".npz": _write_npz, ".parquet": _write_parquet}
 
 
 def find_writer(output: Path) -> Write:
-    """What writes a file of this name.
+    """Find the function that writes the format given by the suffix of `output`.
 
     Raises:
-      UserError: its end says no form that is known, or pyarrow is needed and missing.
+      UserError: the suffix is unknown, or pyarrow is needed and missing.
     """
     writer = WRITERS.get(output.suffix.lower())
     if writer is None:
@@ -79,34 +80,35 @@ def find_writer(output: Path) -> Write:
 
 
 def name_images(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
-    """What to call each file: of one folder its place in it, else as it was found."""
-    in_one = len(paths) == 1 and os.path.isdir(os.path.expanduser(paths[0]))
-    names = (file.inside.as_posix() if in_one else file.path for file in files)
-    # Names of files need not be text in any encoding, those in the file do.
+    """Name files by their path inside the only folder of `paths`, or else by their own path."""
+    is_one_folder = len(paths) == 1 and os.path.isdir(os.path.expanduser(paths[0]))
+    names = (file.inside.as_posix() if is_one_folder else file.path for file in files)
+    # File names can be arbitrary bytes, but the output needs valid text.
     return [name.encode("utf-8", "replace").decode("utf-8") for name in names]
 
 
 def embed(
     directory: str, paths: Sequence[str], output: str, broken: list[ImageFile]
 ) -> tuple[str, list[str], np.ndarray]:
-    """Write the embeddings of images.
+    """Write the features of images to a file.
 
     Args:
-      directory: of a classifier.
-      paths: of images, as `find_images` takes them.
-      output: the file to write.
-      broken: images that cannot be read are added to it.
+      directory: model directory of a classifier.
+      paths: files, folders or patterns, as `find_images` takes them.
+      output: file to write.
+      broken: list that images which cannot be read are added to.
 
     Returns:
-      'wrote' or 'replaced', for what was done to the file; and what is in it: the names of the
-      images, and `[N, C]` float32.
+      'wrote' or 'replaced', what was done to the file; the names of the images; and their features,
+      `[N, C]` float32.
 
     Raises:
-      UserError: an unusable directory or output, or no image that can be read.
+      UserError: the directory or the output is unusable, no image can be read, or features are not
+        finite.
     """
     card = read_card(directory)
     if not isinstance(card.model, ActiveMLP):
-        # Its maps were trained to tell places apart, at the size of each photo.
+        # A segmentation model's maps are trained to tell positions apart, at each photo's size.
         raise UserError(
             f"{directory} has a segmentation model, which sees no image as a whole; expected a "
             "classifier"
@@ -120,11 +122,11 @@ def embed(
     weights = read_weights(directory, card, card.default_kind)
     program = functools.partial(embeddings, classifier, jax.tree.map(jnp.asarray, weights))
     read = watched(read_images(files, classifier.prepare, os.cpu_count() or 1), len(files))
-    found = list(ask(program, unbroken(read, broken), choose_batch_size(len(files))))
-    if not found:
+    features = list(ask(program, unbroken(read, broken), choose_batch_size(len(files))))
+    if not features:
         raise UserError(f"none of the {len(files)} images can be read; {target} is not written")
-    names = name_images(paths, [file for file, _ in found])
-    rows = np.stack([row for _, row in found]).astype(np.float32)
+    names = name_images(paths, [file for file, _ in features])
+    rows = np.stack([row for _, row in features]).astype(np.float32)
     for name, row in zip(names, rows, strict=True):
         if not np.isfinite(row).all():
             raise UserError(f"{directory} gives {name} features that are not finite")
@@ -134,16 +136,19 @@ def embed(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = Parser(
         prog="python -m activemlp_jax.embed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directory", metavar="MODEL_DIR", help="of a classifier")
+    parser.add_argument("directory", metavar="MODEL_DIR", help="model directory of a classifier")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help=IMAGES_HELP)
     parser.add_argument(
-        "--output", metavar="FILE", required=True, help="to write, .npz or .parquet (by pyarrow)"
+        "--output",
+        metavar="FILE",
+        required=True,
+        help="file to write: .npz, or .parquet (needs pyarrow)",
     )
     arguments: dict[str, Any] = vars(parser.parse_args())
     collect_garbage_rarely()

@@ -1,6 +1,6 @@
-"""Accuracy of a model on a data set, each image counted once on any number of devices.
+"""Evaluate a model on a dataset; each image counts once, on any number of devices.
 
-Accuracy for a classifier; mIoU, mAcc and aAcc for a segmentation model.
+Prints accuracy for a classifier, and mIoU, mAcc and aAcc for a segmentation model.
 
 Examples:
   python -m activemlp_jax.evaluate runs/digits/model --data digits
@@ -10,7 +10,7 @@ Examples:
   python -m activemlp_jax.evaluate models/upernet_large --data ade20k:/data --multi-scale
 
 On TPU pods, and under SLURM and Open MPI, the processes find each other; elsewhere the last four
-options say how. The first of them prints.
+options tell them how. Only the first process prints.
 """
 
 import argparse
@@ -38,7 +38,10 @@ from activemlp_jax.weights.model_directory import check_classes, read_card, read
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate_directory` finds: the task's sums by kind of weights, and what they are of."""
+    """Result of `evaluate_directory`.
+
+    `sums` has the task's sums over `images` images, keyed by kind of weights.
+    """
 
     task: Task
     images: int
@@ -55,26 +58,26 @@ def evaluate_directory(
     num_threads: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Evaluation:
-    """Evaluate all weights of a model directory, in one pass over a dataset.
+    """Evaluate all weights of a model directory in one pass over a dataset.
 
     Args:
-      directory: a model directory.
-      data: a dataset of the model's task.
-      split: of the dataset; None for the one to evaluate on.
-      batch_size: images at a time over all devices, rounded up to a multiple of them; None for the
-        task's default.
-      num_threads: that read images on each host; None for one a processor.
-      options: the options of the command that are for some tasks alone.
+      directory: model directory.
+      data: dataset for the model's task.
+      split: split of the dataset; None for the one to evaluate on.
+      batch_size: images per batch over all devices, rounded up to a multiple of their number; None
+        for the task's default.
+      num_threads: threads that read images on each host; None for one per CPU.
+      options: task-specific options of the command, keyed by name.
 
     Raises:
-      UserError: an unusable directory or dataset, options for another task, or classes that are
-        not the model's.
+      UserError: the directory or dataset is unusable, an option is for another task, or the classes
+        of the dataset are not the model's.
     """
     options = options or {}
     card = read_card(directory)
-    kind = task_type(card, directory)
-    check_options(kind, directory, "evaluate", options)
-    task = kind.from_card(card, options)
+    task_class = task_type(card, directory)
+    check_options(task_class, directory, "evaluate", options)
+    task = task_class.from_card(card, options)
     source = task.open_data(data, split)
     check_classes(card, source.class_names, data)
     keep_compiled_programs()
@@ -93,18 +96,18 @@ def evaluate_directory(
 
 
 def report(arguments: dict[str, Any]) -> list[Any]:
-    """What to print: the task's lines, and the record as one line of JSON."""
+    """Evaluate; return what to print: the task's lines, then the record as one line of JSON."""
     common = ("directory", "data", "split", "batch_size", "num_threads")
     options = {name: value for name, value in arguments.items() if name not in common}
-    found = evaluate_directory(**{name: arguments[name] for name in common}, options=options)
-    lines, figures = found.task.report(found.sums, found.images, found.class_names)
+    result = evaluate_directory(**{name: arguments[name] for name in common}, options=options)
+    lines, metrics = result.task.report(result.sums, result.images, result.class_names)
     record = {name: arguments[name] for name in ("directory", "data", "split")}
-    record |= {"images": found.images, **figures}
+    record |= {"images": result.images, **metrics}
     return [*lines, json_line(record, f"the evaluation of {record['directory']}")]
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = Parser(
         prog="python -m activemlp_jax.evaluate",
         description=__doc__,
@@ -114,19 +117,22 @@ def main() -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="digits, folder:PATH (a folder of class folders), tfds:NAME; to segment: "
+        help="digits, folder:PATH (a folder of class folders), tfds:NAME; for segmentation: "
         "digit_scenes, ade20k:PATH, folder:PATH (images, annotations, classes.txt)",
     )
-    parser.add_argument("--split", help="of the dataset (the first of val, validation, test)")
+    parser.add_argument("--split", help="dataset split (the first of val, validation, test)")
     parser.add_argument(
-        "--batch-size", type=int, help="over all devices (128; for segmentation, one a device)"
+        "--batch-size",
+        type=int,
+        help="images at a time over all devices (128; for segmentation, one per device)",
     )
-    parser.add_argument("--num-threads", type=int, help="that read images (one a processor)")
+    parser.add_argument("--num-threads", type=int, help="threads that read images (one per CPU)")
     for task in TASKS.values():
         task.add_evaluate_options(parser.add_argument_group(f"{task.noun}s"))
     for name, parse, default, text in HOST_OPTIONS:
-        spelt = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))  # train.py's as well
-        parser.add_argument(*spelt, type=parse, default=default, help=text)
+        # The second spelling is that of train.py.
+        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+        parser.add_argument(*spellings, type=parse, default=default, help=text)
     arguments = vars(parser.parse_args())
     keep_freed_memory()
     collect_garbage_rarely()

@@ -1,8 +1,8 @@
-"""Name what photos show by a classifier, or label their pixels by a segmentation model.
+"""Classify photos with a classifier, or label their pixels with a segmentation model.
 
-A classifier gives the most probable classes of each image; a segmentation model, colored overlays
-with a legend. Images that cannot be read are named and left out; the status is 1 then. Files that
-this command did not write are replaced only with --overwrite.
+A classifier gives the most probable classes of each image, and a segmentation model gives colored
+overlays with a legend. Images that cannot be read are reported and skipped, and the exit status is
+then 1. Files that this command did not write are replaced only with --overwrite.
 
 Examples:
   python -m activemlp_jax.predict models/active_tiny photo.jpg
@@ -10,7 +10,7 @@ Examples:
   curl -s https://example.org/photo.jpg | python -m activemlp_jax.predict models/active_tiny -
   python -m activemlp_jax.predict models/active_tiny photo.jpg --show-offsets looks.png
   python -m activemlp_jax.predict runs/digit_scenes/model scene.png
-  python -m activemlp_jax.predict models/upernet_large holiday/ --output labelled --multi-scale
+  python -m activemlp_jax.predict models/upernet_large holiday/ --output labeled --multi-scale
 """
 
 import argparse
@@ -38,12 +38,12 @@ from activemlp_jax.weights.model_directory import ModelCard, read_card, read_wei
 
 
 def read_variables(directory: str, card: ModelCard) -> Variables:
-    """The variables to predict with, on the default device."""
+    """Read the variables to predict with, onto the default device."""
     return jax.tree.map(jnp.asarray, read_weights(directory, card, card.default_kind))
 
 
 def fractions(text: str) -> tuple[float, float]:
-    """A place of a picture from `X,Y`, as argparse takes it for a type."""
+    """Parse `X,Y`, a position in a picture, for use as an argparse type."""
     try:
         x, y = map(float, text.split(","))
         if not (math.isfinite(x) and math.isfinite(y)):
@@ -63,17 +63,18 @@ def show_offsets(
     """Draw where the model looks in an image.
 
     Args:
-      directory: of a model of either kind.
-      files: the one image.
-      output: the file to write; its ending says the format.
-      tokens: from where it looks, (x, y) in fractions of the picture; a few of its own if empty.
+      directory: model directory of a classifier or a segmentation model.
+      files: a single image.
+      output: file to write; its suffix sets the format.
+      tokens: positions that the model looks from, (x, y) in fractions of the picture; if empty, a
+        few are chosen.
       overwrite: whether to replace a file that this command did not write.
 
     Returns:
-      What was done, for people.
+      A sentence for the user that says what was done.
 
     Raises:
-      UserError: an unusable directory, image, token or output, or more than one image.
+      UserError: a directory, image, token or output is unusable, or there are several images.
     """
     if len(files) > 1:
         raise UserError(f"--show-offsets is for one image, but there are {len(files)}")
@@ -84,48 +85,48 @@ def show_offsets(
         raise UserError(f"--show-offsets is {output}, expected a picture's ending such as .png")
     done = check_picture(target, overwrite)
     card = read_card(directory)
-    seen = show_to_model(card.model, path, card)
+    images = show_to_model(card.model, path, card)
     blocks = inspect_offsets(card.model, read_variables(directory, card), path, card)
-    save_picture(draw_offsets(seen[0], blocks, tokens or None), target)
+    save_picture(draw_offsets(images[0], blocks, tokens or None), target)
     return f"{done} {output}: where the model looks in {path}"
 
 
 def as_json(record: dict[str, Any]) -> str:
-    """The record of an image on one line; UserError for a number that is not finite."""
+    """Format an image's record as one line; raise UserError for a number that is not finite."""
     return json_line(record, f"the record of {record['image']}")
 
 
 def predict(arguments: dict[str, Any]) -> list[ImageFile]:
-    """Do what the command line asks for; returns the files that cannot be read."""
+    """Run the command with its parsed arguments; return the files that cannot be read."""
     directory, to_json, broken = arguments["directory"], arguments["json"], list[ImageFile]()
     card = read_card(directory)
-    kind = task_type(card, directory)
-    check_options(kind, directory, "predict", arguments)
+    task_class = task_type(card, directory)
+    check_options(task_class, directory, "predict", arguments)
     check_numbers(arguments)
-    task = kind.from_card(card, arguments)
+    task = task_class.from_card(card, arguments)
     files = find_images(arguments["images"], task.written)
     run = task.plan_predict(card, files, arguments)
     keep_compiled_programs()
-    offsets, shown = "", dict[str, str]()
+    message, extra_fields = "", dict[str, str]()
     if arguments["show_offsets"]:
-        place = arguments["show_offsets"]
-        offsets = show_offsets(directory, files, place, arguments["token"], arguments["overwrite"])
-        shown = {"offsets": place}
+        output = arguments["show_offsets"]
+        message = show_offsets(directory, files, output, arguments["token"], arguments["overwrite"])
+        extra_fields = {"offsets": output}
     elif arguments["token"]:
         raise UserError("--token says what --show-offsets shows, which is missing")
     records = run(read_variables(directory, card), broken)
     if to_json:
         for record in records:
-            print(as_json(record | shown), flush=True)
+            print(as_json(record | extra_fields), flush=True)
     else:
         task.print_records(records)
-        if offsets:
-            print(offsets)
+        if message:
+            print(message)
     return broken
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = Parser(
         prog="python -m activemlp_jax.predict",
         description=__doc__,
@@ -133,7 +134,7 @@ def main() -> None:
     )
     parser.add_argument("directory", metavar="MODEL_DIR", help="from conversion or training")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help=IMAGES_HELP)
-    parser.add_argument("--json", action="store_true", help="print one JSON line an image")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per image")
     parser.add_argument(
         "--show-offsets", metavar="OUT.png", help="draw where the model looks in the one image"
     )
@@ -143,13 +144,13 @@ def main() -> None:
         action="append",
         type=fractions,
         default=[],
-        help="a place to look from, in fractions of what the model sees from its top left, such as "
-        "0.3,0.6; may be repeated (three places that are well apart)",
+        help="position to look from, in fractions of what the model sees, from the top left, such "
+        "as 0.3,0.6; may be repeated (three positions far apart)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace files of these names that this command did not write",
+        help="replace files even if this command did not write them",
     )
     for task in TASKS.values():
         if task.predict_options:

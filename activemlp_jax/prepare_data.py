@@ -1,6 +1,6 @@
-"""Data sets as ArrayRecord files, which training reads at random, without TensorFlow.
+"""Convert datasets to ArrayRecord files, which training reads at random and without TensorFlow.
 
-Interrupted, the same command goes on with what is missing.
+After an interruption, the same command continues with the missing files.
 
 Examples:
   python -m activemlp_jax.prepare_data imagenet2012 ~/Downloads
@@ -8,8 +8,8 @@ Examples:
   python -m activemlp_jax.prepare_data folder ~/photos my_photos
   python -m activemlp_jax.prepare_data tfds beans
 
-The result is for `--config.data.name=tfds:NAME`, with the environment variable TFDS_DATA_DIR set to
-the folder of --data-dir.
+To train on the result, use `--config.data.name=tfds:NAME` and set the environment variable
+TFDS_DATA_DIR to the folder given by --data-dir.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def _absolute(path: str) -> Path:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = Parser(
         prog="python -m activemlp_jax.prepare_data",
         description=__doc__,
@@ -36,22 +36,32 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     imagenet = commands.add_parser("imagenet2012", help="from the official tar files")
     imagenet.add_argument(
-        "source", metavar="FOLDER", help="of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+        "source",
+        metavar="FOLDER",
+        help="folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
     )
     tfrecord = commands.add_parser("tfrecord", help="from a copy in TFRecord files")
-    tfrecord.add_argument("source", metavar="FOLDER", help="of one version, as imagenet2012/5.1.0")
+    tfrecord.add_argument(
+        "source", metavar="FOLDER", help="folder of one version, such as imagenet2012/5.1.0"
+    )
     folder = commands.add_parser("folder", help="from class folders of images")
-    folder.add_argument("source", metavar="FOLDER", help="of class folders, or one such a split")
-    folder.add_argument("name", metavar="NAME", help="of the new data set, such as my_photos")
+    folder.add_argument(
+        "source", metavar="FOLDER", help="folder with class folders, or with one of these per split"
+    )
+    folder.add_argument("name", metavar="NAME", help="name of the new dataset, such as my_photos")
     download = commands.add_parser("tfds", help="let tensorflow-datasets do it")
-    download.add_argument("name", metavar="NAME", help="of a data set it knows, such as beans")
+    download.add_argument("name", metavar="NAME", help="name of one of its datasets, such as beans")
     for command in (imagenet, tfrecord, folder, download):
         command.add_argument(
-            "--data-dir", help="of your data sets (TFDS_DATA_DIR, or else ~/tensorflow_datasets)"
+            "--data-dir",
+            help="folder of your datasets (TFDS_DATA_DIR, or else ~/tensorflow_datasets)",
         )
     for command in (imagenet, tfrecord, folder):
         command.add_argument(
-            "--num-threads", type=int, default=os.cpu_count(), help="that write (one a processor)"
+            "--num-threads",
+            type=int,
+            default=os.cpu_count(),
+            help="threads that write (one per CPU)",
         )
     arguments = parser.parse_args()
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
@@ -66,7 +76,7 @@ def main() -> None:
 
 
 def _prepare(arguments: argparse.Namespace, data_dir: Path, console: Console) -> None:
-    from activemlp_jax.data import preparation  # here, as --help need not wait for it
+    from activemlp_jax.data import preparation  # slow to import, and --help does not need it
 
     if arguments.command == "tfds":
         preparation.prepare_tfds(arguments.name, data_dir, console)

@@ -1,13 +1,13 @@
-"""active_small on ImageNet from random weights, by the original's recipe.
+"""Train active_small on ImageNet from random weights, following the authors' recipe.
 
     python train.py --config configs/active_small.py
 
-Needs imagenet2012 as ArrayRecord files (docs/data.md), and hardware for 1,024 images of 224 x 224 a
-step, such as eight GPUs or a TPU slice.
+Needs imagenet2012 as ArrayRecord files (docs/data.md), and hardware for 1,024 images of 224 x 224
+pixels per step, such as eight GPUs or a TPU slice.
 
-Not run by us. The original reports 83.1% / 96.3% top-1 / top-5, of its averaged weights.
-The original did not publish its drop path rate for this model: 0.1, its code's default, is
-our choice, and models of this size often train with more.
+Not run by us. The authors report 83.1% / 96.3% top-1 / top-5 accuracy for averaged weights.
+They did not publish their drop path rate for this model. We use 0.1, the default of their code;
+models of this size often train with more.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +16,5 @@ from activemlp_jax.training.recipe import imagenet_config
 
 
 def get_config() -> ConfigDict:
-    """The recipe as it is."""
+    """Return the recipe without changes."""
     return imagenet_config("active_small")

@@ -1,13 +1,14 @@
-"""active_base under Semantic FPN on ADE20K, by the original's recipe.
+"""Train active_base with Semantic FPN on ADE20K, following the authors' recipe.
 
     python train.py --config configs/ade20k_fpn_active_base.py \\
         --config.data.name=ade20k:/data/ADEChallengeData2016 --config.init_from=models/active_base
 
-Needs ADEChallengeData2016 as its zip file unpacks, a classifier's model directory to start from
-(docs/segmentation.md), and hardware for 16 crops of 512 x 512 a step, such as eight GPUs.
+Needs the unpacked ADEChallengeData2016.zip, the model directory of a classifier to start from
+(docs/segmentation.md), and hardware for 16 crops of 512 x 512 pixels per step, such as eight GPUs.
 
-Not run by us. The original reports 47.73% mIoU.
-Optimiser and drop path rate were not published; these are its peers' and active_large's.
+Not run by us. The authors report 47.73% mIoU.
+They did not publish the optimizer and the drop path rate. The optimizer here is that of similar
+models (PVT, PoolFormer); the drop path rate is that of active_large with UperNet.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +17,5 @@ from activemlp_jax.training.recipe import ade20k_config
 
 
 def get_config() -> ConfigDict:
-    """The recipe as it is."""
+    """Return the recipe without changes."""
     return ade20k_config("active_base", "fpn")

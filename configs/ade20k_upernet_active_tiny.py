@@ -1,13 +1,13 @@
-"""active_tiny under UperNet on ADE20K, by the original's recipe.
+"""Train active_tiny with UperNet on ADE20K, following the authors' recipe.
 
     python train.py --config configs/ade20k_upernet_active_tiny.py \\
         --config.data.name=ade20k:/data/ADEChallengeData2016 --config.init_from=models/active_tiny
 
-Needs ADEChallengeData2016 as its zip file unpacks, a classifier's model directory to start from
-(docs/segmentation.md), and hardware for 16 crops of 512 x 512 a step, such as eight GPUs.
+Needs the unpacked ADEChallengeData2016.zip, the model directory of a classifier to start from
+(docs/segmentation.md), and hardware for 16 crops of 512 x 512 pixels per step, such as eight GPUs.
 
-Not run by us. The original reports 46.46% (47.55% at many scales) mIoU.
-The drop path rate, 0.2, is that published for active_large; this model's was not.
+Not run by us. The authors report 46.46% mIoU (47.55% with multi-scale testing).
+The drop path rate, 0.2, is the one published for active_large; this model's was not published.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +16,5 @@ from activemlp_jax.training.recipe import ade20k_config
 
 
 def get_config() -> ConfigDict:
-    """The recipe as it is."""
+    """Return the recipe without changes."""
     return ade20k_config("active_tiny", "upernet")

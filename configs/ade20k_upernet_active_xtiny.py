@@ -1,13 +1,13 @@
-"""active_xtiny under UperNet on ADE20K, by the original's recipe.
+"""Train active_xtiny with UperNet on ADE20K, following the authors' recipe.
 
     python train.py --config configs/ade20k_upernet_active_xtiny.py \\
         --config.data.name=ade20k:/data/ADEChallengeData2016 --config.init_from=models/active_xtiny
 
-Needs ADEChallengeData2016 as its zip file unpacks, a classifier's model directory to start from
-(docs/segmentation.md), and hardware for 16 crops of 512 x 512 a step, such as eight GPUs.
+Needs the unpacked ADEChallengeData2016.zip, the model directory of a classifier to start from
+(docs/segmentation.md), and hardware for 16 crops of 512 x 512 pixels per step, such as eight GPUs.
 
-Not run by us. The original reports 44.27% (45.44% at many scales) mIoU.
-The drop path rate, 0.2, is that published for active_large; this model's was not.
+Not run by us. The authors report 44.27% mIoU (45.44% with multi-scale testing).
+The drop path rate, 0.2, is the one published for active_large; this model's was not published.
 """
 
 from ml_collections import ConfigDict
@@ -16,5 +16,5 @@ from activemlp_jax.training.recipe import ade20k_config
 
 
 def get_config() -> ConfigDict:
-    """The recipe as it is."""
+    """Return the recipe without changes."""
     return ade20k_config("active_xtiny", "upernet")

@@ -1,4 +1,4 @@
-"""The digits again, from weights that already know letters: half the epochs.
+"""Fine-tune a model of handwritten letters on the digits, in half the epochs.
 
     python examples/draw_letters.py data/letters
     python train.py --workdir runs/letters_first --config.epochs=20 \\
@@ -12,7 +12,7 @@ from configs.digits import get_config as digits_config
 
 
 def get_config() -> ConfigDict:
-    """The digits' config, and what starting from weights changes."""
+    """Return the config for the digits with the settings for fine-tuning."""
     config = digits_config()
     config.epochs = 20
     config.optimizer.learning_rate = 1e-3

@@ -1,17 +1,17 @@
-"""Your own photos: fine-tune a model on a folder of class folders.
+"""Fine-tune a model on your own photos in class folders.
 
     python train.py --config configs/fine_tune_folder.py --config.data.name=folder:data/photos \\
         --config.init_from=models/active_tiny
 
-`data/photos/train` and `data/photos/val` each have a folder of images for every class;
-`models/active_tiny` is a model directory (docs/converting.md). A GPU with 16 GB should do; on a
-CPU lower batch_size and be patient. Of some dozens of images take 8 at a time, for 60 epochs.
+`data/photos/train` and `data/photos/val` have one folder of images per class;
+`models/active_tiny` is a model directory (docs/converting.md). A GPU with 16 GB should suffice; on
+a CPU, lower batch_size and be patient. For a few dozen images, use a batch size of 8 and 60 epochs.
 
-A starting point for some dozens to some ten thousand images, not tuned on any: half of the
-original's augmentation and no mixing, layers near the image learn slower than the head, gradients
-are clipped, and the average of the weights warms up. Set epochs so that there are a few thousand
-steps, or some hundreds of few images, and choose learning_rate by a few short runs; it does not
-change with the batch. docs/fine_tuning.md has what was measured.
+This is a starting point for a few dozen to about ten thousand images, not tuned on photos. It uses
+half of the authors' augmentation and no mixing, lower learning rates for layers near the image than
+for the head, gradient clipping, and a warm-up of the weight average. Choose epochs for a few
+thousand steps, or a few hundred with few images, and choose learning_rate by a few short runs. The
+learning rate does not scale with the batch size. docs/fine_tuning.md has measurements.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ from activemlp_jax.training.recipe import imagenet_config
 
 
 def get_config() -> ConfigDict:
-    """The original's recipe, and what a small set and weights that know something change."""
+    """Return the authors' recipe with the settings for fine-tuning on a small dataset."""
     config = imagenet_config("active_tiny")
     config.epochs = 30
     config.batch_size = 64
@@ -36,10 +36,10 @@ def get_config() -> ConfigDict:
     config.data.repeats = 1
     config.data.crop.min_area = 0.25
     config.data.randaugment = "rand-m5-mstd0.5-inc1"
-    config.data.on_error = "raise"  # of so few, a broken one is worth mending
+    config.data.on_error = "raise"  # with so few images, a broken one is worth fixing
     config.optimizer.schedule = "steps"
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.reference_batch_size = 0  # the rate stays where the batch changes
+    config.optimizer.reference_batch_size = 0  # do not scale the rate with the batch size
     config.optimizer.final_learning_rate = 1e-6
     config.optimizer.warmup_epochs = 2
     config.optimizer.clip_norm = 1.0

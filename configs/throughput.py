@@ -1,12 +1,12 @@
-"""How fast training is, with all of the recipe, on images that need no data set.
+"""Measure the speed of training with the full recipe, without a dataset.
 
     python train.py --config configs/throughput.py --config.batch_size=256
 
-Reads, decodes and augments JPEG files of 500 x 375 pixels (there are 64, over and over), trains
-active_tiny on them, and prints images a second for each epoch; the first one includes the loader's
-start. There is nothing to learn here, and the accuracy says nothing. `python -m
-activemlp_jax.benchmark data --config configs/throughput.py` measures the reading alone: where that
-is not faster, it is what limits training; raise data.num_threads.
+Reads, decodes and augments JPEG files of 500 x 375 pixels (64 files, repeated), trains active_tiny
+on them, and prints the images per second of each epoch. The first epoch includes the start of the
+loader. The images teach the model nothing, so the accuracy has no meaning. The loader alone is
+measured by `python -m activemlp_jax.benchmark data --config configs/throughput.py`; if it is not
+faster than training, it limits training, and a larger data.num_threads may help.
 
 Not run by us on a GPU or TPU.
 """
@@ -17,7 +17,7 @@ from activemlp_jax.training.recipe import imagenet_config
 
 
 def get_config() -> ConfigDict:
-    """The recipe on sample photographs, for a few short epochs."""
+    """Return the recipe with sample photographs and a few short epochs."""
     config = imagenet_config("active_tiny")
     config.epochs = 3
     config.data.name = "photos:10240"

@@ -1,12 +1,12 @@
-"""Draw a data set of letters in the form of the handwritten digits.
+"""Draw a dataset of letters that resembles the handwritten digits.
 
     python examples/draw_letters.py data/letters
 
-The letters A to Z in the fonts that come with matplotlib, each a little slanted, stretched and
-turned, as pictures of 32 x 32 pixels in class folders: `train/A/*.png` to `train/Z/*.png`, and
-`val`, whose fonts are not among those of `train`. Like the digits of scikit-learn they fill their
-picture and hold 8 x 8 grey values. A model learns strokes and corners from them that help it to
-read digits: see docs/fine_tuning.md.
+Draws the letters A to Z in the fonts that come with matplotlib, each slightly slanted, stretched
+and rotated, as pictures of 32 x 32 pixels in class folders: `train/A/*.png` to `train/Z/*.png`, and
+the same in `val` with other fonts. Like the digits of scikit-learn, a letter fills its picture and
+has 8 x 8 gray values. From letters, a model learns strokes and corners that help it to read digits;
+see docs/fine_tuning.md.
 """
 
 import argparse
@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 32
-COARSE = 8  # grey values a side
-DRAWINGS = 8  # of each letter in each font
+COARSE = 8  # gray values per side
+DRAWINGS = 8  # per letter and font
 VAL_FONTS = ("DejaVuSans-Oblique", "STIXGeneralBol", "cmr10")
 
 
 def fonts() -> list[Path]:
-    """The files of the fonts that have ordinary letters, sorted."""
+    """List the files of matplotlib's fonts with ordinary letters, sorted."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     families = ("DejaVuS", "STIXGeneral", "cmb10", "cmr10", "cmss10", "cmtt10")
     return sorted(
@@ -35,7 +35,7 @@ def fonts() -> list[Path]:
 
 
 def draw(letter: str, font: Path, rng: np.random.Generator) -> Image.Image:
-    """One letter, white on black, by random turn, slant and margins its own."""
+    """Draw a letter in white on black with random slant, rotation and margins."""
     side = 6 * SIDE
     page = Image.new("L", (side, side))
     face = ImageFont.truetype(str(font), side // 2)
@@ -51,7 +51,7 @@ def draw(letter: str, font: Path, rng: np.random.Generator) -> Image.Image:
 
 
 def main() -> None:
-    """The command line."""
+    """Draw all letters into the given folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,10 +62,10 @@ def main() -> None:
     for font in fonts():
         split = "val" if font.stem in VAL_FONTS else "train"
         for letter in string.ascii_uppercase:
-            place = folder / split / letter
-            place.mkdir(parents=True, exist_ok=True)
+            class_folder = folder / split / letter
+            class_folder.mkdir(parents=True, exist_ok=True)
             for number in range(DRAWINGS):
-                draw(letter, font, rng).save(place / f"{font.stem}-{number}.png")
+                draw(letter, font, rng).save(class_folder / f"{font.stem}-{number}.png")
                 count += 1
     print(f"drew {count} letters in {len(fonts())} fonts under {folder}")
 

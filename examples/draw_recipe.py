@@ -1,10 +1,10 @@
-"""Draw what a training step sees: a picture of the recipe at work on sample photographs.
+"""Draw the augmented images of a training step with the ImageNet recipe.
 
     python examples/draw_recipe.py recipe.jpg
 
-The first row has four photographs, each three times as repeated augmentation gives them, dealt out
-over two groups of six, cropped, flipped and changed by RandAugment; the second has the same after
-random erasing; the third after cutmix in the one group and mixup in the other.
+The first row shows four sample photographs, each three times because of repeated augmentation,
+dealt to two groups of six, cropped, flipped and changed by RandAugment. The second row shows them
+after random erasing, and the third after cutmix in one group and mixup in the other.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from activemlp_jax.data.batch_transforms import normalise, random_erasing
+from activemlp_jax.data.batch_transforms import normalize, random_erasing
 from activemlp_jax.data.loader import train_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
@@ -45,8 +45,8 @@ def main() -> None:
     preprocessing = Preprocessing(mean=mean, std=std)
     task = Classification(create_model("active_tiny"), preprocessing, config)
     key = jax.random.key(6)
-    erasing_key, _ = jax.random.split(key)  # as the task does
-    images = normalise(batch["image"], mean, std)
+    erasing_key, _ = jax.random.split(key)  # the task splits its key in the same way
+    images = normalize(batch["image"], mean, std)
     rows = {
         "crop, flip, RandAugment": images,
         "random erasing": random_erasing(erasing_key, images, config.random_erasing),
@@ -54,8 +54,8 @@ def main() -> None:
     }
     figure, axes = plt.subplots(len(rows), figsize=(12, 3.6), layout="constrained")
     for axis, (title, pixels) in zip(axes, rows.items(), strict=True):
-        shown = np.clip(np.asarray(pixels) * std + mean, 0, 1)
-        spaced = np.pad(shown, [(0, 0), (0, 0), (0, 4), (0, 0)], constant_values=1)
+        visible = np.clip(np.asarray(pixels) * std + mean, 0, 1)
+        spaced = np.pad(visible, [(0, 0), (0, 0), (0, 4), (0, 0)], constant_values=1)
         axis.imshow(np.concatenate(spaced, axis=1))
         axis.set_title(title, fontsize=9, loc="left")
         axis.axis("off")

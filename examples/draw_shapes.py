@@ -1,10 +1,10 @@
-"""Draw images with a class for every pixel: a small stand-in for your own photos and masks.
+"""Draw a small segmentation dataset, as a stand-in for your own photos and masks.
 
     python examples/draw_shapes.py data/shapes
 
-Discs, squares and triangles of any color on noise, 96 x 80 pixels, in the layout that
-`--config.data.name=folder:data/shapes` reads: `classes.txt`, `images/train/*.png` and
-`annotations/train/*.png`, and `val` likewise. docs/segmentation.md trains on them.
+Draws discs, squares and triangles of any color on noise, 96 x 80 pixels, in the layout that
+`--config.data.name=folder:data/shapes` reads: `classes.txt`, `images/train/*.png`,
+`annotations/train/*.png`, and the same for `val`. docs/segmentation.md trains on them.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT = 96, 80
-CLASSES = ("background", "disc", "square", "triangle")  # a mask has the number of the class
+CLASSES = ("background", "disc", "square", "triangle")  # a mask has indices into this tuple
 IMAGES = {"train": 240, "val": 40}
 
 
 def draw(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """An image, and its mask: 8 bits a pixel, the number of a class each."""
+    """Draw an image and its mask, which has a class index of 8 bits per pixel."""
     image = Image.fromarray(rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8))
     mask = Image.new("L", (WIDTH, HEIGHT))
     for _ in range(rng.integers(2, 5)):
@@ -37,7 +37,7 @@ def draw(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
 
 
 def main() -> None:
-    """The command line."""
+    """Draw the dataset into the given folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,14 +1,14 @@
-"""A detector's parts on the backbone: a feature pyramid, and a head that all its levels share.
+"""Build parts of an object detector on the backbone: a feature pyramid and a shared head.
 
     python examples/feature_pyramid.py
 
-The backbone gives maps at strides 4, 8, 16 and 32, not normalised. The last three become levels P3
-to P5 of one width, each with what the coarser ones know; P6 and P7 follow from P5. The head gives
-each place of each level class scores, and a box around the place. What is missing of a detector are
-its loss, its data and the suppression of double boxes.
+The backbone returns unnormalized feature maps at strides 4, 8, 16 and 32. The last three become
+pyramid levels P3 to P5 with the same number of channels, each merged with the coarser ones; P6 and
+P7 are computed from P5. The head, shared by all levels, predicts class scores and a box at each
+position of each level. A complete detector also needs a loss, data, and non-maximum suppression.
 
-Source: Lin et al., "Feature Pyramid Networks for Object Detection" (CVPR 2017); boxes by distances
-as in Tian et al., "FCOS" (ICCV 2019).
+Source: Lin et al., "Feature Pyramid Networks for Object Detection" (CVPR 2017). Boxes are distances
+from a position to the four sides, as in Tian et al., "FCOS" (ICCV 2019).
 """
 
 import argparse
@@ -22,17 +22,17 @@ import jax.numpy as jnp
 
 import activemlp_jax as am
 
-STRIDES = (8, 16, 32, 64, 128)  # of P3 to P7, in pixels
+STRIDES = (8, 16, 32, 64, 128)  # strides of P3 to P7, in pixels
 
 
 class FeaturePyramid(nn.Module):
-    """Levels of one width out of the backbone's maps."""
+    """Turns backbone maps into pyramid levels with the same number of channels."""
 
     channels: int = 256
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
-        """Maps at strides 8, 16, 32 to levels `[B, H / s, W / s, channels]`, s out of `STRIDES`."""
+        """Turn maps at strides 8, 16, 32 into levels `[B, H/s, W/s, channels]`, s in `STRIDES`."""
         merged: list[jax.Array] = []  # from coarse to fine
         for x in reversed(maps):
             x = nn.Conv(self.channels, (1, 1))(nn.LayerNorm()(x))
@@ -46,23 +46,24 @@ class FeaturePyramid(nn.Module):
 
 
 def centers(level: jax.Array, stride: int) -> jax.Array:
-    """Where in the image a level `[B, H, W, C]` has its places: `[H * W, 2]`, x and y in pixels."""
+    """Image coordinates (x, y) of a level's positions, `[H * W, 2]` in pixels."""
     height, width = level.shape[1:3]
     y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     return (jnp.stack((x, y), -1).reshape(-1, 2) + 0.5) * stride
 
 
 class DetectionHead(nn.Module):
-    """Class scores, for a sigmoid, and boxes: left, top, right, bottom in pixels of the image."""
+    """Predicts class logits, for a sigmoid, and boxes (left, top, right, bottom) in pixels."""
 
     num_classes: int
     channels: int = 256
 
     @nn.compact
     def __call__(self, levels: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Levels to scores `[B, N, num_classes]` and boxes `[B, N, 4]`, N places in all."""
+        """Predict scores `[B, N, num_classes]` and boxes `[B, N, 4]` at all N positions."""
         tower = nn.Conv(self.channels, (3, 3), name="tower")
-        rare = nn.initializers.constant(-math.log(99))  # at first a place is empty by 99%
+        # Initially, each class has a probability of 1%.
+        rare = nn.initializers.constant(-math.log(99))
         classify = nn.Conv(self.num_classes, (3, 3), bias_init=rare, name="classify")
         measure = nn.Conv(4, (3, 3), name="measure")
         scores, boxes = [], []
@@ -76,20 +77,20 @@ class DetectionHead(nn.Module):
 
 
 class Detector(nn.Module):
-    """What comes after the backbone."""
+    """Combines the feature pyramid and the head, which follow the backbone."""
 
     num_classes: int
     channels: int = 256
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The backbone's four maps to class scores and boxes, as `DetectionHead` has them."""
+        """Turn the backbone's four maps into the class scores and boxes of `DetectionHead`."""
         levels = FeaturePyramid(self.channels, name="pyramid")(maps[1:])
         return DetectionHead(self.num_classes, self.channels, name="head")(levels)
 
 
 def main() -> None:
-    """Show what comes out, on an image of noise."""
+    """Print the shapes of the outputs for an image of noise."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
@@ -98,10 +99,10 @@ def main() -> None:
     images = jax.random.normal(jax.random.key(0), (1, 256, 320, 3))
     variables = jax.jit(model.init)(jax.random.key(1), images)
     maps = jax.jit(partial(model.apply, method="features"))(variables, images)
-    rest = jax.jit(detector.init)(jax.random.key(2), maps)
-    scores, boxes = jax.jit(detector.apply)(rest, maps)
-    for found in maps:
-        print("map   ", found.shape)
+    detector_variables = jax.jit(detector.init)(jax.random.key(2), maps)
+    scores, boxes = jax.jit(detector.apply)(detector_variables, maps)
+    for feature_map in maps:
+        print("map   ", feature_map.shape)
     print("scores", scores.shape)
     print("boxes ", boxes.shape)
 

@@ -1,9 +1,9 @@
-"""Save handwritten digits that the demo does not train on, as pictures.
+"""Save handwritten test digits, which the demo does not train on, as pictures.
 
     python examples/save_digits.py digits
 
-writes `digits/0.png` to `digits/9.png`, one of each, 32 x 32 pixels: for the model that `make demo`
-trains, and docs/first_steps.md.
+Writes `digits/0.png` to `digits/9.png`, one picture of 32 x 32 pixels per digit, for the model that
+`make demo` trains. docs/first_steps.md uses them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from activemlp_jax.data.sources import open_source
 
 
 def main() -> None:
-    """The command line."""
+    """Save one digit of each class in the given folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Settings every test runs under: strict shapes, warnings as errors, fast tests first."""
+"""Settings for all tests: compilation cache, strict shapes, fast tests first."""
 
 import os
 import signal
@@ -12,13 +12,13 @@ from activemlp_jax.utils.runtime import collect_garbage_rarely
 
 ROOT = Path(__file__).parents[1]
 
-# The tests and the processes they start keep compiled programs in a cache of their own, whatever
-# the user's settings are: JAX locks a cache only where its size has a limit, and then warns about
-# programs that a process without one put there.
+# The tests and the processes they start use their own compilation cache, whatever the user's
+# settings are. It has a size limit, because JAX locks only limited caches. JAX then warns about
+# programs that processes without a limit have cached, so these tests cannot use the user's cache.
 os.environ |= COMPILE_QUICKLY | {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax-tests"),
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(8 * 2**30),
-    # Most of what is run many times compiles in less than the second that JAX asks for.
+    # JAX's default is 1 s. Most programs that tests run many times compile faster.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
 }
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -28,10 +28,10 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-collect_garbage_rarely()  # as the commands do; most of a test's time is tracing and compiling
+collect_garbage_rarely()  # as commands do; tests spend most of their time tracing and compiling
 
-# A script's background jobs ignore Ctrl-C, and `nohup` ignores SIGHUP; so would the processes that
-# tests start and stop.
+# Background jobs of a script ignore SIGINT, and `nohup` ignores SIGHUP. The processes that tests
+# start would inherit this, and tests could not stop them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -42,6 +42,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def float64():
-    """float64 arrays and computations in this test."""
+    """Enable float64 arrays and computations in a test."""
     with jax.enable_x64(True):
         yield

@@ -1,4 +1,4 @@
-"""Counts of what models cost, and timings; `python -m activemlp_jax.benchmark`.
+"""Cost counts and timings of models and data loading; `python -m activemlp_jax.benchmark`.
 
 Imports `training`, and all that it may import.
 """

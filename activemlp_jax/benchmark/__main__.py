@@ -1,4 +1,4 @@
-"""What the models cost, how fast they and their training images are, what more devices bring.
+"""Count the cost of models, and time models, data loading and scaling over devices.
 
 Examples:
   python -m activemlp_jax.benchmark table --image-size 384
@@ -38,32 +38,32 @@ from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_freed_memor
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Height and width from '224' or '512x2048'; UserError if it is neither."""
-    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
-    if not found:
+    """Parse '224' or '512x2048' as height and width; raise UserError for anything else."""
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text)
+    if not match:
         raise UserError(f"--image-size is {text!r}, expected a side, or HEIGHTxWIDTH as 512x2048")
-    height, width = int(found[1]), int(found[2] or found[1])
+    height, width = int(match[1]), int(match[2] or match[1])
     for side in (height, width):
         check_numbers({"image_size": side})
     return height, width
 
 
 def cost_table(names: list[str], height: int, width: int, head: str | None = None) -> Table:
-    """Parameters and multiply-adds of the models `names` for one image.
+    """Make a table of the parameters and multiply-adds of models for one image.
 
     Args:
-      names: of the models, or of the backbones.
-      height: of the image, in pixels.
-      width: of the image, in pixels.
-      head: of segmentation models, for ADE20K; None for classifiers, for ImageNet.
+      names: names of classifiers, or of backbones if `head` is given.
+      height: height of the image in pixels.
+      width: width of the image in pixels.
+      head: head of segmentation models for ADE20K; None for ImageNet classifiers.
 
     Raises:
-      ValueError: the models take no images of that size, or a name is unknown.
+      ValueError: the models do not take images of that size, or a name is unknown.
     """
-    what = f"{head}, 150" if head else "1000"
-    table = Table(title=f"one image of {height} x {width}, {what} classes")
+    classes = f"{head}, 150" if head else "1000"
+    table = Table(title=f"one image of {height} x {width}, {classes} classes")
     table.add_column("backbone" if head else "model")
-    # The published counter of segmentation adds batch norms and pooling too.
+    # The published figures for segmentation also count batch norms and pooling.
     last = "with LayerNorms" if head else "as published"
     for heading in ("parameters", "GMACs conv+linear", f"GMACs {last}"):
         table.add_column(heading, justify="right")
@@ -88,10 +88,10 @@ def print_data_rates(
     steps: int,
     rounds: int,
 ) -> None:
-    """The command `data`: images a second, and the ratio to plain Pillow.
+    """Run the command `data`: print images per second, and the ratio to plain Pillow.
 
     Raises:
-      UserError: a config that cannot work, or whose training images are no crops of image files.
+      UserError: the config is invalid, or does not train on random crops of image files.
     """
     settings = load_config(config)
     for key, value in (
@@ -106,17 +106,17 @@ def print_data_rates(
     source = open_source(settings.data.name, settings.data.train_split)
     if settings.data.augmentation != "random_resized_crop" or not isinstance(source, EncodedSource):
         raise UserError(
-            f"{config} trains on no random crops of image files, of which this measures the making"
+            f"{config} does not train on random crops of image files, which this command times"
         )
     flags.FLAGS.mark_as_parsed()  # for Grain's worker processes
     size = settings.data.image_size
-    makers = (
+    workers = (
         f"{settings.data.num_workers} process(es)"
         if settings.data.num_workers
         else f"{settings.data.num_threads} thread(s)"
     )
     say = partial(print, flush=True)
-    say(f"{settings.data.name}: {settings.batch_size} images of {size} x {size} a batch, {makers}")
+    say(f"{settings.data.name}: {settings.batch_size} images of {size} x {size} a batch, {workers}")
     rates = measure(source, settings, steps, rounds)
     for name, values in (("this pipeline", rates.ours), ("plain Pillow", rates.plain)):
         say(
@@ -127,12 +127,12 @@ def print_data_rates(
 
 
 def print_scaling(config: str, devices: int, classes: int, steps: int, rounds: int) -> None:
-    """The command `scaling`: images a second by number of devices, and the share of ideal.
+    """Run the command `scaling`: print images per second for each number of devices.
 
     Raises:
-      UserError: a config that cannot work, or more devices than there are.
+      UserError: the config is invalid, or the machine has fewer devices.
     """
-    jax.config.update("jax_num_cpu_devices", devices)  # of use where there is no accelerator
+    jax.config.update("jax_num_cpu_devices", devices)  # for machines without an accelerator
     settings = load_config(config)
     check_config(settings)
     rates = measure_scaling(settings, classes, device_counts(devices), steps, rounds)
@@ -145,7 +145,7 @@ def print_scaling(config: str, devices: int, classes: int, steps: int, rounds: i
 
 
 def scaling_lines(rates: dict[int, list[float]]) -> Iterator[str]:
-    """For each number of devices its images a second, and the share of ideal, in words."""
+    """Yield a line per number of devices: images per second, and the percentage of ideal."""
     alone = median(rates[1])
     for count, values in rates.items():
         rate = median(values)
@@ -157,7 +157,7 @@ def scaling_lines(rates: dict[int, list[float]]) -> Iterator[str]:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = Parser(
         prog="python -m activemlp_jax.benchmark",
         description=__doc__,
@@ -167,42 +167,40 @@ def main() -> None:
     table = commands.add_parser("table", help="parameters and multiply-adds, counted from shapes")
     table.add_argument("--image-size", default="224", help="side in pixels, or HEIGHTxWIDTH (224)")
     table.add_argument(
-        "--head", choices=list(HEADS), help="segmentation models under this head, not classifiers"
+        "--head", choices=list(HEADS), help="segmentation models with this head, not classifiers"
     )
     table.add_argument(
         "--model", action="append", choices=list_models(), help="only this one; may be repeated"
     )
     data = commands.add_parser(
         "data",
-        help="images a second of the input side alone",
-        description="Times the batches of a config, without training, on this host; beside them a "
-        "plain implementation that reads, decodes and changes every sample by Pillow alone, in "
-        "as many threads, to the same pixels.",
+        help="images per second of data loading alone",
+        description="Times the loading of a config's batches on this host, without training, and "
+        "that of a plain implementation which reads, decodes and transforms every sample with "
+        "Pillow alone, in as many threads, to the same pixels.",
     )
     data.add_argument(
         "--config", required=True, metavar="FILE", help="such as configs/throughput.py"
     )
-    data.add_argument("--data", metavar="NAME", help="data set (the config's)")
-    data.add_argument("--batch-size", type=int, help="images (the config's)")
-    data.add_argument("--num-threads", type=int, help="that read (the config's)")
-    data.add_argument(
-        "--num-workers", type=int, help="processes in place of threads (the config's)"
-    )
-    data.add_argument("--steps", type=int, default=5, help="batches a round (5)")
-    data.add_argument("--rounds", type=int, default=3, help="of each, in turns (3)")
+    data.add_argument("--data", metavar="NAME", help="dataset (the config's)")
+    data.add_argument("--batch-size", type=int, help="images per batch (the config's)")
+    data.add_argument("--num-threads", type=int, help="threads that read (the config's)")
+    data.add_argument("--num-workers", type=int, help="processes instead of threads (the config's)")
+    data.add_argument("--steps", type=int, default=5, help="batches per round (5)")
+    data.add_argument("--rounds", type=int, default=3, help="rounds of each, in turns (3)")
     scaling = commands.add_parser(
         "scaling",
-        help="images a second on 1, 2, 4 and so on of this machine's devices",
-        description="Times the train step, without its input side, on some of this machine's "
+        help="images per second on 1, 2, 4 and so on of this machine's devices",
+        description="Times the train step, without data loading, on some of this machine's "
         "devices, each with the config's batch size. CPU devices share the machine's cores.",
     )
     scaling.add_argument(
         "--config", required=True, metavar="FILE", help="such as configs/digits.py"
     )
-    scaling.add_argument("--devices", type=int, required=True, help="the most to use")
-    scaling.add_argument("--classes", type=int, default=10, help="of the model (10)")
-    scaling.add_argument("--steps", type=int, default=10, help="a round (10)")
-    scaling.add_argument("--rounds", type=int, default=3, help="of each number, in turns (3)")
+    scaling.add_argument("--devices", type=int, required=True, help="largest number to use")
+    scaling.add_argument("--classes", type=int, default=10, help="classes of the model (10)")
+    scaling.add_argument("--steps", type=int, default=10, help="steps per round (10)")
+    scaling.add_argument("--rounds", type=int, default=3, help="rounds of each, in turns (3)")
     add_commands(commands)
     arguments = vars(parser.parse_args())
     keep_freed_memory()  # as train.py does
@@ -220,12 +218,12 @@ def main() -> None:
                 print_data_rates(**arguments)
             else:
                 run(command, arguments)
-        except ValueError as error:  # of a model or an image size
+        except ValueError as error:  # from an unknown model or a wrong image size
             raise UserError(str(error)) from error
 
 
 def print_costs(model: list[str] | None, image_size: str, head: str | None) -> None:
-    """The command `table`."""
+    """Run the command `table`."""
     Console().print(cost_table(model or list_models(), *parse_size(image_size), head))
 
 

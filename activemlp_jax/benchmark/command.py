@@ -13,7 +13,7 @@ from activemlp_jax.benchmark.measuring import (
     Contender,
     Measurement,
     Workload,
-    summarise,
+    summarize,
     this_machine,
     time_in_turns,
     write_csv,
@@ -39,7 +39,7 @@ say: Callable[[str], None] = partial(print, flush=True)
 
 
 def check_peer() -> None:
-    """Raises UserError if PyTorch, or what it compiles with, is not here."""
+    """Raise UserError if PyTorch, its device or the compiler that it needs is missing."""
     try:
         import torch
     except ImportError as error:
@@ -56,40 +56,40 @@ def check_peer() -> None:
 
 
 def figure_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> Iterator[str]:
-    """A table of a group's figures, in 100 columns where names are as long as usual.
+    """Format measurements as lines of a table, 100 columns wide for names of usual length.
 
     Args:
-      measurements: of contenders that took turns.
-      in_milliseconds: whether times are told in place of images a second.
+      measurements: measurements of contenders that took turns.
+      in_milliseconds: whether to show times instead of images per second.
     """
     unit = "ms" if in_milliseconds else "images/s"
     heading = ["", "", unit, "min to max", "GFLOP/s", "matmul", "GB/s", "copy", "to jax", "MiB"]
     rows = [[*heading, "compile s"]]
-    for found in measurements:
+    for figures in measurements:
         rates = (
-            found.images_per_second,
-            found.images_per_second_min,
-            found.images_per_second_max,
+            figures.images_per_second,
+            figures.images_per_second_min,
+            figures.images_per_second_max,
         )
-        if in_milliseconds and found.batch_size:
-            middle, high, low = (1e3 * found.batch_size / (rate or 1) for rate in rates)
+        if in_milliseconds and figures.batch_size:
+            middle, high, low = (1e3 * figures.batch_size / (rate or 1) for rate in rates)
             digits = 3
         else:
             middle, low, high = (rate or 0.0 for rate in rates)
             digits = 1
         rows.append(
             [
-                found.what,
-                found.implementation,
+                figures.what,
+                figures.implementation,
                 f"{middle:,.{digits}f}" if middle else "",
                 f"{low:,.{digits}f} to {high:,.{digits}f}" if middle else "",
-                f"{found.gflops:,.1f}" if found.gflops else "",
-                f"{100 * found.matmul_fraction:.1f}%" if found.matmul_fraction else "",
-                f"{found.gigabytes:,.1f}" if found.gigabytes else "",
-                f"{100 * found.copy_fraction:.1f}%" if found.copy_fraction else "",
-                f"{found.ratio_to_jax:.2f}",
-                f"{found.memory_bytes / MIB:,.1f}" if found.memory_bytes is not None else "",
-                f"{found.compile_seconds:.1f}",
+                f"{figures.gflops:,.1f}" if figures.gflops else "",
+                f"{100 * figures.matmul_fraction:.1f}%" if figures.matmul_fraction else "",
+                f"{figures.gigabytes:,.1f}" if figures.gigabytes else "",
+                f"{100 * figures.copy_fraction:.1f}%" if figures.copy_fraction else "",
+                f"{figures.ratio_to_jax:.2f}",
+                f"{figures.memory_bytes / MIB:,.1f}" if figures.memory_bytes is not None else "",
+                f"{figures.compile_seconds:.1f}",
             ]
         )
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
@@ -103,10 +103,11 @@ def figure_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> 
 
 
 class Options(NamedTuple):
-    """What all commands take: of the work, and how it is measured.
+    """Options that all commands share.
 
-    `batch_size` images, square, of `image_size` pixels, in `dtype`; `rounds` of `steps` times
-    each; `compare` with PyTorch; `csv` is the file to write, or None.
+    The input is `batch_size` square images with sides of `image_size` pixels, in `dtype`. It is
+    run in `rounds` of `steps` times each. `compare` adds PyTorch, and `csv` is the file to write,
+    or None.
     """
 
     batch_size: int
@@ -119,14 +120,14 @@ class Options(NamedTuple):
 
 
 def prepare(options: Options) -> None:
-    """What all commands check before any work.
+    """Check the options that all commands share, before any work.
 
     Raises:
-      UserError: nothing to measure, or no peer to compare with.
+      UserError: a number is out of range, or PyTorch cannot take part.
     """
     check_numbers(options._asdict())
     if options.compare:
-        # Else JAX would take three quarters of a GPU's memory from the peer.
+        # By default JAX reserves three quarters of a GPU's memory, which PyTorch needs too.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         check_peer()
 
@@ -134,12 +135,12 @@ def prepare(options: Options) -> None:
 def measure_all(
     groups: Iterable[tuple[str, Iterable[Contender]]], options: Options, in_milliseconds: bool
 ) -> None:
-    """Time groups of contenders, print their figures, and write them down after every group.
+    """Time groups of contenders, print their figures, and update the CSV file after every group.
 
     Args:
-      groups: titles, and contenders that are compiled as they are asked for and then take turns.
+      groups: titles and contenders; iterating compiles a group's contenders, which then take turns.
       options: how to measure.
-      in_milliseconds: whether times are printed in place of images a second.
+      in_milliseconds: whether to print times instead of images per second.
 
     Raises:
       UserError: the CSV file cannot be written.
@@ -164,43 +165,44 @@ def measure_all(
             )
             contenders.append(contender)
         say(f"{options.rounds} rounds of {options.steps}, in turns")
-        found = summarise(contenders, time_in_turns(contenders, options.steps, options.rounds))
-        for line in figure_lines(found, in_milliseconds):
+        seconds = time_in_turns(contenders, options.steps, options.rounds)
+        group = summarize(contenders, seconds)
+        for line in figure_lines(group, in_milliseconds):
             say(line)
         statistics = jax.devices()[0].memory_stats()
         if statistics:
             peak = statistics["peak_bytes_in_use"]
             say(f"JAX has held {peak / MIB:,.1f} MiB of the device at most so far")
-        measurements += found
+        measurements += group
         if file:
             write_csv(file, measurements, machine)
 
 
-def print_models(whats: Sequence[str], model: Sequence[str] | None, options: Options) -> None:
-    """The commands `model` and `train`: images a second of classifiers.
+def print_models(parts: Sequence[str], model: Sequence[str] | None, options: Options) -> None:
+    """Run the command `model` or `train`: print images per second of classifiers.
 
     Args:
-      whats: out of `TRAINING`, or nothing, for the forward pass.
-      model: their names, or None for all.
+      parts: the parts of `TRAINING` to time; empty for the forward pass.
+      model: names of the models; None for all.
       options: how to measure.
 
     Raises:
-      UserError: options that cannot work.
-      ValueError: an unknown model, or images that it does not take.
+      UserError: an option is out of range, or PyTorch cannot take part.
+      ValueError: a model is unknown or does not take images of this size.
     """
     prepare(options)
     size, dtype = options.image_size, options.dtype
     workloads = [Workload(name, options.batch_size, size, dtype) for name in model or list_models()]
     for workload in workloads:
-        count_cost(create_model(workload.model), size, size)  # refuses what is wrong
+        count_cost(create_model(workload.model), size, size)  # raises for a wrong name or size
 
     def contenders(workload: Workload) -> Iterator[Contender]:
         yield compile_matmul()
         inputs = draw_inputs(workload)
         ours = []
         compiling = (
-            compile_training(workload, inputs, whats)
-            if whats
+            compile_training(workload, inputs, parts)
+            if parts
             else compile_forward(workload, inputs)
         )
         for contender in compiling:
@@ -218,15 +220,15 @@ def print_models(whats: Sequence[str], model: Sequence[str] | None, options: Opt
 
 
 def print_operator(deviation: float, options: Options) -> None:
-    """The command `op`: milliseconds of `sample_axis` by each implementation.
+    """Run the command `op`: print milliseconds of each implementation of `sample_axis`.
 
     Args:
       deviation: standard deviation of the offsets, in pixels.
       options: how to measure.
 
     Raises:
-      UserError: options that cannot work.
-      ValueError: images that the model does not take.
+      UserError: an option is out of range, or PyTorch cannot take part.
+      ValueError: the model does not take images of this size.
     """
     prepare(options)
     check_numbers({"deviation": deviation})
@@ -249,15 +251,15 @@ def print_operator(deviation: float, options: Options) -> None:
 
 def add_commands(commands: Any) -> None:
     """Add `model`, `train` and `op` to argparse's subparsers `commands`."""
-    of_models = "JAX, with --compare in turns with PyTorch, against a square matrix product"
+    how = "JAX, with --compare in turns with PyTorch, next to a square matrix product"
     for name, text in (
-        ("model", "images a second of classifiers, forward"),
-        ("train", "images a second of their gradient, and of the step that train.py runs"),
-        ("op", "milliseconds of the operator, by each of its implementations"),
+        ("model", "images per second of classifiers, forward"),
+        ("train", "images per second of their gradient, and of the step that train.py runs"),
+        ("op", "milliseconds of the operator in each of its implementations"),
     ):
         description = f"{text[0].upper()}{text[1:]}."
         if name != "op":
-            description += f" {of_models}."
+            description += f" {how}."
         command = commands.add_parser(name, help=text, description=description)
         if name == "op":
             command.add_argument(
@@ -268,29 +270,29 @@ def add_commands(commands: Any) -> None:
                 "--model", action="append", metavar="NAME", help="only this; may be repeated (all)"
             )
         if name == "train":
-            command.add_argument("--only", choices=TRAINING, help="not the other (both)")
-        command.add_argument("--batch-size", type=int, default=8, help="images (8)")
+            command.add_argument("--only", choices=TRAINING, help="only one of them (both)")
+        command.add_argument("--batch-size", type=int, default=8, help="images at a time (8)")
         command.add_argument("--image-size", type=int, default=224, help="side in pixels (224)")
         command.add_argument(
             "--dtype", choices=["float32", "bfloat16"], default="float32", help="(float32)"
         )
-        command.add_argument("--rounds", type=int, default=5, help="of each, in turns (5)")
+        command.add_argument("--rounds", type=int, default=5, help="rounds of each, in turns (5)")
         steps = 10 if name == "op" else 3
-        command.add_argument("--steps", type=int, default=steps, help=f"times a round ({steps})")
+        command.add_argument("--steps", type=int, default=steps, help=f"times per round ({steps})")
         command.add_argument(
             "--compare", action="store_true", help="with PyTorch, which needs the extra torch"
         )
-        command.add_argument("--csv", metavar="FILE", help="to write the figures to")
+        command.add_argument("--csv", metavar="FILE", help="file to write the figures to")
 
 
 def run(command: str, arguments: dict[str, Any]) -> None:
-    """One of the commands that `add_commands` adds, with its options by name."""
-    own = ("model", "only", "deviation")
-    of_one = {name: arguments.pop(name) for name in own if name in arguments}
+    """Run one of the commands of `add_commands`, with its options keyed by name."""
+    not_shared = ("model", "only", "deviation")
+    own_options = {name: arguments.pop(name) for name in not_shared if name in arguments}
     options = Options(**arguments)
     if command == "op":
-        print_operator(options=options, **of_one)
+        print_operator(options=options, **own_options)
     else:
-        only = of_one.pop("only", None)
-        whats = ((only,) if only else TRAINING) if command == "train" else ()
-        print_models(whats, options=options, **of_one)
+        only = own_options.pop("only", None)
+        parts = ((only,) if only else TRAINING) if command == "train" else ()
+        print_models(parts, options=options, **own_options)

@@ -1,4 +1,4 @@
-"""What a compiled program needs of each device, by the compiler's own count."""
+"""Resources that a compiled program needs on each device, as counted by the compiler."""
 
 import math
 import re
@@ -16,8 +16,8 @@ COLLECTIVE = re.compile(
 class Traffic(NamedTuple):
     """Collective operations of one kind.
 
-    How many, the bytes of what they give a device, and the bytes it sends for that in rings over
-    the devices that take part.
+    `number` counts them. `size` is the bytes of their results on a device, and `sent` the bytes
+    that a device sends for that, in rings over the devices that take part.
     """
 
     number: int
@@ -25,13 +25,13 @@ class Traffic(NamedTuple):
     sent: float
 
 
-class Needs(NamedTuple):
-    """Of one device, for one call.
+class Resources(NamedTuple):
+    """Resources one device needs per call.
 
-    `arguments`, `results` that are in none of the arguments' buffers, `temporary` and `program`
-    are bytes that are held at the same time; `accessed` bytes that are read and written, `flops`
-    operations. Of a loop, all but memory count once, however often it runs; of a kernel, what it is
-    given and what it gives. `gathers` and `scatters` read and write by index.
+    `arguments`, `results` outside the arguments' buffers, `temporary` and `program` are bytes that
+    are held at the same time. `accessed` is the bytes read and written, and `flops` the operations.
+    `gathers` and `scatters` count reads and writes by index. Except for memory, the body of a loop
+    counts once, however often it runs, and a kernel counts only by its arguments and results.
     """
 
     arguments: int
@@ -46,7 +46,7 @@ class Needs(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Bytes, all together."""
+        """Total bytes."""
         return self.arguments + self.results + self.temporary + self.program
 
 
@@ -56,7 +56,7 @@ def _size(dtype: str, shape: str) -> int:
 
 
 def _top_level(result: str) -> list[str]:
-    """The elements of a tuple in HLO's text form, or the one that is no tuple."""
+    """Split a tuple in HLO's text form into its elements; anything else is a single element."""
     if not result.startswith("("):
         return [result]
     elements, depth = [""], 0
@@ -70,29 +70,29 @@ def _top_level(result: str) -> list[str]:
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """How many devices take part together, by the attributes of a collective operation."""
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
-        sides = dict(re.findall(r"('\w+')=(\d+)", found[1]))
-        return math.prod(int(sides[axis]) for axis in re.findall(r"'\w+'", found[2]))
+    """Read how many devices take part together from the attributes of a collective operation."""
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
+        sides = dict(re.findall(r"('\w+')=(\d+)", match[1]))
+        return math.prod(int(sides[axis]) for axis in re.findall(r"'\w+'", match[2]))
     return devices
 
 
 def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
-    """Collective operations of a program, by kind.
+    """Count the collective operations of a program by kind.
 
     Args:
-      text: of the program, in HLO's text form.
-      devices: that run it.
+      text: the program in HLO's text form.
+      devices: number of devices that run it.
     """
-    found: dict[str, Traffic] = {}
+    counts: dict[str, Traffic] = {}
     for match in COLLECTIVE.finditer(text):
         kind, result = match["kind"], match["result"]
         if match["start"] and kind != "all-reduce":
-            result = _top_level(result)[1]  # after the operands, before what keeps the state
+            result = _top_level(result)[1]  # the results, between the operands and the state
         size = sum(_size(*item) for item in ITEM.findall(result))
         group = _group_size(match["rest"], devices)
         share = {
@@ -102,15 +102,15 @@ def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
             "all-to-all": (group - 1) / group,
             "collective-permute": 1,
         }[kind]
-        before = found.get(kind, Traffic(0, 0, 0.0))
-        found[kind] = Traffic(before.number + 1, before.size + size, before.sent + share * size)
-    return found
+        before = counts.get(kind, Traffic(0, 0, 0.0))
+        counts[kind] = Traffic(before.number + 1, before.size + size, before.sent + share * size)
+    return counts
 
 
-def count_needs(compiled: Any, devices: int) -> Needs:
-    """The needs of a `jax.stages.Compiled` for so many devices."""
+def count_resources(compiled: Any, devices: int) -> Resources:
+    """Count the resources of a `jax.stages.Compiled` that runs on `devices` devices."""
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-    return Needs(
+    return Resources(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
@@ -124,7 +124,7 @@ def count_needs(compiled: Any, devices: int) -> Needs:
 
 
 class Bounds(NamedTuple):
-    """Seconds that a step needs at least, by the data sheet of its chip."""
+    """Lower bounds on the seconds of a step, from the chip's data sheet."""
 
     compute: float
     memory: float
@@ -132,17 +132,17 @@ class Bounds(NamedTuple):
 
     @property
     def step(self) -> float:
-        """All three at the same time."""
+        """Bound on the whole step, with all three running at the same time."""
         return max(self)
 
 
-def count_bounds(needs: Needs, flops: float, chip: Chip) -> Bounds:
-    """What a step takes at least.
+def count_bounds(resources: Resources, flops: float, chip: Chip) -> Bounds:
+    """Compute lower bounds on the time of a step.
 
     Args:
-      needs: of a device.
-      flops: of a step on a device, by the model's multiply-adds.
-      chip: the device.
+      resources: resources of the step on one device.
+      flops: floating-point operations of the step on one device, from the model's multiply-adds.
+      chip: data sheet of the device.
     """
-    sent = sum(found.sent for found in needs.collectives.values())
-    return Bounds(flops / chip.flops, needs.accessed / chip.bandwidth, sent / chip.interconnect)
+    sent = sum(traffic.sent for traffic in resources.collectives.values())
+    return Bounds(flops / chip.flops, resources.accessed / chip.bandwidth, sent / chip.interconnect)

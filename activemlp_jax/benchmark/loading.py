@@ -1,4 +1,4 @@
-"""How fast batches are made, beside a plain implementation that gives the same ones."""
+"""How fast batches are loaded, compared with a plain implementation of the same batches."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ from activemlp_jax.tasks.classification import Classification
 
 
 class Rates(NamedTuple):
-    """Images a second, one figure a round."""
+    """Images per second of both implementations, one figure per round."""
 
     ours: list[float]
     plain: list[float]
@@ -28,16 +28,22 @@ class Rates(NamedTuple):
 def plain_batches(
     source: EncodedSource, config: ConfigDict, first_step: int, last_step: int
 ) -> Generator[Batch]:
-    """The batches of `train_batches` on one host, made the usual way: to compare with.
+    """Yield the batches of `train_batches` on one host, made the usual way, for comparison.
 
-    Every sample is read, decoded and changed by Pillow alone, in as many threads.
+    Pillow alone reads, decodes and transforms every sample, in as many threads.
+
+    Args:
+      source: the training set.
+      config: the whole config; its augmentation is 'random_resized_crop'.
+      first_step: first step to make a batch for.
+      last_step: the step after the last one.
     """
     order = sample_order(config, len(source))
     batch_size, data = config.batch_size, config.data
 
     def sample(position: int) -> Sample:
-        epoch, place = order.place(position)
-        example = source.encoded(order.example(epoch, place // config.data.repeats))
+        epoch, index = order.place(position)
+        example = source.encoded(order.example(epoch, index // config.data.repeats))
         rng = np.random.default_rng([config.seed, position])
         with Image.open(io.BytesIO(example.data)) as image:
             picture = image.convert("RGB")
@@ -64,7 +70,7 @@ def plain_batches(
 
 
 def images_per_second(batches: Iterator[Batch]) -> float:
-    """Of all batches but the first, with which threads and processes start."""
+    """Rate over all batches but the first, during which threads and processes start."""
     batch_size = len(next(batches)["label"])
     started = time.perf_counter()
     count = sum(1 for _ in batches)
@@ -72,13 +78,13 @@ def images_per_second(batches: Iterator[Batch]) -> float:
 
 
 def measure(source: EncodedSource, config: ConfigDict, steps: int, rounds: int) -> Rates:
-    """Time both in turns on the same batches.
+    """Time both implementations in turns on the same batches.
 
     Args:
       source: the training set.
       config: the whole config; its augmentation is 'random_resized_crop'.
-      steps: batches a round.
-      rounds: of each.
+      steps: batches per round.
+      rounds: rounds of each implementation.
     """
     rates = Rates([], [])
     for number in range(rounds):

@@ -1,4 +1,4 @@
-"""Timing in turns, and what follows from it: rates, ratios, and rows of a CSV file."""
+"""Timing in turns, and its results: rates, ratios and rows of a CSV file."""
 
 import csv
 import datetime
@@ -17,15 +17,16 @@ import jax
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_aside
 
-MATMUL, COPY = "matmul", "copy"  # what the rates of all else are fractions of
-JAX = "jax"  # the first word of the implementations that peers are compared with
+MATMUL, COPY = "matmul", "copy"  # contenders that the other rates are given as fractions of
+JAX = "jax"  # first word of the implementations that the others are compared with
 
 
 class Workload(NamedTuple):
-    """A model, by its name, and what it is given.
+    """A model and its input.
 
-    `batch_size` images, square, of `image_size` pixels, and the dtype of the computation,
-    'float32' or 'bfloat16'. The matrix product and the copy have no images: both are 0.
+    `model` is a name. The input is `batch_size` square images with sides of `image_size` pixels;
+    both are 0 for the matrix product and the copy. `dtype`, 'float32' or 'bfloat16', is that of
+    the computation.
     """
 
     model: str
@@ -35,12 +36,12 @@ class Workload(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """Something to be timed, compiled and ready.
+    """A compiled function to time.
 
-    `call` does it so many times and waits for the last. Contenders that do the same `what` are
-    compared. One time takes `flops` floating point operations by the model's multiply-adds, and
-    `memory` in bytes; it moves `traffic` bytes if each array is read or written once. None where
-    these say nothing, or nobody counts it.
+    `call(n)` runs it n times and waits for the last run. Contenders with the same `what` are
+    compared. One run takes `flops` floating-point operations, from the model's multiply-adds, and
+    `memory` bytes; it moves `traffic` bytes if each array is read or written once. These are None
+    if they are not counted or not meaningful.
     """
 
     what: str
@@ -54,12 +55,13 @@ class Contender(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """One contender's figures: the columns of the CSV file, before those of the machine.
+    """Figures of one contender: the columns of the CSV file before those of the machine.
 
-    Images a second are the median, the lowest and the highest of the rounds. `ratio_to_jax` is the
-    rate over that of JAX at the same, by its fastest implementation. `gflops` and `gigabytes` are a
-    second, and `matmul_fraction` and `copy_fraction` are their shares of the matrix product's and
-    of the copy's; of the median all.
+    The images per second are the median, the lowest and the highest of the rounds; all other rates
+    are from the median. `ratio_to_jax` is the rate divided by that of JAX's fastest implementation
+    of the same `what`. `gflops` and `gigabytes` are per second; `matmul_fraction` is `gflops`
+    divided by that of the matrix product, and `copy_fraction` is `gigabytes` divided by that of the
+    copy.
     """
 
     what: str
@@ -81,7 +83,7 @@ class Measurement(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Where and by what was measured: the rest of the columns."""
+    """Machine, versions and date of a measurement: the rest of the columns."""
 
     device_kind: str
     cores: int
@@ -95,15 +97,15 @@ COLUMNS = (*Measurement._fields, *Machine._fields)
 
 
 def this_machine(with_torch: bool) -> Machine:
-    """The machine of this process, and PyTorch's version if it takes part."""
+    """Describe this machine, and PyTorch's version if `with_torch`."""
     try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:  # not Linux
-        found = None
+        match = None
     return Machine(
         jax.devices()[0].device_kind,
         os.cpu_count() or 1,
-        found[1] if found else platform.processor() or platform.machine(),
+        match[1] if match else platform.processor() or platform.machine(),
         jax.__version__,
         importlib.metadata.version("torch") if with_torch else "",
         datetime.date.today().isoformat(),
@@ -111,39 +113,40 @@ def this_machine(with_torch: bool) -> Machine:
 
 
 def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> list[list[float]]:
-    """Seconds that one time takes: of each contender a figure a round.
-
-    They take turns, so that what else the machine does meets all of them alike.
+    """Time contenders in turns, so that other load on the machine affects all of them alike.
 
     Args:
-      contenders: to be timed.
-      steps: times a round.
-      rounds: of each.
+      contenders: contenders to time.
+      steps: runs per round.
+      rounds: rounds of each contender.
+
+    Returns:
+      Seconds per run: for each contender, one figure per round.
     """
     for contender in contenders:
-        contender.call(1)  # threads and libraries that start late are not timed
+        contender.call(1)  # excludes threads and libraries that start late
     seconds: list[list[float]] = [[] for _ in contenders]
     for _ in range(rounds):
-        for found, contender in zip(seconds, contenders, strict=True):
+        for times, contender in zip(seconds, contenders, strict=True):
             began = time.perf_counter()
             contender.call(steps)
-            found.append((time.perf_counter() - began) / steps)
+            times.append((time.perf_counter() - began) / steps)
     return seconds
 
 
-def summarise(
+def summarize(
     contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]
 ) -> list[Measurement]:
-    """Rates, ratios and fractions of contenders that were timed in turns.
+    """Compute rates, ratios and fractions of contenders that were timed in turns.
 
     Args:
-      contenders: JAX among them for all that is done.
-      seconds: as `time_in_turns` gives them.
+      contenders: contenders, with at least one of JAX for each `what`.
+      seconds: as `time_in_turns` returns them.
     """
-    typical = [median(found) for found in seconds]
+    medians = [median(times) for times in seconds]
     fastest: dict[str, float] = {}
     product = copy = None
-    for contender, middle in zip(contenders, typical, strict=True):
+    for contender, middle in zip(contenders, medians, strict=True):
         if contender.implementation.split()[0] == JAX:
             fastest[contender.what] = min(middle, fastest.get(contender.what, middle))
         if contender.what == MATMUL and contender.flops:
@@ -151,7 +154,7 @@ def summarise(
         if contender.what == COPY and contender.traffic:
             copy = contender.traffic / middle
     measurements = []
-    for contender, middle, found in zip(contenders, typical, seconds, strict=True):
+    for contender, middle, times in zip(contenders, medians, seconds, strict=True):
         workload = contender.workload
         flops = contender.flops / middle if contender.flops else None
         moved = contender.traffic / middle if contender.traffic else None
@@ -168,8 +171,8 @@ def summarise(
                 workload.image_size or None,
                 workload.dtype,
                 rate(middle),
-                rate(max(found)),
-                rate(min(found)),
+                rate(max(times)),
+                rate(min(times)),
                 fastest[contender.what] / middle,
                 flops and flops / 1e9,
                 flops and product and flops / product,
@@ -183,12 +186,12 @@ def summarise(
 
 
 def _cell(value: object) -> object:
-    """Four digits are more than a measurement has."""
+    """Round to four digits, more than a measurement has."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def write_csv(path: Path, measurements: Sequence[Measurement], machine: Machine) -> None:
-    """A heading with `COLUMNS`, and a row a measurement; what is not known is empty.
+    """Write a heading with `COLUMNS` and one row per measurement; unknown values are empty.
 
     Raises:
       UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""The operator alone, by each of its implementations, at the shapes that a model has."""
+"""The operator alone, in each of its implementations, at the shapes of a model's stages."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,14 +17,14 @@ MODEL = "active_tiny"
 
 
 class Case(NamedTuple):
-    """A stage and an axis, with what is moved there.
+    """Inputs of the operator at one stage along one axis.
 
     Args:
-      workload: whose model is the stage's name.
+      workload: the workload; its `model` is the name of the stage.
       axis: 'h' or 'w'.
-      features: `[B, H, W, C]`, in the workload's dtype as JAX has it.
+      features: `[B, H, W, C]`, in the workload's dtype.
       offset: `[B, H, W, G]`, float32, pixels.
-      cotangent: `[B, H, W, C]`, as `features`: where the backward pass starts.
+      cotangent: `[B, H, W, C]`, dtype of `features`; input of the backward pass.
     """
 
     workload: Workload
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     cotangent: jax.Array
 
     def title(self) -> str:
-        """In words."""
+        """Describe the stage, its shape and the axis."""
         _, height, width, channels = self.features.shape
         shared = channels // self.offset.shape[-1]
         return (
@@ -43,28 +43,29 @@ class Case(NamedTuple):
         )
 
     def traffic(self, what: str) -> float:
-        """Bytes, if each array is read or written once.
+        """Count the bytes moved if each array is read or written once.
 
         Args:
-          what: 'forward', with the result, or 'forward+backward', with both gradients too.
+          what: 'forward', which writes the result, or 'forward+backward', which also writes both
+            gradients.
         """
         features, offset = self.features.nbytes, self.offset.nbytes
         forward = 2.0 * features + offset
-        # The maps and offsets are read again, and the cotangent: nothing else is between.
+        # The backward pass reads features, offsets and cotangent, and writes two gradients.
         return forward if what == "forward" else forward + 3.0 * features + 2.0 * offset
 
 
 def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -> Iterator[Case]:
-    """Noise for every stage of `MODEL` and both axes.
+    """Draw random inputs for every stage of `MODEL` along both axes.
 
     Args:
-      batch_size: images.
-      image_size: of the model's input, in pixels.
-      dtype: of features.
+      batch_size: number of images.
+      image_size: side of the images in pixels.
+      dtype: dtype of the features.
       deviation: standard deviation of the offsets, in pixels.
 
     Raises:
-      ValueError: the model takes no images of that size.
+      ValueError: the model does not take images of that size.
     """
     model = create_model(MODEL)
     images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
@@ -72,23 +73,23 @@ def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -
     def features(images: jax.Array) -> list[jax.Array]:
         return model.init_with_output(jax.random.key(0), images, method="features")[0]
 
-    maps = jax.eval_shape(features, images)
+    shapes = [leaf.shape for leaf in jax.eval_shape(features, images)]
     rng = np.random.default_rng(0)
-    for stage, (found, share) in enumerate(zip(maps, VARIANTS[MODEL]["share_dims"], strict=True)):
+    for stage, (shape, share) in enumerate(zip(shapes, VARIANTS[MODEL]["share_dims"], strict=True)):
         workload = Workload(f"{MODEL} stage {stage + 1}", batch_size, image_size, dtype)
-        offsets = (*found.shape[:-1], found.shape[-1] // share)
+        offset_shape = (*shape[:-1], shape[-1] // share)
         for axis in ("h", "w"):
-            x, cotangent = (jnp.asarray(rng.standard_normal(found.shape), dtype) for _ in range(2))
-            offset = jnp.asarray(deviation * rng.standard_normal(offsets), jnp.float32)
+            x, cotangent = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+            offset = jnp.asarray(deviation * rng.standard_normal(offset_shape), jnp.float32)
             yield Case(workload, axis, x, offset, cotangent)
 
 
 def compile_operator(case: Case, say: Callable[[str], None]) -> Iterator[Contender]:
-    """Every implementation of JAX that this backend has, forward and with its gradients.
+    """Compile the JAX implementations for this backend, forward and with gradients.
 
     Args:
-      case: to compute.
-      say: told which implementation is left out, and why.
+      case: inputs of the operator.
+      say: called with a message for each implementation that is left out.
     """
     for name in IMPLEMENTATIONS:
         kind, _, platform = name.partition("_")
@@ -106,16 +107,16 @@ def compile_operator(case: Case, say: Callable[[str], None]) -> Iterator[Contend
             result, pull = jax.vjp(forward, x, offset)
             return result, pull(cotangent)
 
-        arguments = (case.features, case.offset)
-        for what, function, given in (
-            ("forward", forward, arguments),
-            ("forward+backward", both, (*arguments, case.cotangent)),
+        inputs = (case.features, case.offset)
+        for what, function, arguments in (
+            ("forward", forward, inputs),
+            ("forward+backward", both, (*inputs, case.cotangent)),
         ):
             yield compile_function(
                 f"{case.axis} {what}",
                 f"{JAX} {name}",
                 case.workload,
                 function,
-                given,
+                arguments,
                 traffic=case.traffic(what),
             )

@@ -1,4 +1,4 @@
-"""JAX's side of the benchmarks: classifiers, their training step, a matrix product."""
+"""JAX's side of the benchmarks: classifiers, their train step, a matrix product and a copy."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from activemlp_jax.benchmark.hlo_cost import count_needs
+from activemlp_jax.benchmark.hlo_cost import count_resources
 from activemlp_jax.benchmark.measuring import COPY, JAX, MATMUL, Contender, Workload
 from activemlp_jax.data.sampler import EPOCH_MULTIPLE
 from activemlp_jax.distributed import sharding
@@ -26,10 +26,10 @@ CLASSES = 1000
 
 
 class Inputs(NamedTuple):
-    """What JAX and its peers compute on alike.
+    """Inputs that JAX and PyTorch share.
 
     Args:
-      variables: of the model, random.
+      variables: random variables of the model.
       pixels: `[B, H, W, 3]`, uint8.
       labels: `[B]`, int32.
     """
@@ -40,8 +40,8 @@ class Inputs(NamedTuple):
 
 
 def recipe(workload: Workload) -> ConfigDict:
-    """The config that trains a model on ImageNet, without drop path, erasing and mixing."""
-    create_model(workload.model)  # which says what names there are
+    """Config that trains the model on ImageNet, without drop path, erasing and mixing."""
+    create_model(workload.model)  # raises for an unknown name, with a list of the known ones
     config = imagenet_config(workload.model)
     config.batch_size = config.eval_batch_size = workload.batch_size
     config.data.image_size = workload.image_size
@@ -54,7 +54,7 @@ def recipe(workload: Workload) -> ConfigDict:
 
 
 def draw_inputs(workload: Workload) -> Inputs:
-    """Random weights, as training starts with, and noise."""
+    """Draw initial weights as training does, and random pixels and labels."""
     rng = np.random.default_rng(0)
     shape = (workload.batch_size, workload.image_size, workload.image_size, 3)
     model = create_model(workload.model, CLASSES)
@@ -72,36 +72,37 @@ def compile_function(
     flops: float | None = None,
     traffic: float | None = None,
 ) -> Contender:
-    """A function of arrays as a contender.
+    """Compile a function of arrays into a contender.
 
     Args:
-      what: it does.
-      implementation: its name, `JAX` first.
-      workload: it works on.
-      function: to be jitted.
-      arguments: of it.
-      flops: that it needs, by the model's multiply-adds.
-      traffic: bytes that it moves at least.
+      what: what the function does; contenders that do the same are compared.
+      implementation: name of the implementation, with `JAX` as first word.
+      workload: model and input.
+      function: function to jit.
+      arguments: arguments of `function`.
+      flops: floating-point operations of a run, from the model's multiply-adds.
+      traffic: bytes that a run moves at least.
     """
     began = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     elapsed = time.perf_counter() - began
 
-    waits = jax.default_backend() == "cpu"  # for each, as PyTorch does there
+    # On a CPU, PyTorch waits for every run too.
+    waits_for_each = jax.default_backend() == "cpu"
 
     def call(times: int) -> None:
         for _ in range(times):
             result = compiled(*arguments)
-            if waits:
+            if waits_for_each:
                 jax.block_until_ready(result)
         jax.block_until_ready(result)
 
-    memory = count_needs(compiled, devices=1).memory
+    memory = count_resources(compiled, devices=1).memory
     return Contender(what, implementation, workload, call, flops, memory, elapsed, traffic)
 
 
 def compile_matmul() -> Contender:
-    """The product of two squares, of a size at which the device is as fast as it gets."""
+    """Compile a product of square matrices, large enough for the device's peak rate."""
     on_cpu = jax.default_backend() == "cpu"
     side, dtype = (2048, "float32") if on_cpu else (8192, "bfloat16")
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
@@ -110,7 +111,7 @@ def compile_matmul() -> Contender:
 
 
 def compile_copy() -> Contender:
-    """An array read and another written, of a size that no cache holds."""
+    """Compile a read of one array and a write of another, too large for any cache."""
     megabytes = 128 if jax.default_backend() == "cpu" else 1024
     array = jnp.ones((megabytes, 2**18), jnp.float32)
     workload = Workload(f"{megabytes} MiB", 0, 0, "float32")
@@ -118,7 +119,7 @@ def compile_copy() -> Contender:
 
 
 def compile_forward(workload: Workload, inputs: Inputs) -> Iterator[Contender]:
-    """Images to logits, as in a test."""
+    """Compile the forward pass from images to logits, as in evaluation."""
     model = create_model(workload.model, CLASSES, dtype=jnp.dtype(workload.dtype))
     size = workload.image_size
     flops = 2.0 * count_cost(model, size, size).macs * workload.batch_size
@@ -127,7 +128,7 @@ def compile_forward(workload: Workload, inputs: Inputs) -> Iterator[Contender]:
 
 
 def as_images(pixels: np.ndarray) -> np.ndarray:
-    """Bytes to float32 of about the mean and deviation of normalised images."""
+    """Convert bytes to float32 with about the mean and deviation of normalized images."""
     return (pixels.astype(np.float32) - 127.5) / 73.9
 
 
@@ -135,35 +136,35 @@ TRAINING = ("gradient", "step")
 
 
 def compile_training(
-    workload: Workload, inputs: Inputs, whats: Sequence[str] = TRAINING
+    workload: Workload, inputs: Inputs, parts: Sequence[str] = TRAINING
 ) -> Iterator[Contender]:
-    """The gradient of the loss, and the whole step that `train.py` runs; or one of `whats`."""
+    """Compile `parts` of training: the loss gradient, and the whole step that `train.py` runs."""
     config = recipe(workload)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     examples = EPOCH_MULTIPLE * workload.batch_size
-    program = build_trainer(config, CLASSES, examples, mesh)
-    flops = train_flops(config, program.model)
+    trainer = build_trainer(config, CLASSES, examples, mesh)
+    flops = train_flops(config, trainer.model)
     batch = sharding.put_batch({"image": inputs.pixels, "label": inputs.labels}, mesh)
     key = jax.random.key(0)
 
-    def gradient(variables: Variables, examples: Any) -> tuple[jax.Array, Params]:
-        def of_params(params: Params) -> jax.Array:
-            return program.task.loss({**variables, "params": params}, examples, key)[0]
+    def gradient(variables: Variables, task_inputs: Any) -> tuple[jax.Array, Params]:
+        def loss(params: Params) -> jax.Array:
+            return trainer.task.loss({**variables, "params": params}, task_inputs, key)[0]
 
-        return jax.value_and_grad(of_params)(variables["params"])
+        return jax.value_and_grad(loss)(variables["params"])
 
-    examples_and_targets = jax.jit(program.task.inputs)(batch, key)
+    task_inputs = jax.jit(trainer.task.inputs)(batch, key)
     variables = sharding.put_everywhere(inputs.variables, mesh)
-    arguments = (variables, examples_and_targets)
-    if "gradient" in whats:
+    arguments = (variables, task_inputs)
+    if "gradient" in parts:
         yield compile_function("gradient", JAX, workload, gradient, arguments, flops)
-    if "step" not in whats:
+    if "step" not in parts:
         return
 
     began = time.perf_counter()
-    compiled = program.train_step.lower(program.state, program.batch).compile()
+    compiled = trainer.train_step.lower(trainer.state, trainer.batch).compile()
     elapsed = time.perf_counter() - began
-    state = program.first_state(variables)
+    state = trainer.first_state(variables)
 
     def call(times: int) -> None:
         nonlocal state
@@ -171,5 +172,5 @@ def compile_training(
             state, _ = compiled(state, batch)
         jax.block_until_ready(state)
 
-    memory = count_needs(compiled, devices=1).memory
+    memory = count_resources(compiled, devices=1).memory
     yield Contender("step", JAX, workload, call, flops, memory, elapsed)

@@ -1,4 +1,4 @@
-"""How the rate of training grows with the devices of this machine, at equal work for each."""
+"""How training speeds up with more devices of this machine, at equal work per device."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,32 +17,32 @@ from activemlp_jax.utils.errors import UserError
 
 
 def device_counts(most: int) -> list[int]:
-    """The powers of two up to `most`, and `most`."""
+    """Powers of two up to `most`, and `most` itself."""
     return sorted({most} | {2**power for power in range(most.bit_length()) if 2**power < most})
 
 
 def _start(config: ConfigDict, num_classes: int, devices: Sequence[Any]) -> Callable[[int], float]:
-    """Compile and run once; a function from a number of steps to images a second."""
+    """Compile the step and run it once; return a function from steps to images per second."""
     config = config.copy_and_resolve_references()
     config.batch_size *= len(devices)
     config.eval_batch_size = len(devices)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    program = build_trainer(config, num_classes, EPOCH_MULTIPLE * config.batch_size, mesh)
+    trainer = build_trainer(config, num_classes, EPOCH_MULTIPLE * config.batch_size, mesh)
     rng = np.random.default_rng(0)
     limits = {"image": 256, "label": num_classes, "extent": config.data.image_size + 1}
     drawn = {
         name: rng.integers(0, limits[name], shape, dtype)
-        for name, (shape, dtype) in program.task.batch_shapes().items()
+        for name, (shape, dtype) in trainer.task.batch_shapes().items()
     }
     batch = sharding.put_batch(drawn, mesh)
-    variables = jax.jit(partial(draw_variables, config, program.model))()
-    state = program.first_state(sharding.put_everywhere(variables, mesh))
+    variables = jax.jit(partial(draw_variables, config, trainer.model))()
+    state = trainer.first_state(sharding.put_everywhere(variables, mesh))
 
     def measure(steps: int) -> float:
         nonlocal state
         started = time.perf_counter()
         for _ in range(steps):
-            state, _ = program.train_step(state, batch)
+            state, _ = trainer.train_step(state, batch)
         jax.block_until_ready(state)
         return steps * config.batch_size / (time.perf_counter() - started)
 
@@ -53,17 +53,20 @@ def _start(config: ConfigDict, num_classes: int, devices: Sequence[Any]) -> Call
 def measure_scaling(
     config: ConfigDict, num_classes: int, counts: Sequence[int], steps: int, rounds: int
 ) -> dict[int, list[float]]:
-    """Images a second of the train step by number of devices, each number in turns.
+    """Time the train step on different numbers of devices, in turns.
 
     Args:
       config: the whole config, checked; `batch_size` is that of one device.
-      num_classes: of the model.
+      num_classes: number of classes of the model.
       counts: numbers of devices.
-      steps: a round.
-      rounds: of each number.
+      steps: steps per round.
+      rounds: rounds of each number of devices.
+
+    Returns:
+      Images per second of each round, keyed by number of devices.
 
     Raises:
-      UserError: more devices are asked for than there are.
+      UserError: the machine has fewer devices than the largest count.
     """
     devices = jax.devices()
     if max(counts) > len(devices):

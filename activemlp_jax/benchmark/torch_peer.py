@@ -1,7 +1,7 @@
-"""ActiveMLP in PyTorch as fast as simple means make it: what JAX is compared with.
+"""ActiveMLP in PyTorch, made fast with simple means, to compare JAX with.
 
-It is `weights/torch_model.py` with operators that are faster there, compiled by `torch.compile`.
-Needs the extra `torch`.
+It is `torch_reference/active_mlp.py` with faster operators, compiled by `torch.compile`. Needs the
+extra `torch`.
 """
 
 import gc
@@ -27,17 +27,17 @@ from activemlp_jax.torch_reference.active_mlp import ActiveTokenMixer, Block, To
 from activemlp_jax.utils.errors import one_line
 from activemlp_jax.weights.torch_names import to_torch
 
-# Maps `[B, H, W, C]`, offsets `[B, H, W, G]`, the axis they move along, 1 or 2, and the weight
-# `[C, C, 1, 1]` and bias of a convolution: what it gives for the maps that were moved.
+# Samples maps `[B, H, W, C]` at offsets `[B, H, W, G]` along an axis, 1 or 2, and returns their
+# convolution with a weight `[C, C, 1, 1]` and a bias.
 Operator = Callable[[Tensor, Tensor, int, Tensor, Tensor | None], Tensor]
 Compiler = Callable[[Any], Any]
 
 
 def sample_groups(x: Tensor, offset: Tensor, dim: int) -> Tensor:
-    """The operator, by gathering whole groups of channels.
+    """`sample_axis` in PyTorch, gathering whole groups of channels.
 
-    On a CPU under `torch.compile`, this takes 40 to 80% of the time that gathering every channel by
-    an index of its own does.
+    On a CPU under `torch.compile`, this takes 40 to 80% of the time of gathering every channel by
+    its own index.
 
     Args:
       x: `[B, H, W, C]`.
@@ -49,16 +49,16 @@ def sample_groups(x: Tensor, offset: Tensor, dim: int) -> Tensor:
     """
     length, groups = x.shape[dim], offset.shape[-1]
     grouped = x.unflatten(-1, (groups, -1))
-    # bfloat16 has no quarter pixels beyond 32.
+    # bfloat16 has steps of a quarter pixel from 32 on.
     offset = offset.float()
-    own = torch.arange(length, dtype=offset.dtype, device=x.device)
-    position = own.view([-1 if d == dim else 1 for d in range(4)]) + offset
+    base = torch.arange(length, dtype=offset.dtype, device=x.device)
+    position = base.view([-1 if d == dim else 1 for d in range(4)]) + offset
     floor = position.floor()
     fraction = (position - floor).unsqueeze(-1)
     result = torch.zeros((), device=x.device)
-    for place, weight in ((floor, 1 - fraction), (floor + 1, fraction)):
-        inside = ((place >= 0) & (place < length)).unsqueeze(-1)
-        index = place.clamp(0, length - 1).long().unsqueeze(-1).expand_as(grouped)
+    for neighbor, weight in ((floor, 1 - fraction), (floor + 1, fraction)):
+        inside = ((neighbor >= 0) & (neighbor < length)).unsqueeze(-1)
+        index = neighbor.clamp(0, length - 1).long().unsqueeze(-1).expand_as(grouped)
         result = result + weight * torch.where(inside, grouped.gather(dim, index), 0)
     return result.to(x.dtype).flatten(-2)
 
@@ -66,7 +66,7 @@ def sample_groups(x: Tensor, offset: Tensor, dim: int) -> Tensor:
 def gather_operator(
     x: Tensor, offset: Tensor, dim: int, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """`sample_groups`, then the convolution, which is a linear layer."""
+    """`sample_groups`, then the 1x1 convolution as a linear layer."""
     return functional.linear(sample_groups(x, offset, dim), weight[:, :, 0, 0], bias)
 
 
@@ -78,35 +78,35 @@ def deform_operator(
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """Both at once, as the original computes it, with an offset group a channel.
+    """Sampling and convolution in one call, as in the original, with one offset per channel.
 
     Args:
-      deform_conv2d: torchvision's.
+      deform_conv2d: torchvision's function.
       x: `[B, H, W, C]`.
       offset: `[B, H, W, G]`, pixels.
       dim: 1 for the height, 2 for the width.
       weight: `[C, C, 1, 1]`.
       bias: `[C]`, or None.
     """
-    # torchvision has no bfloat16, and casts to float32 in mixed precision too.
+    # torchvision has no bfloat16 kernel, and casts to float32 in mixed precision too.
     offset = offset.float().repeat_interleave(x.shape[-1] // offset.shape[-1], dim=-1)
-    still = torch.zeros_like(offset)
-    pair = (offset, still) if dim == 1 else (still, offset)  # vertical, then horizontal
+    zeros = torch.zeros_like(offset)
+    pair = (offset, zeros) if dim == 1 else (zeros, offset)  # vertical, then horizontal
     offsets = torch.stack(pair, dim=-1).flatten(-2).permute(0, 3, 1, 2).contiguous()
     maps = x.float().permute(0, 3, 1, 2).contiguous()
-    moved = deform_conv2d(maps, offsets, weight.float(), None if bias is None else bias.float())
-    return moved.to(x.dtype).permute(0, 2, 3, 1)
+    result = deform_conv2d(maps, offsets, weight.float(), None if bias is None else bias.float())
+    return result.to(x.dtype).permute(0, 2, 3, 1)
 
 
 class PeerMixer(ActiveTokenMixer):
-    """The ATM layer by another operator."""
+    """The ATM layer with another operator."""
 
     def __init__(self, dim: int, operator: Operator):
         super().__init__(dim)
         self.operator = operator
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """`x` `[B, H, W, C]`, `offset` `[B, H, W, 2G]` to `[B, H, W, C]`."""
+        """Mix `x` `[B, H, W, C]` with `offset` `[B, H, W, 2G]`; returns `[B, H, W, C]`."""
         offset_w, offset_h = offset.chunk(2, dim=-1)
         w = self.operator(x, offset_w, 2, self.atm_w.weight, self.atm_w.bias)
         h = self.operator(x, offset_h, 1, self.atm_h.weight, self.atm_h.bias)
@@ -117,7 +117,7 @@ class PeerMixer(ActiveTokenMixer):
 
 
 def build_peer(name: str, inputs: Inputs, operator: Operator, device: torch.device) -> nn.Module:
-    """The classifier `name` with the weights of `inputs`, convolutions in channels-last."""
+    """Build the classifier `name` with the weights of `inputs`, and channels-last convolutions."""
     model = TorchActiveMLP(**VARIANTS[name], num_classes=CLASSES)
     for block in model.modules():
         if isinstance(block, Block):
@@ -131,67 +131,70 @@ def build_peer(name: str, inputs: Inputs, operator: Operator, device: torch.devi
 
 
 def choose_device() -> torch.device:
-    """The kind that JAX computes on, set up to be as fast as it can."""
+    """Choose the kind of device that JAX uses, and set PyTorch up to be as fast as possible."""
     on_cpu = jax.default_backend() == "cpu"
     torch.set_num_threads(os.cpu_count() or 1)
-    # JAX multiplies float32 in TF32 too.
+    # On a GPU, JAX multiplies float32 in TF32 too.
     torch.set_float32_matmul_precision("highest" if on_cpu else "high")
     return torch.device("cpu" if on_cpu else "cuda")
 
 
 def compile_function(function: Any) -> Any:
-    """For shapes that stay as they are."""
+    """Compile a function for static shapes."""
     return torch.compile(function, dynamic=False)
 
 
 def compile_model(model: nn.Module) -> nn.Module:
-    """`model`, compiled: whole on a CPU; on a GPU by parts, each of which is compiled once a shape.
+    """Compile `model` as a whole on a CPU; on a GPU in parts, each of them once per shape.
 
-    Blocks of a stage share a program, so that the largest models take no longer than the smallest;
-    what is left between the parts are additions and convolutions, which are libraries' on a GPU.
+    The blocks of a stage share a program, so the largest models take no longer to compile than the
+    smallest. Outside the parts are only additions and convolutions, and on a GPU the latter are
+    library calls.
     """
     if jax.default_backend() == "cpu":
         return compile_function(model)
-    torch._dynamo.config.recompile_limit = 64  # four stages, operators, with gradients and without
+    # Enough for four stages and all operators, with and without gradients.
+    torch._dynamo.config.recompile_limit = 64
     for part in model.modules():
-        if isinstance(part, Block | nn.Sequential):  # the latter make offsets
+        if isinstance(part, Block | nn.Sequential):  # the latter compute offsets
             part.compile(dynamic=False)
     return model
 
 
 def find_deform_conv2d(say: Callable[[str], None]) -> Callable[..., Tensor] | None:
-    """torchvision's, where it can be imported; `say` is told why it cannot."""
+    """Import torchvision's `deform_conv2d`; if that fails, tell `say` why and return None."""
     try:
         return importlib.import_module("torchvision.ops").deform_conv2d
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: made for another PyTorch
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: built for another PyTorch
         say(f"without torchvision's deform_conv2d: {one_line(error)}")
         return None
 
 
-EAGER = ("deform_conv2d",)  # as the original computes it: without torch.compile
+EAGER = ("deform_conv2d",)  # not compiled, as in the original
 
 
 def list_operators(say: Callable[[str], None]) -> dict[str, Operator]:
-    """Those that models are compared by, by name; on a CPU by gathering alone."""
+    """Operators to compare models with, by name; on a CPU only gathering."""
     operators: dict[str, Operator] = {"gather": gather_operator}
-    if jax.default_backend() != "cpu" and (found := find_deform_conv2d(say)):
-        operators["deform_conv2d"] = partial(deform_operator, found)
+    if jax.default_backend() != "cpu" and (function := find_deform_conv2d(say)):
+        operators["deform_conv2d"] = partial(deform_operator, function)
     return operators
 
 
-def _held() -> int:
-    """Bytes of the GPU."""
+def _allocated_bytes() -> int:
+    """Bytes allocated on the GPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 def capture(once: Callable[[], Any]) -> Callable[[], Any]:
-    """What `once` does on a GPU, as one CUDA graph: without Python, and without waiting for it.
+    """Record `once` as a CUDA graph; return a function that replays it.
 
-    `once` itself where PyTorch cannot record it, which is told.
+    A replay needs no Python between kernels and does not wait for the GPU. If PyTorch cannot record
+    `once`, the reason is printed and `once` itself is returned.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # where PyTorch wants it to have run before
+    with torch.cuda.stream(stream):  # PyTorch needs a run on a side stream before recording
         once()
     torch.cuda.current_stream().wait_stream(stream)
     try:
@@ -203,12 +206,12 @@ def capture(once: Callable[[], Any]) -> Callable[[], Any]:
 
     def replay() -> Callable[[], Any]:
         graph.replay()
-        return once  # holds the tensors that the graph works on
+        return once  # keeps the graph's tensors alive
 
     return replay
 
 
-def _contender(
+def _make_contender(
     what: str,
     implementation: str,
     workload: Workload,
@@ -217,7 +220,7 @@ def _contender(
     held: int,
     traffic: float | None = None,
 ) -> Contender:
-    """Runs `once` twice: to compile it, and to see what memory it takes beyond what was `held`."""
+    """Run `once` twice: to compile it, and to measure its memory beyond the `held` bytes."""
     on_gpu = jax.default_backend() != "cpu"
 
     def call(times: int) -> None:
@@ -239,15 +242,15 @@ def _contender(
 
 
 class Peer(NamedTuple):
-    """A classifier, as it is and compiled, and what it is timed with.
+    """A PyTorch classifier, its compiled form and its inputs.
 
     Args:
-      model: on the device.
-      compiled: the same.
+      model: the model, on the device.
+      compiled: the compiled model.
       images: `[B, H, W, 3]`, float32.
       labels: `[B]`, int64.
-      mixed: the context of the forward pass.
-      config: of the training.
+      mixed: autocast context of the forward pass.
+      config: training config.
     """
 
     model: nn.Module
@@ -310,22 +313,22 @@ def prepare_models(
     operators: Mapping[str, Operator],
     compiler: Compiler = compile_model,
 ) -> Iterator[Contender]:
-    """Peers of JAX at the same.
+    """Compile PyTorch's counterparts of JAX's contenders.
 
     Args:
       jax_contenders: forward, or gradient and step, of one workload.
-      inputs: of all.
-      operators: of the peers, by name.
-      compiler: of the models, but for those in `EAGER`.
+      inputs: inputs of all contenders.
+      operators: operators to use in PyTorch, keyed by name.
+      compiler: compiles the models, except for operators in `EAGER`.
     """
-    # Else the limit of programs a function would be met, and what comes next be left uncompiled.
+    # Otherwise torch reaches its limit of programs per function, and does not compile later models.
     torch._dynamo.reset()
     if torch.cuda.is_available():
-        gc.collect()  # graphs of models before this one hold their memory
+        gc.collect()  # CUDA graphs of earlier models hold their memory
         torch.cuda.empty_cache()
     workload, device = jax_contenders[0].workload, choose_device()
     for name, operator in operators.items():
-        held = _held()
+        held = _allocated_bytes()
         model = build_peer(workload.model, inputs, operator, device)
         peer = Peer(
             model,
@@ -337,21 +340,22 @@ def prepare_models(
         )
         for contender in jax_contenders:
             once = MAKERS[contender.what](peer)
-            yield _contender(contender.what, name, workload, once, contender.flops, held)
+            yield _make_contender(contender.what, name, workload, once, contender.flops, held)
 
 
 def prepare_operators(
     case: Case, deform_conv2d: Callable[..., Tensor] | None, compiler: Compiler = compile_function
 ) -> Iterator[Contender]:
-    """The operator by PyTorch, forward and with its gradients.
+    """Compile the operator in PyTorch, forward and with gradients.
 
     Args:
-      case: to compute.
-      deform_conv2d: torchvision's, or None; its kernel is the identity, which it multiplies by.
-      compiler: of one of the two forms of `sample_groups`.
+      case: inputs of the operator.
+      deform_conv2d: torchvision's function, or None. Its kernel is the identity, and its time
+        includes the multiplication by that.
+      compiler: compiles one of the two variants of `sample_groups`.
     """
     torch._dynamo.reset()
-    device, held = choose_device(), _held()
+    device, held = choose_device(), _allocated_bytes()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[case.workload.dtype]
     dim = {"h": 1, "w": 2}[case.axis]
 
@@ -363,8 +367,8 @@ def prepare_operators(
     functions = {"gather eager": sample_groups, "gather": compiler(sample_groups)}
     if deform_conv2d:
         identity = torch.eye(x.shape[-1], dtype=dtype, device=device)[:, :, None, None]
-        moved = partial(deform_operator, deform_conv2d)
-        functions["deform_conv2d"] = lambda x, offset, dim: moved(x, offset, dim, identity, None)
+        deform = partial(deform_operator, deform_conv2d)
+        functions["deform_conv2d"] = lambda x, offset, dim: deform(x, offset, dim, identity, None)
     for name, function in functions.items():
         leaves = [leaf.detach().clone().requires_grad_() for leaf in (x, offset)]
 
@@ -380,4 +384,4 @@ def prepare_operators(
         for what, once in (("forward", forward), ("forward+backward", both)):
             title = f"{case.axis} {what}"
             traffic = case.traffic(what)
-            yield _contender(title, name, case.workload, once, None, held, traffic)
+            yield _make_contender(title, name, case.workload, once, None, held, traffic)

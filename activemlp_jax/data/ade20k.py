@@ -1,7 +1,9 @@
-"""The classes of ADE20K, the scene parsing benchmark.
+"""Class names of the scene parsing benchmark of ADE20K.
 
-Source: B. Zhou et al., "Scene Parsing through ADE20K Dataset" (2017), the first name of each of the
-150 classes, by label after the shift by one that drops label 0, 'other'.
+They are the first names of its 150 classes. Label 0, 'other', is dropped, so `CLASS_NAMES[0]` is
+label 1 of the files.
+
+Source: B. Zhou et al., "Scene Parsing through ADE20K Dataset" (2017).
 """
 
 CLASS_NAMES: tuple[str, ...] = (

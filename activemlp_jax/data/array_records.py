@@ -1,7 +1,7 @@
-"""Data sets of tensorflow-datasets written as ArrayRecord files, shard by shard.
+"""Writing of tensorflow-datasets (TFDS) datasets as ArrayRecord files, shard by shard.
 
-A shard appears under its name only when it is whole, so that work that was interrupted goes on
-with the shards that are missing.
+A shard gets its final name only once it is complete, so an interrupted run can continue with the
+missing shards.
 """
 
 import functools
@@ -26,7 +26,7 @@ PLAN_FILE = "prepared_from.json"
 
 
 class Member(NamedTuple):
-    """An image file: `size` bytes from `offset` on in the file `path`, named `name`."""
+    """An image file named `name`: `size` bytes at `offset` in the file `path`."""
 
     path: str
     offset: int
@@ -35,7 +35,7 @@ class Member(NamedTuple):
     label: int
 
     def read(self) -> bytes:
-        """The bytes of the image file; UserError if `path` does not have them."""
+        """Read the bytes of the image file; raise UserError if that fails."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
@@ -48,7 +48,11 @@ class Member(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A file to write: serialised `examples`, as `records()` gives them, made of `size` bytes."""
+    """A file to write.
+
+    `records()` yields the serialized examples, and `examples` is their number. `size` is the size
+    of the source data in bytes.
+    """
 
     split: str
     path: Path
@@ -58,26 +62,27 @@ class Shard(NamedTuple):
 
 
 def shard_path(directory: Path, name: str, split: str, index: int, count: int) -> Path:
-    """Where tensorflow-datasets looks for a shard."""
+    """Return the path where TFDS looks for a shard."""
     return directory / f"{name}-{split}.array_record-{index:05}-of-{count:05}"
 
 
 def plan_shards(
     directory: Path, name: str, features: Any, splits: Mapping[str, Sequence[Member]]
 ) -> list[Shard]:
-    """The shards of a data set of image files, in an order shuffled by the files' names.
+    """Divide a dataset of image files into shards.
 
-    So that a slice such as 'train[:1%]' has images of all classes.
+    The files are shuffled by a hash of their names, so that a slice such as 'train[:1%]' has images
+    of all classes.
 
     Args:
-      directory: where they go.
-      name: of the data set.
-      features: of tensorflow-datasets: `image`, `label` and `file_name`.
-      splits: the images of each.
+      directory: the folder of the shards.
+      name: the name of the dataset.
+      features: TFDS features `image`, `label` and `file_name`.
+      splits: the image files of each split.
     """
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
 
-    def serialised(members: Sequence[Member]) -> Iterator[bytes]:
+    def serialize(members: Sequence[Member]) -> Iterator[bytes]:
         for member in members:
             example = {
                 "image": io.BytesIO(member.read()),
@@ -100,24 +105,24 @@ def plan_shards(
                     shard_path(directory, name, split, index, count),
                     len(part),
                     sum(member.size for member in part),
-                    functools.partial(serialised, part),
+                    functools.partial(serialize, part),
                 )
             )
     return shards
 
 
 def claim_directory(directory: Path, shards: Sequence[Shard]) -> None:
-    """Make `directory` that of these shards, or see that it already is.
+    """Reserve `directory` for these shards, or check that an earlier run did.
 
     Raises:
-      UserError: it holds another data set, or a part of one made from other files.
+      UserError: it holds other files, or shards prepared from different files.
     """
     plan = {shard.path.name: [shard.examples, shard.size] for shard in shards}
     path = directory / PLAN_FILE
     if path.exists():
         if read_json(path) != plan:
             raise UserError(
-                f"{directory} is made from other files than are there now; remove it to begin anew"
+                f"{directory} was prepared from different files; remove it to start again"
             )
     elif directory.exists() and any(file != partial_path(path) for file in directory.iterdir()):
         raise UserError(f"{directory} holds files of another origin; choose another --data-dir")
@@ -126,30 +131,30 @@ def claim_directory(directory: Path, shards: Sequence[Shard]) -> None:
             aside.write_text(json.dumps(plan) + "\n")
 
 
-def _is_whole(shard: Shard) -> bool:
+def _is_complete(shard: Shard) -> bool:
     if not shard.path.exists():
         return False
     try:
         return ArrayRecordFileAdapter.num_examples(shard.path) == shard.examples
-    except RuntimeError:  # cut short by a power failure
+    except RuntimeError:  # truncated, for example by a power failure
         return False
 
 
 def write_shards(shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> None:
-    """Write the shards that are missing.
+    """Write the shards that are missing or incomplete.
 
     Args:
-      shards: of `plan_shards`, or the like.
-      num_threads: that write, one shard each.
-      advance: told how many examples more are there.
+      shards: all shards of the dataset.
+      num_threads: the number of shards to write at the same time.
+      advance: called with a number of examples that have just been written, or that a complete
+        shard already holds.
 
     Raises:
-      UserError: a file that cannot be read or written, or a shard that came out with another
-        number of examples.
+      UserError: a file cannot be read or written, or a shard gets an unexpected number of examples.
     """
 
     def write(shard: Shard) -> None:
-        if _is_whole(shard):
+        if _is_complete(shard):
             advance(shard.examples)
             return
         written = 0
@@ -182,17 +187,17 @@ def write_shards(shards: Sequence[Shard], num_threads: int, advance: Callable[[i
 def finish(
     directory: Path, name: str, version: str, features: Any, shards: Sequence[Shard]
 ) -> dict[str, int]:
-    """Count what is there, and write what tensorflow-datasets needs to read it.
+    """Count the examples, and write the metadata that TFDS needs to read the shards.
 
     Returns:
       The number of examples of each split.
 
     Raises:
-      UserError: a shard does not hold what it should.
+      UserError: a shard does not hold the expected number of examples.
     """
     counts: dict[str, int] = {}
     for shard in shards:
-        if not _is_whole(shard):
+        if not _is_complete(shard):
             raise UserError(f"{shard.path} does not hold its {shard.examples} examples; run again")
         counts[shard.split] = counts.get(shard.split, 0) + shard.examples
     template = tfds.core.ShardedFileTemplate(
@@ -215,8 +220,8 @@ def finish(
         split_infos=infos,
         version=version,
         filename_template=template,
-        check_data=False,  # it would read by TensorFlow
+        check_data=False,  # the check needs TensorFlow
     )
     for path in (directory / PLAN_FILE, *(shard.path for shard in shards)):
-        partial_path(path).unlink(missing_ok=True)  # left by a process that was killed
+        partial_path(path).unlink(missing_ok=True)  # left by a killed process
     return counts

@@ -1,4 +1,4 @@
-"""What a data set is: random access to images and their labels."""
+"""Interfaces of datasets: random access to images and their labels."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -8,14 +8,15 @@ import numpy as np
 from activemlp_jax.data.decoding import decode
 from activemlp_jax.utils.errors import UserError
 
-# A split by role, for those who name none: the first of these that a data set has.
+# The first of these splits that a dataset has is the default for evaluation.
 EVALUATION_SPLITS = ("val", "validation", "test")
 
 
 class Example(NamedTuple):
-    """`image` `[H, W, 3]` uint8 RGB, `label` the index of its class.
+    """An image `[H, W, 3]` uint8 RGB and its label.
 
-    Of a scene, `label` is a mask `[H, W]` uint8: a class for every pixel.
+    The label is a class index or, in segmentation, a mask `[H, W]` uint8 with a class index per
+    pixel.
     """
 
     image: np.ndarray
@@ -23,9 +24,9 @@ class Example(NamedTuple):
 
 
 class Source(Protocol):
-    """A data set split; `class_names[label]` is the name of a label.
+    """A split of a dataset; `class_names[label]` is the name of a label.
 
-    Reading an index raises BrokenImageError where its image cannot be read.
+    `source[index]` raises BrokenImageError if the image cannot be read.
     """
 
     class_names: tuple[str, ...]
@@ -36,7 +37,7 @@ class Source(Protocol):
 
 
 class EncodedExample(NamedTuple):
-    """An image file's bytes, the index of its class, and what to call it in an error."""
+    """The bytes of an image file, its class index, and its name in error messages."""
 
     data: bytes
     label: int
@@ -45,30 +46,47 @@ class EncodedExample(NamedTuple):
 
 @runtime_checkable
 class EncodedSource(Source, Protocol):
-    """A data set whose images are files of their own kind; most are."""
+    """A dataset that can also give its images as encoded files; most datasets can."""
 
     def encoded(self, index: int) -> EncodedExample:
-        """The example at `index`, not decoded."""
+        """Return the example at `index` without decoding it."""
         ...
 
 
 def decode_example(example: EncodedExample) -> Example:
-    """`example` with its pixels; BrokenImageError if it has none."""
+    """Decode `example`; raise BrokenImageError if its image cannot be read."""
     return Example(decode(example.data, example.name), example.label)
 
 
 def evaluation_split(splits: Sequence[str], name: str) -> str:
-    """The split of the data set `name` to evaluate on; UserError if it has none for that."""
+    """Choose the split to evaluate on by default.
+
+    Args:
+      splits: the splits of the dataset.
+      name: the dataset's name in the error message.
+
+    Raises:
+      UserError: none of `EVALUATION_SPLITS` is among them.
+    """
     for split in EVALUATION_SPLITS:
         if split in splits:
             return split
     raise UserError(f"{name} has the splits {', '.join(splits)}; choose one")
 
 
-def check_same_classes(expected: tuple[str, ...], found: tuple[str, ...], what: str) -> None:
-    """Raises UserError, naming the first difference, if `what` has other classes than expected."""
-    if len(expected) != len(found):
-        raise UserError(f"{what} has {len(found)} classes, expected {len(expected)}")
-    for label, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
-        if ours != theirs:
-            raise UserError(f"class {label} of {what} is {theirs!r}, expected {ours!r}")
+def check_same_classes(expected: tuple[str, ...], actual: tuple[str, ...], what: str) -> None:
+    """Check that two datasets or models have the same class names in the same order.
+
+    Args:
+      expected: the expected class names, by label.
+      actual: the class names to check, by label.
+      what: what has the `actual` classes, for the error message.
+
+    Raises:
+      UserError: the names differ; the message gives the first difference.
+    """
+    if len(expected) != len(actual):
+        raise UserError(f"{what} has {len(actual)} classes, expected {len(expected)}")
+    for label, (expected_name, name) in enumerate(zip(expected, actual, strict=True)):
+        if expected_name != name:
+            raise UserError(f"class {label} of {what} is {name!r}, expected {expected_name!r}")

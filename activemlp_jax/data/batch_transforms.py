@@ -1,8 +1,8 @@
-"""What is done to batches on the device, inside the jitted step.
+"""Normalization and augmentation of batches on the device, inside the jitted step.
 
-Images are `[B, H, W, 3]` float32 here, whatever the model computes in: a mixing weight or an area
-in bfloat16 would have three digits. Random numbers follow from the key alone, so they are the same
-on any number of devices.
+Images are `[B, H, W, 3]` float32 here, whatever dtype the model computes in, because bfloat16 would
+keep only three digits of a mixing weight or an area. Random numbers depend on the key alone, so
+they are the same on any number of devices.
 """
 
 import math
@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-ERASING_AREA = (0.02, 1 / 3)  # of the image's
+ERASING_AREA = (0.02, 1 / 3)  # as a share of the image's area
 ERASING_RATIO = (0.3, 1 / 0.3)  # height to width
 ERASING_TRIES = 10
 
 
 class Boxes(NamedTuple):
-    """Parts of images, in pixels: each a `[N]` int32; `bottom` and `right` lie just outside."""
+    """Boxes in pixels; each field is `[N]` int32, and `bottom` and `right` are exclusive."""
 
     top: jax.Array
     bottom: jax.Array
@@ -27,7 +27,7 @@ class Boxes(NamedTuple):
     right: jax.Array
 
     def mask(self, height: int, width: int) -> jax.Array:
-        """`[N, height, width]`, true inside."""
+        """Return a bool mask `[N, height, width]` that is true inside the boxes."""
         y = jnp.arange(height)[None, :, None]
         x = jnp.arange(width)[None, None, :]
         top, bottom, left, right = (side[:, None, None] for side in self)
@@ -35,10 +35,11 @@ class Boxes(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """How each group of a batch is mixed: `[G]` each.
+    """How to mix each of the G groups of a batch; every field has one value per group.
 
-    Where `is_cutmix`, the pixels in `box` come from the partner; elsewhere each is `weight` times
-    its own and the rest its partner's. `weight` float32 is the own label's share in either case.
+    `weight`, float32, is the share of an image's own label in its mixed label. With `is_cutmix`,
+    the pixels inside `box` come from the partner image and the others stay. Without it (mixup),
+    every pixel is `weight` times its own value plus `1 - weight` times its partner's.
     """
 
     weight: jax.Array
@@ -47,30 +48,42 @@ class Mixing(NamedTuple):
 
 
 def mixes(config: ConfigDict) -> bool:
-    """Whether batches are mixed at all; `config` is the whole config."""
+    """Whether `config`, the whole config, has mixup or cutmix."""
     return bool(config.mix.mixup_alpha or config.mix.cutmix_alpha)
 
 
 def group_size(config: ConfigDict) -> int:
-    """Rows of a batch that are mixed alike and among themselves; all of them where nothing is.
+    """Number of consecutive rows of a batch that share one draw of mixup or cutmix.
 
+    Rows are mixed only with rows of their group. Without mixing, the group is the whole batch.
     `config` is the whole config.
     """
     return min(config.mix.group_size, config.batch_size) if mixes(config) else config.batch_size
 
 
-def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """`images` `[B, H, W, 3]` uint8 to float32 with `mean` and `std`, both of the range 0 to 1."""
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Convert images to float32, subtract the mean, and divide by the standard deviation.
+
+    Args:
+      images: `[B, H, W, 3]` uint8.
+      mean: mean of each channel, on a scale from 0 to 1.
+      std: standard deviation of each channel, on the same scale.
+
+    Returns:
+      `[B, H, W, 3]` float32.
+    """
     shape = (1, 1, 1, 3)
     scaled = images.astype(jnp.float32) / 255
     return (scaled - jnp.array(mean).reshape(shape)) / jnp.array(std).reshape(shape)
 
 
 def draw_erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> Boxes:
-    """A box to erase for each of `count` images; empty where none of `ERASING_TRIES` was smaller.
+    """Draw a box to erase for each of `count` images.
 
-    The area is uniform in `ERASING_AREA` of the image's, the ratio log-uniform in `ERASING_RATIO`,
-    sides are rounded, and the place is uniform among those inside.
+    The area is uniform in `ERASING_AREA`, the ratio of height to width log-uniform in
+    `ERASING_RATIO`, the sides are rounded, and the position is uniform among those inside the
+    image. The first of `ERASING_TRIES` draws with both sides smaller than the image's is used. If
+    no draw fits, the box is empty.
 
     Source: random erasing of the authors' release (timm's RandomErasing, one box).
     """
@@ -87,7 +100,7 @@ def draw_erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> B
     widths = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
     fits = (heights < height) & (widths < width)
     first = fits & (jnp.cumsum(fits, axis=1) == 1)
-    # A sum in place of an index, which TPUs are slow at.
+    # A masked sum instead of indexing, which is slow on TPUs.
     box_height, box_width = (jnp.where(first, sides, 0).sum(1) for sides in (heights, widths))
     top = jax.random.randint(keys[2], (count,), 0, height - box_height + 1)
     left = jax.random.randint(keys[3], (count,), 0, width - box_width + 1)
@@ -95,9 +108,14 @@ def draw_erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> B
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """`images`, normalised, each with `probability` a box of standard normal noise in it.
+    """Fill a random box with standard normal noise in some of the images.
 
-    Source: as `draw_erasing_boxes`.
+    Args:
+      key: a random key.
+      images: `[B, H, W, 3]`, normalized.
+      probability: the probability of erasing a box in each image.
+
+    Source: see `draw_erasing_boxes`.
     """
     count, height, width, _ = images.shape
     coin, boxes, noise = jax.random.split(key, 3)
@@ -116,12 +134,13 @@ def draw_mixing(
     cutmix_alpha: float,
     cutmix_probability: float,
 ) -> Mixing:
-    """One mixing for each of `groups`: mixup, or with `cutmix_probability` cutmix.
+    """Draw mixup or cutmix for each of `groups` groups of images of `height` by `width` pixels.
 
-    The share of the own image, lambda, follows Beta(alpha, alpha) of the kind drawn. Of cutmix, the
-    box has the sides `int(side * sqrt(1 - lambda))` around a uniform pixel, an odd side loses a
-    pixel, what lies outside is cut off, and lambda is corrected to the area that is left. A kind
-    whose alpha is 0 is never drawn.
+    A group gets cutmix with `cutmix_probability`, otherwise mixup. A method with an alpha of 0 is
+    never drawn. Lambda, the share of an image's own label, follows Beta(alpha, alpha), with the
+    alpha of the drawn method. The box of cutmix has the sides `int(side * sqrt(1 - lambda))`, minus
+    one pixel if that is odd, and its center is a uniformly drawn pixel. The box is clipped to the
+    image, and lambda is corrected to match the clipped area.
 
     Source: mixup and cutmix of the authors' release (timm's Mixup, mode 'batch').
     """
@@ -149,14 +168,17 @@ def draw_mixing(
 
 
 def mix(images: jax.Array, targets: jax.Array, mixing: Mixing) -> tuple[jax.Array, jax.Array]:
-    """Mix each group of a batch with itself in reverse order, images and targets alike.
+    """Mix each row of a group with the row at the same place in the reversed group.
 
     Args:
-      images: `[B, H, W, 3]`; groups are consecutive, as many as `mixing` has, which divides B.
-      targets: `[B, K]`, probabilities.
-      mixing: of each group.
+      images: `[B, H, W, 3]`, in groups of consecutive rows, all of the same size.
+      targets: `[B, K]` class probabilities.
+      mixing: how to mix each group; the number of groups divides B.
 
-    Source: as `draw_mixing`.
+    Returns:
+      The mixed images and targets, with unchanged shapes.
+
+    Source: see `draw_mixing`.
     """
     groups = len(mixing.weight)
     height, width = images.shape[1:3]

@@ -1,4 +1,7 @@
-"""Transforms of single images on the host, by Pillow: `[H, W, 3]` uint8 to the same."""
+"""Transforms of single images on the host, with Pillow.
+
+Images are `[H, W, 3]` uint8 RGB arrays, or RGB Pillow images.
+"""
 
 import math
 from typing import NamedTuple
@@ -12,11 +15,11 @@ from activemlp_jax.data.randaugment import parse_randaugment
 from activemlp_jax.data.warp import random_warp
 
 CROP_TRIES = 10
-JITTERED = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+JITTER_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """`image` at `size` by `size` pixels, bicubic."""
+    """Resize `image` to `size` by `size` pixels, bicubic."""
     if image.shape[:2] == (size, size):
         return image
     resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
@@ -24,7 +27,7 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 class Box(NamedTuple):
-    """A part of an image, in pixels."""
+    """A box in an image, in pixels."""
 
     left: int
     top: int
@@ -33,17 +36,18 @@ class Box(NamedTuple):
 
 
 def draw_crop(rng: np.random.Generator, width: int, height: int, config: ConfigDict) -> Box:
-    """A random part of an image of `width` by `height` pixels.
+    """Draw a random crop of an image.
 
-    Its area is uniform, its ratio of width to height log-uniform, its place uniform among those
-    inside. What does not fit is drawn again; after `CROP_TRIES` it is the largest centred part
-    whose ratio is within the limits.
+    The area is uniform, the ratio of width to height log-uniform, and the position uniform among
+    those inside the image. A crop that does not fit is drawn again. If none of `CROP_TRIES` crops
+    fits, the result is the largest centered crop with a ratio within the limits.
 
     Args:
-      rng: for the draws.
-      width: of the image.
-      height: of the image.
-      config: `min_area` and `max_area` as shares of the image's, `min_ratio` and `max_ratio`.
+      rng: random generator.
+      width: width of the image, in pixels.
+      height: height of the image, in pixels.
+      config: `config.data.crop`: `min_area` and `max_area` as shares of the image's area;
+        `min_ratio` and `max_ratio` of width to height.
 
     Source: the training transform of the authors' release (torchvision's RandomResizedCrop).
     """
@@ -63,29 +67,38 @@ def draw_crop(rng: np.random.Generator, width: int, height: int, config: ConfigD
 
 
 def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
-    """Brightness, contrast and saturation, in random order, times 1 - `strength` to 1 + it.
+    """Change brightness, contrast and saturation at random, in random order.
+
+    Args:
+      picture: an RGB image.
+      rng: random generator.
+      strength: each change has a factor between 1 - `strength`, at least 0, and 1 + `strength`.
 
     Source: the training transform of the authors' release (torchvision's ColorJitter, no hue).
     """
-    for which in rng.permutation(len(JITTERED)):
+    for index in rng.permutation(len(JITTER_ENHANCERS)):
         factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
-        picture = JITTERED[which](picture).enhance(factor)
+        picture = JITTER_ENHANCERS[index](picture).enhance(factor)
     return picture
 
 
 def augmented_crop(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """The original's training transform, up to normalising.
+    """Apply the authors' training transform, except for normalization.
 
     Args:
       image: `[H, W, 3]` uint8.
-      rng: for all draws.
-      config: `config.data`: `image_size`, `crop`, `flip`, `randaugment`, `color_jitter`.
+      rng: random generator.
+      config: `config.data`; `image_size`, `crop`, `flip`, `randaugment` and `color_jitter` are
+        used, the last one only without `randaugment`.
+
+    Returns:
+      `[image_size, image_size, 3]` uint8.
 
     Source: the training transform of the authors' release (timm's `transforms_imagenet_train`).
     """
     height, width = image.shape[:2]
     box = draw_crop(rng, width, height, config.crop)
-    # Cropped first: resizing with a box would read the pixels around it.
+    # Crop before resizing: `resize(..., box=box)` would also read pixels around the box.
     part = image[box.top : box.top + box.height, box.left : box.left + box.width]
     picture = Image.fromarray(part).resize((config.image_size,) * 2, Image.Resampling.BICUBIC)
     if rng.random() < config.flip:
@@ -98,9 +111,15 @@ def augmented_crop(image: np.ndarray, rng: np.random.Generator, config: ConfigDi
 
 
 def train_transform(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """What training sees of `image`: `[image_size, image_size, 3]` uint8.
+    """Augment an image for training.
 
-    `config` is `config.data`; its `augmentation` is 'warp' or 'random_resized_crop'.
+    Args:
+      image: `[H, W, 3]` uint8.
+      rng: random generator.
+      config: `config.data`; its `augmentation` is 'warp' or 'random_resized_crop'.
+
+    Returns:
+      `[image_size, image_size, 3]` uint8.
     """
     if config.augmentation == "warp":
         return resize(random_warp(image, rng, config.warp), config.image_size)
@@ -108,10 +127,17 @@ def train_transform(image: np.ndarray, rng: np.random.Generator, config: ConfigD
 
 
 def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """What evaluation sees of `image`: the centre, `[image_size, image_size, 3]` uint8.
+    """Resize an image and crop its center, for evaluation.
 
-    The short side is resized, bicubic, with the long side in proportion, truncated; the crop's
-    offset is rounded half to even.
+    The short side becomes `int(resize_factor * image_size)` pixels, and the long side follows in
+    proportion, truncated. Resizing is bicubic. The offset of the crop is rounded half to even.
+
+    Args:
+      image: `[H, W, 3]` uint8.
+      preprocessing: `image_size` and `resize_factor` are used.
+
+    Returns:
+      `[image_size, image_size, 3]` uint8.
 
     Source: the evaluation transform of the authors' release, pixel for pixel.
     """

@@ -1,8 +1,9 @@
-"""Data loaders; the batch of a step is a pure function of the seed and the step.
+"""Data loaders for training and evaluation.
 
-A sample's position in the run alone decides which example is read and which random numbers change
-it, so that neither the number of workers, nor that of hosts, nor a restart in between alters a
-batch; a run resumes from its step number.
+The batch of a training step is a pure function of the seed and the step: a sample's position in
+the run alone determines which example is read and which random numbers augment it. Batches
+therefore do not depend on the number of workers or hosts or on restarts, and a run resumes from
+its step number.
 """
 
 import contextlib
@@ -33,25 +34,25 @@ Transform = Callable[[Example, np.random.Generator, ConfigDict], Batch]
 
 BATCHES_AHEAD = 2
 
-# Python's resource tracker removes the shared memory of a run that ends abruptly. Without this
-# option it also warns about it, after the line that says why the run ended.
+# When a run ends at once, Python's resource tracker frees the shared memory that the run leaves and
+# warns about it. The warnings would follow the one line that says why the run ended.
 QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 
-# Keys of the store that all hosts share: one for each broken image, and their number.
-SKIPPED, SKIPPED_COUNT = "activemlp/skipped/", "activemlp/images_skipped"
+# Keys in the store that all hosts share: a prefix for one key per broken image, and their count.
+SKIPPED_PREFIX, SKIPPED_COUNT = "activemlp/skipped/", "activemlp/images_skipped"
 
 
 class Sample(NamedTuple):
-    """One row of a host's part of a batch: each of its arrays by name."""
+    """One row of a host's part of a batch: its arrays by name."""
 
     row: int
     arrays: dict[str, np.ndarray]
 
 
-class Unit(NamedTuple):
-    """What one reading of an example gives: all its samples of one step on one host.
+class ExampleSamples(NamedTuple):
+    """All samples that one host needs of one example in one step.
 
-    `skipped` has the indices of examples that were broken, and why.
+    `skipped` has the index of each broken example and the reason.
     """
 
     samples: list[Sample]
@@ -59,15 +60,15 @@ class Unit(NamedTuple):
 
 
 class Skipped:
-    """Counts the images that training could not read, each once, whichever hosts read it.
+    """Counts images that training could not read, each once, even if several hosts read it.
 
-    Its length is the number of those that this host was the first to report, so that the sum over
-    all hosts is the number of broken images.
+    Its length is the number of images that this host was the first to report, so the sum over all
+    hosts is the number of broken images.
 
     Args:
-      limit: the most of them to put up with, on all hosts together.
-      say: told of each of them once.
-      store: that all hosts share, of `jax.distributed`; None for a single host.
+      limit: the maximum number of broken images on all hosts together.
+      say: called with a message for each broken image, on the host that reports it first.
+      store: the key-value store of `jax.distributed` that all hosts share; None for a single host.
     """
 
     def __init__(self, limit: int, say: Callable[[str], None], store: Any = None):
@@ -75,23 +76,23 @@ class Skipped:
         self._say = say
         self._store = store
         self._seen: set[int] = set()
-        self._first = 0
+        self._reported = 0
 
     def __len__(self) -> int:
-        return self._first
+        return self._reported
 
     def add(self, index: int, reason: str) -> None:
-        """Count the example `index`; raises UserError where that is one too many."""
+        """Count example `index` as broken; raise UserError if that exceeds the limit."""
         if index in self._seen:
             return
         self._seen.add(index)
         if self._store is None:
             total = len(self._seen)
-        elif not _set_once(self._store, f"{SKIPPED}{index}"):
+        elif not _set_once(self._store, f"{SKIPPED_PREFIX}{index}"):
             return
         else:
             total = self._store.key_value_increment(SKIPPED_COUNT, 1)
-        self._first += 1
+        self._reported += 1
         if total > self._limit:
             raise UserError(
                 f"{total} images cannot be read, more than config.data.max_skipped = "
@@ -101,7 +102,7 @@ class Skipped:
 
 
 def _set_once(store: Any, key: str) -> bool:
-    """Set a key of a store that hosts share; False if it has been set."""
+    """Set a key of the shared store; return False if it was set before."""
     try:
         store.key_value_set(key, "")
     except jax.errors.JaxRuntimeError as error:
@@ -112,77 +113,91 @@ def _set_once(store: Any, key: str) -> bool:
 
 
 def sample_order(config: ConfigDict, examples: int) -> SampleOrder:
-    """The order of a run's samples; `config` is the whole config."""
+    """Create the order of a run's samples.
+
+    Args:
+      config: the whole config.
+      examples: the number of examples in the training set.
+    """
     groups = config.batch_size // group_size(config)
     return SampleOrder(examples, config.batch_size, config.data.repeats, groups, config.seed)
 
 
-def read_unbroken(source: Source, index: int, most: int) -> tuple[Example, list[tuple[int, str]]]:
-    """The example at `index`, or the first after it that can be read, and those that cannot.
+def read_unbroken(
+    source: Source, index: int, max_skipped: int
+) -> tuple[Example, list[tuple[int, str]]]:
+    """Read the example at `index` or, if it is broken, the next one that is not.
+
+    Returns:
+      The example, and the index of each broken example with the reason.
 
     Raises:
-      BrokenImageError: more than `most` in a row.
+      BrokenImageError: more than `max_skipped` examples in a row are broken.
     """
     skipped: list[tuple[int, str]] = []
     while True:
-        place = (index + len(skipped)) % len(source)
+        current = (index + len(skipped)) % len(source)
         try:
-            return source[place], skipped
+            return source[current], skipped
         except BrokenImageError as error:
-            if len(skipped) >= min(most, len(source) - 1):
+            if len(skipped) >= min(max_skipped, len(source) - 1):
                 raise
-            skipped.append((place, str(error)))
+            skipped.append((current, str(error)))
 
 
-def train_units(
+def example_reader(
     source: Source, transform: Transform, config: ConfigDict, process: int, processes: int
-) -> tuple[Callable[[int], Unit], int]:
-    """The function from an index to a unit, and the number of units a step.
+) -> tuple[Callable[[int], ExampleSamples], int]:
+    """Make the function that reads a training example and transforms its repeats within a step.
 
-    Repeats of an example within a step make one unit, so that it is read and decoded once.
+    A host thus reads and decodes an example only once per step.
+
+    Returns:
+      The function, from an index to samples, and the number of indices per step.
     """
     order = sample_order(config, len(source))
     data, batch_size, repeats = config.data, config.batch_size, config.data.repeats
     local_batch = batch_size // processes
-    units_per_step = (batch_size + repeats - 2) // repeats + 1  # a row of copies may straddle two
-    most_skipped = data.max_skipped if data.on_error == "skip" else 0
+    # The repeats of an example may be split between two steps.
+    examples_per_step = (batch_size + repeats - 2) // repeats + 1
+    max_skipped = data.max_skipped if data.on_error == "skip" else 0
 
-    def unit(index: int) -> Unit:
-        step, number = divmod(index, units_per_step)
-        epoch, first = order.place(step * batch_size)
-        image = first // repeats + number
-        places = range(max(first, image * repeats), min(first + batch_size, (image + 1) * repeats))
-        rows = {place: order.row(place - first) - process * local_batch for place in places}
-        rows = {place: row for place, row in rows.items() if 0 <= row < local_batch}
+    def read(index: int) -> ExampleSamples:
+        step, number = divmod(index, examples_per_step)
+        epoch, start = order.place(step * batch_size)
+        stop = start + batch_size
+        image = start // repeats + number
+        # Offsets count samples from the start of the epoch.
+        offsets = range(max(start, image * repeats), min(stop, (image + 1) * repeats))
+        rows = {offset: order.row(offset - start) - process * local_batch for offset in offsets}
+        rows = {offset: row for offset, row in rows.items() if 0 <= row < local_batch}
         if not rows:
-            return Unit([], [])
-        example, skipped = read_unbroken(source, order.example(epoch, image), most_skipped)
+            return ExampleSamples([], [])
+        example, skipped = read_unbroken(source, order.example(epoch, image), max_skipped)
         samples = []
-        for place, row in rows.items():
-            rng = np.random.default_rng([config.seed, step * batch_size + place - first])
+        for offset, row in rows.items():
+            rng = np.random.default_rng([config.seed, step * batch_size + offset - start])
             samples.append(Sample(row, transform(example, rng, data)))
-        return Unit(samples, skipped)
+        return ExampleSamples(samples, skipped)
 
-    return unit, units_per_step
+    return read, examples_per_step
 
 
-def _assemble(units: Sequence[Unit]) -> dict[str, Any]:
-    """A host's part of a batch from its units, and what they skipped."""
-    samples = [sample for unit in units for sample in unit.samples]
+def _assemble(examples: Sequence[ExampleSamples]) -> dict[str, Any]:
+    """Stack samples into a host's part of a batch; 'skipped' lists the skipped examples."""
+    samples = [sample for example in examples for sample in example.samples]
     samples.sort(key=lambda sample: sample.row)
     batch: dict[str, Any] = {
         name: np.stack([sample.arrays[name] for sample in samples]) for name in samples[0].arrays
     }
-    batch["skipped"] = [skip for unit in units for skip in unit.skipped]
+    batch["skipped"] = [skip for example in examples for skip in example.skipped]
     return batch
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """Have this worker process end when the process that started it has ended, even if killed.
-
-    Otherwise it would wait forever to hand over its batches. With the last worker, Python's
-    resource tracker ends, too, and removes the shared memory that they were in.
-    """
+    """End this worker process as soon as its parent process has ended, even if killed."""
+    # Otherwise the worker would wait forever to hand over its batches. After the last worker,
+    # Python's resource tracker ends too and frees the shared memory that held the batches.
     del worker, workers
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker has been started by another process"
@@ -196,29 +211,36 @@ def _end_with_parent(worker: int, workers: int) -> None:
 
 def iterate(
     elements: grain.MapDataset,
-    group: int,
+    batch_size: int,
     assemble: Callable[[Sequence[Any]], Any],
     num_threads: int,
     num_workers: int = 0,
 ) -> Iterator[Any]:
-    """`elements`, joined by `assemble` in groups of `group`, in order.
+    """Iterate over batches of consecutive elements, in order.
 
-    Threads share the elements of a group; a worker process makes whole groups, as handing over
-    many small things between processes would cost more.
+    Threads compute single elements. Worker processes compute whole batches, because handing many
+    small objects from process to process costs more.
+
+    Args:
+      elements: the elements, computed on access.
+      batch_size: the number of elements in a batch.
+      assemble: makes a batch of its elements.
+      num_threads: the number of threads; 0 computes in the caller's thread.
+      num_workers: the number of worker processes to use instead of threads; 0 for none.
     """
     if num_workers:
-        if not flags.FLAGS.is_parsed():  # Grain reads some for its workers
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags to start its workers
             flags.FLAGS.mark_as_parsed()
         if QUIET_TRACKER not in sys.warnoptions:  # child processes inherit these options
             sys.warnoptions.append(QUIET_TRACKER)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        batches = elements.batch(group, batch_fn=assemble).to_iter_dataset(options)
+        batches = elements.batch(batch_size, batch_fn=assemble).to_iter_dataset(options)
         workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=BATCHES_AHEAD)
         return iter(batches.mp_prefetch(workers, _end_with_parent))
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=max(16, 4 * num_threads)
     )
-    batches = elements.to_iter_dataset(options).batch(group, batch_fn=assemble)
+    batches = elements.to_iter_dataset(options).batch(batch_size, batch_fn=assemble)
     if num_threads:
         batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=BATCHES_AHEAD)
     return iter(batches)
@@ -235,31 +257,32 @@ def train_batches(
     processes: int = 1,
     skipped: Skipped | None = None,
 ) -> Generator[Batch]:
-    """This host's part of the batches of the steps `first_step` to `last_step - 1`.
+    """Iterate over this host's part of the training batches of a range of steps.
 
     Args:
       source: the training set.
-      transform: from an example, random numbers and `config.data` to the arrays of a sample.
-      config: the whole config; `seed`, `batch_size` (global), `mix.group_size` and `data` are
-        read.
-      first_step: the first to give; a resumed run passes the step it is at.
-      last_step: where to end.
-      process: this host's number among `processes`, which divides the batch size.
-      processes: the number of hosts.
-      skipped: told which images could not be read, where `config.data.on_error` is 'skip'.
+      transform: makes the arrays of a sample from an example, a random generator and `config.data`.
+      config: the whole config; `seed`, `batch_size` (global), `mix` and `data` are used.
+      first_step: the first step; a resumed run passes its current step.
+      last_step: the step after the last one.
+      process: the index of this host.
+      processes: the number of hosts, which divides the batch size.
+      skipped: counts the images that cannot be read, if `config.data.on_error` is 'skip'.
 
     Yields:
-      The arrays of `transform`, `batch_size / processes` of each stacked. Close the iterator to end
+      The arrays of `batch_size / processes` samples, stacked, by name. Close the iterator to stop
       its threads and processes.
 
     Raises:
-      BrokenImageError: an image that cannot be read, where `config.data.on_error` is 'raise'.
+      BrokenImageError: an image cannot be read and `config.data.on_error` is 'raise', or more than
+        `config.data.max_skipped` examples in a row are broken.
+      UserError: `skipped` counts more images than its limit.
     """
-    unit, units_per_step = train_units(source, transform, config, process, processes)
-    elements = grain.MapDataset.range(first_step * units_per_step, last_step * units_per_step)
+    read, examples_per_step = example_reader(source, transform, config, process, processes)
+    indices = grain.MapDataset.range(first_step * examples_per_step, last_step * examples_per_step)
     data = config.data
     iterator: Any = iterate(
-        elements.map(unit), units_per_step, _assemble, data.num_threads, data.num_workers
+        indices.map(read), examples_per_step, _assemble, data.num_threads, data.num_workers
     )
     with contextlib.closing(iterator):
         for batch in iterator:
@@ -278,24 +301,25 @@ def eval_batches(
     process: int = 0,
     processes: int = 1,
 ) -> Generator[Batch]:
-    """This host's part of one ordered pass; every example counts exactly once.
+    """Iterate once over this host's part of an evaluation set, in order.
 
-    Hosts hold consecutive blocks of every global batch.
+    Each host has one block of consecutive rows of every global batch.
 
     Args:
       source: the set to evaluate on.
-      preprocessing: of each image; normalising is left to the device.
-      batch_size: over all hosts.
-      num_threads: that read and transform; 0 for none but the caller's.
-      process: this host's number among `processes`, which divides the batch size.
-      processes: the number of hosts.
+      preprocessing: how to resize and crop images; normalization happens on the device.
+      batch_size: the global batch size.
+      num_threads: the number of threads that read and transform; 0 uses the caller's thread.
+      process: the index of this host.
+      processes: the number of hosts, which divides the batch size.
 
     Yields:
-      `image` `[B, S, S, 3]` uint8, `label` `[B]` int32, and `mask` `[B]` float32: 1 for an example,
-      0 for the padding that fills the last batch, so that all hosts take the same number of steps.
+      `image` `[B, S, S, 3]` uint8, `label` `[B]` int32, and `mask` `[B]` float32, for the B images
+      of this host and image size S. The mask is 1 for an example, and 0 for padding, which fills
+      the last batch so that all hosts take the same number of steps.
 
     Raises:
-      BrokenImageError: an image that cannot be read.
+      BrokenImageError: an image cannot be read.
     """
     local_batch = batch_size // processes
     steps = -(-len(source) // batch_size)

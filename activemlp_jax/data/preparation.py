@@ -1,4 +1,4 @@
-"""Data sets brought into ArrayRecord files, which training reads at random."""
+"""Preparation of datasets as ArrayRecord files, which allow random access during training."""
 
 import os
 import re
@@ -34,10 +34,10 @@ FOLDER_SPLITS = ("train", "val", "validation", "test")
 
 
 def index_tar(path: Path) -> list[tuple[str, int, int]]:
-    """Name, offset and size of each file in an uncompressed tar file, and in tar files in it.
+    """List the name, offset and size of each file in an uncompressed tar file and its inner tars.
 
     Raises:
-      UserError: it is no tar file, or not a whole one.
+      UserError: it is not a tar file, or is truncated.
     """
     members: list[tuple[str, int, int]] = []
     try:
@@ -54,20 +54,26 @@ def index_tar(path: Path) -> list[tuple[str, int, int]]:
                         for image in inner
                         if image.isfile()
                     ]
-    except Exception as error:  # a damaged header lets tarfile stumble in any way
+    except Exception as error:  # tarfile can raise anything on a damaged header
         reason = first_line(error)
         raise UserError(f"{path} cannot be read as a tar file: {reason}") from error
     return members
 
 
 def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Console) -> None:
-    """Build imagenet2012 from the official tar files in the folder `tars`.
+    """Build imagenet2012 from the official tar files.
 
-    Images stay as they are, byte for byte. Labels of the validation images are those that
-    tensorflow-datasets has.
+    The image files are copied byte for byte. The labels of the validation images come from
+    tensorflow-datasets.
+
+    Args:
+      tars: the folder with the tar files.
+      data_dir: the folder of TFDS datasets to write into.
+      num_threads: the number of threads that write.
+      console: prints progress and the result.
 
     Raises:
-      UserError: a file is missing, broken, or does not hold as many images as the official one.
+      UserError: a tar file is missing, is broken, or has an unexpected number of images.
     """
     for file in IMAGENET_TARS.values():
         if not (tars / file).is_file():
@@ -110,13 +116,22 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
 def prepare_folder(
     folder: Path, name: str, data_dir: Path, num_threads: int, console: Console
 ) -> None:
-    """Build a data set of a folder of class folders, or of one that has such a folder a split.
+    """Build a dataset from a folder of class folders, or from one that has such a folder per split.
+
+    Args:
+      folder: the folder of images.
+      name: the name of the new dataset.
+      data_dir: the folder of TFDS datasets to write into.
+      num_threads: the number of threads that write.
+      console: prints progress and the result.
 
     Raises:
-      UserError: it is no such folder, or its splits differ in their classes.
+      UserError: the name or the folder has the wrong form, or splits differ in their classes.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"the name is {name!r}, expected small letters, digits and _, as my_photos")
+        raise UserError(
+            f"the name is {name!r}, expected lowercase letters, digits and _, such as my_photos"
+        )
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     present = [split for split in FOLDER_SPLITS if (folder / split).is_dir()]
@@ -143,9 +158,9 @@ def prepare_folder(
 
 
 def _size(path: str) -> int:
-    """The bytes of a regular file; UserError if it is none, as a pipe could not be read."""
+    """Return the size of a regular file in bytes; raise UserError for anything else."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} cannot be read: it is no regular file")
+        raise UserError(f"{path} cannot be read: it is not a regular file")
     return os.path.getsize(path)
 
 
@@ -158,33 +173,33 @@ def write_images(
     num_threads: int,
     console: Console,
 ) -> None:
-    """Write image files, `splits` of `Member`s, as the data set `name` in `data_dir`."""
+    """Write the image files of each split as the TFDS dataset `name` in `data_dir`."""
     directory = data_dir / name / version
     shards = plan_shards(directory, name, features, splits)
     counts = write_and_finish(directory, name, version, features, shards, num_threads, console)
-    _say_result(counts, name, data_dir, console)
+    _print_result(counts, name, data_dir, console)
 
 
 def _tfrecords(file: str) -> Iterator[bytes]:
-    """The records of a TFRecord file, without a check of their checksums."""
+    """Read the records of a TFRecord file without verifying their checksums."""
     try:
         yield from TFRecordIterDataset(file)
-    except Exception as error:  # with all of the bytes in its message
+    except Exception as error:  # its message contains all of the bytes
         reason = first_line(error).split(":")[0]
         raise UserError(f"{file} cannot be read: {reason}") from error
 
 
 def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Console) -> None:
-    """Convert a data set that tensorflow-datasets prepared as TFRecord files, shard by shard.
+    """Convert a dataset that tensorflow-datasets prepared as TFRecord files, shard by shard.
 
     Args:
-      source: the folder of one version of it, with its `dataset_info.json`.
-      data_dir: where the new one goes; not where the old one is.
-      num_threads: that write.
-      console: where to report.
+      source: the folder of one version of the dataset, with `dataset_info.json`.
+      data_dir: the folder of TFDS datasets to write into; not the one that `source` is in.
+      num_threads: the number of threads that write.
+      console: prints progress and the result.
 
     Raises:
-      UserError: it is no such folder, or in another format.
+      UserError: it is not such a folder, or its files have another format.
     """
     if not (source / "dataset_info.json").is_file():
         raise UserError(
@@ -194,7 +209,7 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
     try:
         info = tfds.builder_from_directory(source).info
         _ = info.features, info.file_format.value, list(info.splits)
-    except Exception as error:  # its kinds of error share no base
+    except Exception as error:  # TFDS errors have no common base class
         raise UserError(f"{source} cannot be read: {first_line(error)}") from error
     if info.file_format.value != "tfrecord":
         raise UserError(f"{source} has {info.file_format.value} files, expected tfrecord")
@@ -228,14 +243,19 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
     counts = write_and_finish(
         directory, info.name, version, info.features, shards, num_threads, console
     )
-    _say_result(counts, full_name, data_dir, console)
+    _print_result(counts, full_name, data_dir, console)
 
 
 def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
-    """Have tensorflow-datasets download and prepare one of its data sets.
+    """Download and prepare a dataset with tensorflow-datasets.
+
+    Args:
+      name: the name of the dataset, as `tfds.builder` takes it.
+      data_dir: the folder of TFDS datasets to write into.
+      console: prints the result.
 
     Raises:
-      UserError: it cannot, with its reason.
+      UserError: the dataset cannot be prepared.
     """
     if name.split(":")[0] == "imagenet2012":
         raise UserError("imagenet2012 is made of tar files; see prepare_data imagenet2012 --help")
@@ -248,11 +268,11 @@ def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
         raise UserError(
             f"tensorflow-datasets needs TensorFlow to prepare {name}: {install_command('prepare')}"
         ) from error
-    except Exception as error:  # its kinds of error share no base
+    except Exception as error:  # TFDS errors have no common base class
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{name} cannot be prepared: {reason}") from error
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    _say_result(counts, name, data_dir, console)
+    _print_result(counts, name, data_dir, console)
 
 
 def write_and_finish(
@@ -264,11 +284,7 @@ def write_and_finish(
     num_threads: int,
     console: Console,
 ) -> dict[str, int]:
-    """Write `shards`, with a progress bar, then what describes them.
-
-    Returns:
-      The number of examples of each split, counted in the files.
-    """
+    """Write `shards` with a progress bar, then their metadata; count the examples of each split."""
     try:
         claim_directory(directory, shards)
         with Progress(
@@ -286,11 +302,11 @@ def write_and_finish(
         raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
 
 
-def _say_result(counts: dict[str, int], name: str, data_dir: Path, console: Console) -> None:
-    found = ", ".join(f"{count:,} of {split}" for split, count in counts.items())
+def _print_result(counts: dict[str, int], name: str, data_dir: Path, console: Console) -> None:
+    description = ", ".join(f"{count:,} of {split}" for split, count in counts.items())
     console.print(
         one_line(
-            f"{name}: {found}, counted; read it with TFDS_DATA_DIR={data_dir} "
+            f"{name}: {description}, counted; read it with TFDS_DATA_DIR={data_dir} "
             f"and --config.data.name=tfds:{name}"
         ),
         highlight=False,

@@ -1,4 +1,4 @@
-"""How an image becomes a model's input when nothing is random."""
+"""Preprocessing settings: how an image becomes a model's input, without augmentation."""
 
 import dataclasses
 
@@ -8,27 +8,27 @@ from activemlp_jax.utils.json_files import short
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# More than any model is made for, and little enough that a file which asks for more costs nothing.
-MOST_INPUT_SIDE, MOST_SIDE = 2**12, 2**14  # pixels
-MOST_FACTOR = 4
-MOST_COLOR, LEAST_STD = 1000, 1e-6
+# Limits beyond the needs of any model, so that a malicious model file cannot exhaust the memory.
+MAX_INPUT_SIDE, MAX_SIDE = 2**12, 2**14  # pixels
+MAX_FACTOR = 4
+MAX_COLOR, MIN_STD = 1000, 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """What evaluation and prediction do to an image; the defaults are the original's.
+    """Preprocessing of images for evaluation and prediction; the defaults are the authors'.
 
     Args:
       image_size: side of the square input, in pixels.
-      resize_factor: the short side is resized to `int(resize_factor * image_size)`; of that the
-        centre is cut out.
-      mean: of red, green and blue, of the range 0 to 1.
-      std: the same.
+      resize_factor: the short side is resized to `int(resize_factor * image_size)` pixels before
+        the center is cropped.
+      mean: means of red, green and blue, on a scale from 0 to 1.
+      std: standard deviations of red, green and blue, on the same scale.
 
     Raises:
-      ValueError: a value that cannot work, named.
+      ValueError: a value is invalid; the message names it.
 
-    Source: the evaluation of the authors' release.
+    Source: the evaluation code of the authors' release.
     """
 
     image_size: int = 224
@@ -37,29 +37,32 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _check_side("image_size", self.image_size, MIN_IMAGE_SIDE, MOST_INPUT_SIDE)
+        _check_side("image_size", self.image_size, MIN_IMAGE_SIDE, MAX_INPUT_SIDE)
         factor = self.resize_factor
         if not _is_number(factor) or not factor >= 1:
             raise ValueError(f"resize_factor is {short(factor)}, expected 1 or more")
-        if factor > MOST_FACTOR:
-            raise ValueError(f"resize_factor is {short(factor)}, expected at most {MOST_FACTOR}")
+        if factor > MAX_FACTOR:
+            raise ValueError(f"resize_factor is {short(factor)}, expected at most {MAX_FACTOR}")
         _check_colors(self.mean, self.std)
 
 
 @dataclasses.dataclass(frozen=True)
 class ScenePreprocessing:
-    """What segmentation does to an image when nothing is random; the defaults are the original's.
+    """Preprocessing of images for segmentation; the defaults are the authors'.
+
+    An image is resized to the largest size that fits into `long_side` by `short_side` pixels and
+    keeps its aspect ratio.
 
     Args:
-      long_side: an image is resized to the largest that fits into `long_side` by `short_side`, in
-        pixels, with its ratio kept; 0 leaves it as it is.
-      short_side: the same.
-      window: side of the windows that can be slid over it: of the crops that were trained on.
-      mean: of red, green and blue, of the range 0 to 1.
-      std: the same.
+      long_side: maximum of the long side, in pixels; 0 leaves images at their size.
+      short_side: maximum of the short side, in pixels.
+      window: side of the windows of sliding-window inference, in pixels: the size of the crops in
+        training.
+      mean: means of red, green and blue, on a scale from 0 to 1.
+      std: standard deviations of red, green and blue, on the same scale.
 
     Raises:
-      ValueError: a value that cannot work, named.
+      ValueError: a value is invalid; the message names it.
 
     Source: the test pipeline of the authors' release.
     """
@@ -71,29 +74,29 @@ class ScenePreprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _check_side("short_side", self.short_side, MIN_IMAGE_SIDE, MOST_SIDE)
-        _check_side("window", self.window, MIN_IMAGE_SIDE, MOST_INPUT_SIDE)
+        _check_side("short_side", self.short_side, MIN_IMAGE_SIDE, MAX_SIDE)
+        _check_side("window", self.window, MIN_IMAGE_SIDE, MAX_INPUT_SIDE)
         if type(self.long_side) is not int or self.long_side:
-            _check_side("long_side", self.long_side, self.short_side, MOST_SIDE, "0 or ")
+            _check_side("long_side", self.long_side, self.short_side, MAX_SIDE, "0 or ")
         _check_colors(self.mean, self.std)
 
 
-def _check_side(name: str, value: object, least: int, most: int, other: str = "") -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} is {short(value)}, expected {other}at least {least}")
-    if value > most:
-        raise ValueError(f"{name} is {short(value)}, expected at most {most:,}")
+def _check_side(name: str, value: object, low: int, high: int, other: str = "") -> None:
+    if type(value) is not int or value < low:
+        raise ValueError(f"{name} is {short(value)}, expected {other}at least {low}")
+    if value > high:
+        raise ValueError(f"{name} is {short(value)}, expected at most {high:,}")
 
 
 def _check_colors(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     for name, values in (("mean", mean), ("std", std)):
         if not isinstance(values, list | tuple) or len(values) != 3:
             raise ValueError(f"{name} is {short(values)}, expected three numbers")
-    if not all(_is_number(value) and abs(value) <= MOST_COLOR for value in mean):
-        raise ValueError(f"mean is {short(mean)}, expected three numbers up to {MOST_COLOR}")
-    if not all(_is_number(value) and LEAST_STD <= value <= MOST_COLOR for value in std):
+    if not all(_is_number(value) and abs(value) <= MAX_COLOR for value in mean):
+        raise ValueError(f"mean is {short(mean)}, expected three numbers up to {MAX_COLOR}")
+    if not all(_is_number(value) and MIN_STD <= value <= MAX_COLOR for value in std):
         raise ValueError(
-            f"std is {short(std)}, expected three numbers above 0, from {LEAST_STD} to {MOST_COLOR}"
+            f"std is {short(std)}, expected three numbers above 0, from {MIN_STD} to {MAX_COLOR}"
         )
 
 

@@ -1,10 +1,10 @@
-"""RandAugment on Pillow images, as the original's recipe defines it.
+"""RandAugment on Pillow images, as in the authors' recipe.
 
-A policy is named by a string such as 'rand-m9-mstd0.5-inc1'; see `parse_randaugment`.
+A string such as 'rand-m9-mstd0.5-inc1' describes a policy; see `parse_randaugment`.
 
 Source: E. D. Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced
-search space" (2020), in the form that timm's `rand_augment_transform` gave it and the authors'
-release uses.
+search space" (2020), in the variant of timm's `rand_augment_transform`, which the authors' release
+uses.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-FILL = (124, 116, 104)  # what comes in from outside: ImageNet's mean colour
-MAX_MAGNITUDE = 10.0  # of the scale that magnitudes are given on
+FILL = (124, 116, 104)  # color of pixels from outside the image: ImageNet's mean
+MAX_MAGNITUDE = 10.0  # upper end of the scale
 
 Picture = Image.Image
 Enhancer = Callable[[Picture], ImageEnhance._Enhance]
@@ -38,7 +38,7 @@ def _rotate(picture: Picture, degrees: float) -> Picture:
 
 
 def _posterize(picture: Picture, bits: float) -> Picture:
-    if bits == 0:  # nothing is kept; Pillow refuses that
+    if bits == 0:  # Pillow refuses to remove all bits
         return Image.new("RGB", picture.size)
     return ImageOps.posterize(picture, int(bits))
 
@@ -58,12 +58,12 @@ def _enhance(kind: Enhancer) -> Callable[[Picture, float], Picture]:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One kind of change: `apply(picture, level)`, where `level` is of a magnitude.
+    """An image operation; a magnitude sets its strength.
 
     Args:
-      apply: the change.
-      level: the argument that a magnitude as a share of 10 stands for, None where there is none.
-      signed: whether the magnitude's sign is a fair coin.
+      apply: the operation, as a function of a picture and a level.
+      level: maps magnitude / `MAX_MAGNITUDE` to the level; None if the operation has no level.
+      signed: whether the magnitude is negated with probability 1/2.
     """
 
     apply: Callable[[Picture, float], Picture]
@@ -71,7 +71,7 @@ class Operation:
     signed: bool = False
 
     def __call__(self, picture: Picture, magnitude: float) -> Picture:
-        """`picture`, RGB, changed by `magnitude`, -10 to 10; negative only where `signed`."""
+        """Apply to an RGB picture; `magnitude` is 0 to 10, or -10 to 10 if `signed`."""
         return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE) if self.level else 0.0)
 
 
@@ -114,7 +114,7 @@ ENHANCERS: dict[str, Enhancer] = {
     "Sharpness": ImageEnhance.Sharpness,
 }
 
-# 'inc1': a larger magnitude is a larger change.
+# 'inc1': a larger magnitude means a stronger operation.
 INCREASING: dict[str, Operation] = {
     **SHARED,
     "Posterize": Operation(_posterize, lambda share: 4 - int(share * 4)),
@@ -125,7 +125,7 @@ INCREASING: dict[str, Operation] = {
     },
 }
 
-# 'inc0': some changes shrink with the magnitude, as in the first AutoAugment.
+# 'inc0': a larger magnitude weakens some operations, as in the first AutoAugment.
 NOT_INCREASING: dict[str, Operation] = {
     **SHARED,
     "Posterize": Operation(_posterize, lambda share: int(share * 4)),
@@ -139,15 +139,16 @@ NOT_INCREASING: dict[str, Operation] = {
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """A policy: some changes drawn for each picture.
+    """A policy that applies randomly drawn operations to each picture.
 
     Args:
-      magnitude: the mean, 0 to 10.
-      num_ops: drawn for each picture, with replacement.
-      magnitude_std: of a magnitude's normal distribution; infinite: uniform from 0 to `magnitude`.
-      max_magnitude: where magnitudes are clipped.
-      probability: that a drawn change is applied.
-      increasing: whether all changes grow with the magnitude.
+      magnitude: mean of the magnitudes, 0 to 10.
+      num_ops: number of operations drawn for each picture, with replacement.
+      magnitude_std: standard deviation of the normally distributed magnitudes; if infinite,
+        magnitudes are uniform from 0 to `magnitude`.
+      max_magnitude: magnitudes are clipped to this maximum.
+      probability: probability that a drawn operation is applied.
+      increasing: whether all operations get stronger with the magnitude.
     """
 
     magnitude: float = 10.0
@@ -159,11 +160,11 @@ class RandAugment:
 
     @property
     def operations(self) -> dict[str, Operation]:
-        """The changes to draw from, by name."""
+        """The operations to draw from, by name."""
         return INCREASING if self.increasing else NOT_INCREASING
 
     def draw_magnitude(self, rng: np.random.Generator) -> float:
-        """A magnitude before its sign, 0 to `max_magnitude`."""
+        """Draw an unsigned magnitude, 0 to `max_magnitude`."""
         if math.isinf(self.magnitude_std):
             magnitude = rng.uniform(0, self.magnitude)
         else:
@@ -171,7 +172,7 @@ class RandAugment:
         return min(max(magnitude, 0.0), self.max_magnitude)
 
     def __call__(self, picture: Picture, rng: np.random.Generator) -> Picture:
-        """`picture`, RGB, after `num_ops` random changes."""
+        """Apply `num_ops` random operations to an RGB picture, each with `probability`."""
         operations = list(self.operations.values())
         for choice in rng.integers(len(operations), size=self.num_ops):
             if rng.random() >= self.probability:
@@ -189,19 +190,26 @@ SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(inf|\d+(?:\.\d+)?)")
 
 @functools.cache
 def parse_randaugment(policy: str) -> RandAugment:
-    """The policy that a string names, such as 'rand-m9-mstd0.5-inc1'.
+    """Parse the description of a policy, such as 'rand-m9-mstd0.5-inc1'.
 
-    Sections after 'rand' are parted by '-', in any order: `m` the magnitude (10), `n` the number
-    of changes a picture (2), `mstd` the magnitude's standard deviation (0; `inf` draws uniformly
-    from 0 to `m`), `mmax` the bound magnitudes are clipped to (10), `p` the probability of a
-    change (0.5), `inc` 1 for changes that all grow with the magnitude (0).
+    It is 'rand', followed by sections of a name and a number, separated by '-' and in any order.
+    Each section is optional:
+
+      m: magnitude, 0 to 10; default 10.
+      n: number of operations per picture, up to 15; default 2.
+      mstd: standard deviation of the magnitude; default 0. With 'inf', magnitudes are uniform from
+        0 to m.
+      mmax: maximum to which magnitudes are clipped, 0 to 10; default 10.
+      p: probability of each operation, 0 to 1; default 0.5.
+      inc: 1 if all operations get stronger with the magnitude; default 0.
 
     Raises:
-      ValueError: another string, or a value out of range; the section is named.
+      ValueError: the description has another form, or a value is out of range; the message names
+        the section.
     """
     head, *sections = policy.split("-")
     if head != "rand":
-        raise ValueError(f"{policy!r} names no policy, expected rand-m9-mstd0.5-inc1 or the like")
+        raise ValueError(f"{policy!r} is not a policy, expected rand-m9-mstd0.5-inc1 or the like")
     values: dict[str, float] = {}
     for section in sections:
         match = SECTION.fullmatch(section)

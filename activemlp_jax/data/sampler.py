@@ -1,4 +1,4 @@
-"""Which example stands where: a pure function of the seed and the position.
+"""The order of training samples: a pure function of the seed and a sample's position.
 
 Positions count the samples of a run, over all epochs and hosts.
 """
@@ -11,7 +11,7 @@ from grain.experimental import index_shuffle
 
 from activemlp_jax.utils.errors import UserError
 
-EPOCH_MULTIPLE = 256  # to whose multiple the original cuts an epoch of repeated augmentation
+EPOCH_MULTIPLE = 256  # samples; see `SampleOrder`
 
 
 @functools.lru_cache(maxsize=16)
@@ -23,24 +23,25 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 class SampleOrder:
     """The order of a run's samples.
 
-    Every epoch shuffles the whole set anew. With repeated augmentation an image stands `repeats`
-    times in a row; the row is dealt out round-robin over the groups of a batch, so that the copies
-    of an image are mixed with different partners; and an epoch is as long as without repeats, cut
-    to a multiple of 256 (a set smaller than that is not cut): it shows one image in `repeats`.
-    Only full batches count.
+    Every epoch shuffles the whole dataset and drops the last, partial batch.
+
+    With repeated augmentation, each image comes `repeats` times in a row. These copies are dealt
+    round-robin to the groups of a batch, so that they are mixed with different partners. An epoch
+    has as many samples as without repeats, truncated to a multiple of `EPOCH_MULTIPLE` if there
+    are at least as many, so it shows one image in `repeats`.
 
     Args:
-      examples: of the data set.
-      batch_size: over all hosts.
-      repeats: how often an epoch shows an image that it shows.
-      groups: of a batch; divides `batch_size`.
-      seed: of the run.
+      examples: the number of examples in the dataset.
+      batch_size: the global batch size.
+      repeats: how many times an epoch shows each of its images.
+      groups: the number of groups in a batch; divides `batch_size`.
+      seed: the seed of the run.
 
     Raises:
       UserError: an epoch is smaller than a batch.
 
-    Source: the repeated-augmentation sampler of the authors' release (DeiT's RASampler), whose
-    devices are the groups here.
+    Source: the repeated-augmentation sampler of the authors' release (DeiT's RASampler). A group
+    here corresponds to a device there.
     """
 
     examples: int
@@ -53,39 +54,40 @@ class SampleOrder:
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"config.batch_size is {self.batch_size}, but an epoch of the training set has "
-                f"only {self._uncut_epoch} images; lower it to a few batches an epoch, such as "
-                f"--config.batch_size={max(1, self._uncut_epoch // 4)}"
+                f"only {self._epoch_samples} images; lower it to a few batches an epoch, such as "
+                f"--config.batch_size={max(1, self._epoch_samples // 4)}"
             )
 
     @property
-    def _uncut_epoch(self) -> int:
+    def _epoch_samples(self) -> int:
+        """Number of samples in one epoch, counting a partial last batch."""
         if self.repeats == 1 or self.examples < EPOCH_MULTIPLE:
             return self.examples
         return self.examples // EPOCH_MULTIPLE * EPOCH_MULTIPLE
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in one epoch."""
-        return self._uncut_epoch // self.batch_size
+        """Number of full batches in one epoch."""
+        return self._epoch_samples // self.batch_size
 
     def place(self, position: int) -> tuple[int, int]:
-        """The epoch, and the place in it, of a sample of the run."""
+        """Return the epoch of the sample at `position`, and its offset in that epoch."""
         return divmod(position, self.steps_per_epoch * self.batch_size)
 
     def example(self, epoch: int, image: int) -> int:
-        """The example that is the `image`-th of an epoch, repeats not counted."""
+        """Return the index of the `image`-th example of an epoch, not counting repeats."""
         return index_shuffle(image, self.examples - 1, _epoch_seed(self.seed, epoch), rounds=4)
 
-    def row(self, place: int) -> int:
-        """The row of a batch where the `place`-th of its samples goes."""
-        index, group = divmod(place, self.groups)
+    def row(self, offset: int) -> int:
+        """Return the row in a batch of the `offset`-th sample of the batch."""
+        index, group = divmod(offset, self.groups)
         return group * (self.batch_size // self.groups) + index
 
     def batch(self, step: int) -> list[int]:
-        """The examples of a step's batch, by row."""
-        epoch, first = self.place(step * self.batch_size)
+        """Return the indices of the examples in a step's batch, by row."""
+        epoch, start = self.place(step * self.batch_size)
         rows = {
-            self.row(place): self.example(epoch, (first + place) // self.repeats)
-            for place in range(self.batch_size)
+            self.row(offset): self.example(epoch, (start + offset) // self.repeats)
+            for offset in range(self.batch_size)
         }
         return [rows[row] for row in range(self.batch_size)]

@@ -1,4 +1,7 @@
-"""Data sets of scenes, images with a class for every pixel, by name."""
+"""Segmentation datasets by name.
+
+A scene is an image together with a mask, which has a class index per pixel.
+"""
 
 import os
 from collections.abc import Sequence
@@ -13,21 +16,21 @@ from activemlp_jax.data.decoding import MOST_BYTES, decode, open_image, read_ima
 from activemlp_jax.data.digit_scenes import DigitScenes
 from activemlp_jax.data.segmentation_transforms import IGNORED
 from activemlp_jax.data.sources import (
-    look_for_turned,
+    check_orientation,
     no_images,
     scan,
     scan_images,
-    sub_folders,
+    subfolders,
     warn_of_left_out,
 )
 from activemlp_jax.data.tfds_source import builder_features, open_builder, open_records
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import read_file
 
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"  # 16 bytes later, bits a pixel and kind of colour
-NAMED = 3  # of the images without a mask, so many are named
-MOST_NAME_BYTES = 2**20  # of a file with the names of classes
-CHECKED_MASKS = 8  # evenly spread, that are looked at before the first step
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"  # bytes 24 and 25 are the bit depth and the color type
+MAX_LISTED = 3  # images without a mask listed in a message
+MAX_CLASS_FILE_BYTES = 2**20  # limit on the size of a file with class names
+CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
 ADE20K_FOLDER = "ADEChallengeData2016"
 ADE20K_SPLITS = ("training", "validation")
 ADE20K_BUILDER = "scene_parse150"
@@ -35,40 +38,40 @@ KINDS = f"digit_scenes, ade20k:PATH, folder:PATH or tfds:{ADE20K_BUILDER}"
 
 
 class SceneSource(Source, Protocol):
-    """A data set split whose labels are masks `[H, W]` uint8 of its images' sizes.
+    """A split of a segmentation dataset: a label is a mask `[H, W]` uint8 of its image's size.
 
-    A mask has a class a pixel, or `IGNORED`. Reading an index raises BrokenImageError where its
-    image cannot be read, and another UserError where its mask cannot.
+    Each pixel of a mask is a class index or `IGNORED`. `source[index]` raises BrokenImageError if
+    the image cannot be read, and another UserError if the mask cannot.
     """
 
     def shape(self, index: int) -> tuple[int, int]:
-        """The (height, width) of the image at `index`, in pixels, from its header alone."""
+        """Read the (height, width) in pixels of the image at `index` from its header alone."""
         ...
 
     def image_name(self, index: int) -> str:
-        """What to call the image at `index`; no two of a split are called the same."""
+        """Return the name of the image at `index`, unique in the split."""
         ...
 
 
 def _image_shape(data: bytes, name: str) -> tuple[int, int]:
-    """The (height, width) in an image file's header; BrokenImageError if it has none."""
+    """Read the (height, width) in an image's header; raise BrokenImageError if that fails."""
     with open_image(data, name) as image:
         return image.height, image.width
 
 
 def decode_mask(data: bytes, name: str, *, as_rgb: bool = False) -> np.ndarray:
-    """The values `[H, W]` uint8 of an encoded mask, as they are stored: a palette is not looked up.
+    """Decode a mask to its stored values, `[H, W]` uint8, without looking up a palette.
 
     Args:
-      data: a file's bytes, of one of the formats that `decode` reads.
-      name: for the error.
-      as_rgb: three channels are read too, if they are equal.
+      data: the bytes of an image file in one of the formats that `decode` reads.
+      name: the name of the mask in error messages.
+      as_rgb: also accept three channels if they are equal.
 
     Raises:
-      UserError: it is no image, or has other than one channel of 8 bits.
+      UserError: it is not an image, or does not have one channel of 8 bits.
     """
     if data.startswith(PNG_MAGIC) and data[25:26] == b"\0" and data[24] in (2, 4):
-        # Of grey pixels with fewer bits, Pillow stretches the values.
+        # Pillow scales gray values of fewer bits up to 8 bits, which changes the class indices.
         raise UserError(f"{name} has {data[24]} bits a pixel, expected 8 with a class index each")
     with open_image(data, name, "mask", UserError) as image:
         if image.mode in ("L", "P"):
@@ -88,17 +91,18 @@ def decode_mask(data: bytes, name: str, *, as_rgb: bool = False) -> np.ndarray:
 def labels_of_mask(
     mask: np.ndarray, name: str, shape: tuple[int, ...], classes: int, reduce_zero_label: bool
 ) -> np.ndarray:
-    """The labels `[H, W]` uint8 of a mask: a class a pixel, or `IGNORED`.
+    """Convert the stored values of a mask to labels, `[H, W]` uint8: class indices or `IGNORED`.
 
     Args:
       mask: `[H, W]` uint8, as stored.
-      name: for the error.
+      name: the name of the mask in error messages.
       shape: the (height, width) of the image.
-      classes: how many there are.
-      reduce_zero_label: label 0 is no class, and the classes count from 1.
+      classes: the number of classes.
+      reduce_zero_label: whether stored values count classes from 1, and 0 means no class. Then 0
+        becomes `IGNORED`, and the others are reduced by 1.
 
     Raises:
-      UserError: it has another size than the image, or a label that is no class.
+      UserError: the mask and the image differ in size, or a value is not a label of a class.
 
     Source: mmsegmentation's LoadAnnotations.
     """
@@ -111,10 +115,10 @@ def labels_of_mask(
     present = np.bincount(mask.ravel(), minlength=256)
     beyond = np.flatnonzero(present[first + classes : IGNORED])
     if beyond.size:
-        none = f"0 or {IGNORED}" if reduce_zero_label else str(IGNORED)
+        unlabeled = f"0 or {IGNORED}" if reduce_zero_label else str(IGNORED)
         raise UserError(
             f"{name} has the label {first + classes + beyond[0]}, expected {first} to "
-            f"{first + classes - 1} for the {classes} classes, or {none} for none"
+            f"{first + classes - 1} for the {classes} classes, or {unlabeled} for none"
         )
     if not reduce_zero_label:
         return mask
@@ -124,16 +128,17 @@ def labels_of_mask(
 
 
 class SceneFolder:
-    """A folder of image files, in the order of their names, and one of their masks, `STEM.png`.
+    """Scenes in two folders: images, sorted by name, and a mask `STEM.png` for each image `STEM.*`.
 
     Args:
-      images: the folder of the images.
-      masks: the folder of the masks, of one channel or with a palette.
-      class_names: by label.
-      reduce_zero_label: label 0 is no class, and the classes count from 1.
+      images: the folder of images.
+      masks: the folder of masks, with one channel or a palette.
+      class_names: class names by label.
+      reduce_zero_label: see `labels_of_mask`.
 
     Raises:
-      UserError: no such folder, no images, or an image without a mask.
+      UserError: a folder is missing, there are no images, an image has no mask, or one of the
+        checked masks cannot be read.
     """
 
     def __init__(
@@ -152,14 +157,14 @@ class SceneFolder:
         present = {entry.name for entry in scan(masks)}
         missing = [file for file in self._images if f"{file.stem}.png" not in present]
         if missing:
-            names = ", ".join(file.name for file in missing[:NAMED])
-            more = ", ..." if len(missing) > NAMED else ""
+            names = ", ".join(file.name for file in missing[:MAX_LISTED])
+            more = ", ..." if len(missing) > MAX_LISTED else ""
             raise UserError(
                 f"{len(missing)} of the {len(self._images)} images in {images} have no mask: "
                 f"{names}{more}; expected {masks / missing[0].stem}.png and so on"
             )
         warn_of_left_out(images, left_out)
-        look_for_turned(files, images)
+        check_orientation(files, images)
         for index in np.linspace(0, len(self) - 1, min(len(self), CHECKED_MASKS), dtype=int):
             self._mask(index)
 
@@ -167,20 +172,20 @@ class SceneFolder:
         return len(self._images)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """The (height, width) of the image at `index`; BrokenImageError if it has none."""
+        """Read the size of the image at `index`; raise BrokenImageError if that fails."""
         file = self._images[index]
         return _image_shape(read_image_file(file), str(file))
 
     def image_name(self, index: int) -> str:
-        """The file name of the image at `index`."""
+        """Return the file name of the image at `index`."""
         return self._images[index].name
 
     def __getitem__(self, index: int) -> Example:
-        """The image and the mask at `index`.
+        """Read the image and the mask at `index`.
 
         Raises:
           BrokenImageError: the image cannot be read.
-          UserError: the mask cannot, or does not fit the image or the classes.
+          UserError: the mask cannot be read, or does not match the image or the classes.
         """
         file = self._images[index]
         image = decode(read_image_file(file), str(file))
@@ -189,24 +194,25 @@ class SceneFolder:
         return Example(image, labels_of_mask(mask, name, shape, classes, self._reduce_zero_label))
 
     def _mask(self, index: int) -> tuple[np.ndarray, str]:
-        """The mask at `index` as stored, and its name; UserError if it cannot be read."""
+        """Read the stored values of the mask at `index`, and return them with its name."""
         name = str(self._masks / f"{self._images[index].stem}.png")
         return decode_mask(read_file(name, MOST_BYTES), name), name
 
 
 class TfdsScenes:
-    """A split of the `scene_parse150` of tensorflow-datasets, in ArrayRecord files.
+    """A split of `scene_parse150` of tensorflow-datasets (TFDS), in ArrayRecord files.
 
-    Its masks have to be those of the scene parsing benchmark, of one channel or, as records made
-    from arrays are, of three equal ones. The builder itself fetches those of the instance
-    benchmark, of three channels and other classes; they are refused.
+    The masks must be those of the scene parsing benchmark, with one channel or three equal ones, as
+    TFDS writes them from arrays. The TFDS builder itself downloads the masks of the instance
+    benchmark, with three channels and other classes, which this class rejects.
 
     Args:
-      name: 'scene_parse150', with a version where wanted, as `tfds.builder` takes it.
-      split: such as 'train' or 'test[:10%]'; None for 'test'.
+      name: 'scene_parse150', optionally with a version, as `tfds.builder` takes it.
+      split: a split or slice such as 'train' or 'test[:10%]'; None for 'test'.
 
     Raises:
-      UserError: it is another data set, not prepared, or not in ArrayRecord files.
+      UserError: it is another dataset, is not prepared, is not in ArrayRecord files, or one of the
+        checked masks cannot be used.
     """
 
     class_names = ade20k.CLASS_NAMES
@@ -225,55 +231,55 @@ class TfdsScenes:
             )
         self._records = open_records(builder, name, split, ["image", "annotation"])
         self._name = self._records.name
-        for index, record in self._records.some(CHECKED_MASKS):
+        for index, record in self._records.evenly_spaced(CHECKED_MASKS):
             self._check_mask(index, record["annotation"])
 
     def _check_mask(self, index: int, data: bytes) -> None:
         try:
-            decode_mask(data, f"the mask of {self._what(index)}", as_rgb=True)
+            decode_mask(data, f"the mask of {self._record_name(index)}", as_rgb=True)
         except UserError as error:
             raise UserError(
-                f"{error}; tensorflow-datasets itself fetches masks of instances, which are of "
-                "other classes: read ADEChallengeData2016 by ade20k:PATH"
+                f"{error}; tensorflow-datasets itself fetches masks of instances, which have "
+                "other classes: read ADEChallengeData2016 with ade20k:PATH"
             ) from error
 
     def __len__(self) -> int:
         return len(self._records)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """The (height, width) of the image at `index`; BrokenImageError if it has none."""
-        return _image_shape(self._records[index]["image"], self._what(index))
+        """Read the size of the image at `index`; raise BrokenImageError if that fails."""
+        return _image_shape(self._records[index]["image"], self._record_name(index))
 
     def image_name(self, index: int) -> str:
-        """What to call the image at `index`, as records have no names."""
+        """Return a name made from the index, because records have no names."""
         return f"record_{index:05}"
 
-    def _what(self, index: int) -> str:
+    def _record_name(self, index: int) -> str:
         return f"{self._name}: record {index}"
 
     def __getitem__(self, index: int) -> Example:
-        """The image and the mask at `index`.
+        """Read the image and the mask at `index`.
 
         Raises:
           BrokenImageError: the image cannot be read.
-          UserError: the mask cannot, or does not fit the image or the classes.
+          UserError: the mask cannot be read, or does not match the image or the classes.
         """
         record = self._records[index]
-        image = decode(record["image"], self._what(index))
-        name, classes = f"the mask of {self._what(index)}", len(self.class_names)
+        image = decode(record["image"], self._record_name(index))
+        name, classes = f"the mask of {self._record_name(index)}", len(self.class_names)
         mask = decode_mask(record["annotation"], name, as_rgb=True)
         return Example(image, labels_of_mask(mask, name, image.shape[:2], classes, True))
 
 
 def open_ade20k(root: Path, split: str | None) -> SceneFolder:
-    """A split of ADE20K's scene parsing benchmark, as unpacked from ADEChallengeData2016.zip.
+    """Open the scene parsing benchmark of ADE20K, as unpacked from ADEChallengeData2016.zip.
 
     Args:
-      root: the folder `ADEChallengeData2016`, or the one that has it.
-      split: 'training' or 'validation'; None for the latter.
+      root: the folder `ADEChallengeData2016`, or its parent folder.
+      split: 'training' or 'validation'; None for 'validation'.
 
     Raises:
-      UserError: no such split, or the folder is another.
+      UserError: the split does not exist, or the folder has another layout.
     """
     split = split or evaluation_split(ADE20K_SPLITS, "ade20k")
     if split not in ADE20K_SPLITS:
@@ -291,17 +297,17 @@ def open_ade20k(root: Path, split: str | None) -> SceneFolder:
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """The names in a text file, one a line, in the order of the labels.
+    """Read class names from a text file with one name per line, in the order of the labels.
 
     Raises:
-      UserError: there is no such file, or it names fewer than two classes, more than 255, none on
-        a line between others, or one twice.
+      UserError: the file cannot be read, it does not have 2 to 255 names, a line before the last
+        name is empty, or a name comes twice.
     """
     expected = "expected the names of the classes, one a line, in the order of their labels"
     try:
-        text = read_file(file, MOST_NAME_BYTES).decode()
+        text = read_file(file, MAX_CLASS_FILE_BYTES).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} cannot be read: it is no text; {expected}") from error
+        raise UserError(f"{file} cannot be read: it is not text; {expected}") from error
     except UserError as error:
         raise UserError(f"{error}; {expected}") from error
     names = tuple(line.strip() for line in text.rstrip().splitlines())
@@ -309,20 +315,24 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         raise UserError(f"{file} names {len(names)} classes, expected 2 to {IGNORED}")
     for label, name in enumerate(names):
         if not name:
-            raise UserError(f"{file} has no name on line {label + 1}, expected that of a class")
+            raise UserError(f"{file} has no name on line {label + 1}, expected a class name")
         if name in names[:label]:
             raise UserError(f"{file} names the class {name!r} twice, expected different names")
     return names
 
 
 def open_scene_folder(root: Path, split: str | None) -> SceneFolder:
-    """A folder of scenes: `images`, their masks `annotations`, and `classes.txt`.
+    """Open a folder of scenes: `images`, their masks in `annotations`, and `classes.txt`.
 
-    Where the first two have sub-folders, these are the splits. A mask's values are the labels of
-    classes, from 0, or `IGNORED`.
+    Subfolders of `images` and `annotations` are splits. The values of a mask are class indices,
+    counted from 0, or `IGNORED`.
+
+    Args:
+      root: the folder.
+      split: the name of a split; None for the one to evaluate on, or if there are no splits.
 
     Raises:
-      UserError: no such split, or the folder is another.
+      UserError: the split does not exist, or the folder has another layout.
     """
     images, masks = root / "images", root / "annotations"
     for folder in (root, images, masks):
@@ -331,7 +341,7 @@ def open_scene_folder(root: Path, split: str | None) -> SceneFolder:
                 f"there is no folder {folder}; a folder of scenes has images, annotations and "
                 "classes.txt"
             )
-    splits = sub_folders(images)
+    splits = subfolders(images)
     class_names = read_class_names(root / "classes.txt")
     if not splits:
         if split:
@@ -344,14 +354,14 @@ def open_scene_folder(root: Path, split: str | None) -> SceneFolder:
 
 
 def open_scenes(name: str, split: str | None = None) -> SceneSource:
-    """The split of a data set of scenes.
+    """Open a split of a segmentation dataset.
 
     Args:
       name: 'digit_scenes', 'ade20k:PATH', 'folder:PATH', or 'tfds:scene_parse150'.
-      split: of those that the data set has; None for the one to evaluate on.
+      split: the name of a split; None for the one to evaluate on.
 
     Raises:
-      UserError: an unknown name or split, or a data set that cannot be read.
+      UserError: the name or split is unknown, or the dataset cannot be read.
     """
     kind, _, rest = name.partition(":")
     if name == "digit_scenes":

@@ -1,6 +1,7 @@
-"""Transforms of a scene and its mask on the host, by OpenCV, as those of mmsegmentation.
+"""Transforms of images and segmentation masks on the host, with OpenCV, as in mmsegmentation.
 
-Images are `[H, W, 3]` uint8 RGB, masks `[H, W]` uint8: a class a pixel, or `IGNORED`.
+Images are `[H, W, 3]` uint8 RGB. Masks are `[H, W]` uint8, with a class index or `IGNORED` per
+pixel.
 """
 
 import functools
@@ -11,32 +12,32 @@ from ml_collections import ConfigDict
 
 from activemlp_jax.utils.errors import UserError, install_command
 
-IGNORED = 255  # the label of a pixel that counts neither in training nor in evaluation
+IGNORED = 255  # label of pixels that count neither in training nor in evaluation
 CROP_TRIES = 10
-BRIGHTNESS = 32  # the most of a shift, in grey levels
+BRIGHTNESS = 32  # limit of a shift, on a scale of 0 to 255
 CONTRAST = SATURATION = (0.5, 1.5)
-HUE = 18  # the limit of a shift, in steps of two degrees
+HUE = 18  # limit of a shift, in steps of two degrees
 HUES = 180
 
 
 @functools.cache
 def load_opencv() -> Any:
-    """OpenCV, the module `cv2`; UserError if it is not installed."""
+    """Import OpenCV, the module `cv2`; raise UserError if it is not installed."""
     try:
-        import cv2  # an extra, and only segmentation needs it
+        import cv2  # optional, and only segmentation needs it
     except ImportError as error:
         raise UserError(f"segmentation needs OpenCV: {install_command('segmentation')}") from error
-    cv2.setNumThreads(0)  # the pipeline's threads are the parallelism
+    cv2.setNumThreads(0)  # the data loader runs transforms in parallel threads itself
     return cv2
 
 
 def resized_shape(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
-    """The (height, width) at which an image fits into `scale`, its proportions kept.
+    """Compute the (height, width) at which an image fits into `scale` and keeps its aspect ratio.
 
     Args:
-      height: of the image, in pixels.
-      width: of the image, in pixels.
-      scale: the most of the long side and of the short side, in pixels.
+      height: height of the image, in pixels.
+      width: width of the image, in pixels.
+      scale: the maximum of the long side and of the short side, in pixels.
 
     Source: mmcv's `rescale_size`.
     """
@@ -46,7 +47,7 @@ def resized_shape(height: int, width: int, scale: tuple[int, int]) -> tuple[int,
 
 
 def resize_image(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """`image`, `[H, W, 3]` uint8, at (height, width) `shape`: bilinear, without antialiasing.
+    """Resize an image `[H, W, 3]` uint8 to (height, width), bilinear without antialiasing.
 
     Source: mmsegmentation's Resize.
 
@@ -58,7 +59,7 @@ def resize_image(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """`mask`, `[H, W]` uint8, at (height, width) `shape`: each pixel is the nearest's.
+    """Resize a mask `[H, W]` uint8 to (height, width), by nearest neighbor.
 
     Source: mmsegmentation's Resize.
 
@@ -77,7 +78,7 @@ def _truncated(values: np.ndarray) -> np.ndarray:
 
 
 def _change_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarray:
-    """`image` with the values of one channel of its HSV form looked up in `table`, `[256]`."""
+    """Map the values of one HSV channel of an RGB image through `table`, `[256]`."""
     cv2 = load_opencv()
     tables = np.stack([LEVELS] * 3, axis=-1)
     tables[:, channel] = table
@@ -86,7 +87,7 @@ def _change_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarra
 
 
 def change_brightness(image: np.ndarray, delta: float) -> np.ndarray:
-    """`image`, `[H, W, 3]` uint8, plus `delta` grey levels, clipped and truncated.
+    """Add `delta` to an image `[H, W, 3]` uint8, clipped and truncated.
 
     Source: mmsegmentation's PhotoMetricDistortion.
 
@@ -97,7 +98,7 @@ def change_brightness(image: np.ndarray, delta: float) -> np.ndarray:
 
 
 def change_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """`image`, `[H, W, 3]` uint8, times `factor`, clipped and truncated.
+    """Multiply an image `[H, W, 3]` uint8 by `factor`, clipped and truncated.
 
     Source: mmsegmentation's PhotoMetricDistortion.
 
@@ -108,7 +109,7 @@ def change_contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def change_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """`image`, `[H, W, 3]` uint8, with its saturation times `factor`, clipped and truncated.
+    """Multiply the saturation of an image `[H, W, 3]` uint8 by `factor`, clipped and truncated.
 
     Source: mmsegmentation's PhotoMetricDistortion, on OpenCV's 8-bit HSV.
 
@@ -119,7 +120,7 @@ def change_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def change_hue(image: np.ndarray, shift: int) -> np.ndarray:
-    """`image`, `[H, W, 3]` uint8, with its hue turned by `shift` steps of two degrees.
+    """Rotate the hue of an image `[H, W, 3]` uint8 by `shift` steps of two degrees.
 
     Source: mmsegmentation's PhotoMetricDistortion, on OpenCV's 8-bit HSV.
 
@@ -130,13 +131,16 @@ def change_hue(image: np.ndarray, shift: int) -> np.ndarray:
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue changed at random, each with probability 1/2.
+    """Change brightness, contrast, saturation and hue at random, each with probability 1/2.
 
-    Contrast comes before saturation and hue or, as often, after them.
+    Contrast is changed either before or after saturation and hue, with equal probability.
 
     Args:
       image: `[H, W, 3]` uint8.
-      rng: for all draws.
+      rng: random generator.
+
+    Returns:
+      `[H, W, 3]` uint8.
 
     Source: mmsegmentation's PhotoMetricDistortion.
 
@@ -157,19 +161,19 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
     return image
 
 
-def draw_crop_place(
+def draw_crop_position(
     mask: np.ndarray, size: int, rng: np.random.Generator, max_share: float
 ) -> tuple[int, int]:
-    """The (top, left) of a random crop of `size` by `size` pixels.
+    """Draw the (top, left) of a random crop of `size` by `size` pixels.
 
-    It is drawn again, `CROP_TRIES` times at most, while the crop has labels of fewer than two
-    classes, or one class has `max_share` or more of the pixels that have a label.
+    It is drawn again, at most `CROP_TRIES` times, while the crop has fewer than two classes or one
+    class has a share of at least `max_share` of the labeled pixels.
 
     Args:
-      mask: `[H, W]` uint8; along a side shorter than `size` the crop starts at 0.
-      size: of the crop, in pixels.
-      rng: for the draws.
-      max_share: 1 for taking the first place, whatever is there.
+      mask: `[H, W]` uint8; along a side shorter than `size`, the crop starts at 0.
+      size: side of the crop, in pixels.
+      rng: random generator.
+      max_share: limit on the share of one class; 1 accepts the first crop.
 
     Source: mmsegmentation's RandomCrop.
     """
@@ -192,7 +196,7 @@ def draw_crop_place(
 
 
 def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
-    """`array` `[H, W, ...]`, filled up with `value` at the bottom and right to `size`."""
+    """Pad `array` `[H, W, ...]` with `value` at the bottom and right to `size` by `size`."""
     height, width = array.shape[:2]
     if (height, width) == (size, size):
         return np.ascontiguousarray(array)
@@ -204,21 +208,24 @@ def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
 def scene_train_transform(
     image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, data: ConfigDict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What training sees of a scene, up to normalising: resized, cropped, flipped and distorted.
+    """Resize, crop, flip and distort an image and its mask at random, for training.
+
+    The image is resized to fit into `long_side` by `short_side` pixels, both times a random ratio.
+    A result smaller than the crop is padded at the bottom and right: the mask with `IGNORED`, the
+    image with 0. The task sets the padding to 0 again after normalization.
 
     Args:
       image: `[H, W, 3]` uint8.
       mask: `[H, W]` uint8.
-      rng: for all draws.
-      data: `config.data`: `image_size` S, `flip` (a probability) and `scene`: `long_side` and
-        `short_side`, in pixels, that a scene is fitted into (no resizing where the former is 0),
-        both times a ratio between `min_ratio` and `max_ratio`; `max_class_share` of a crop (see
-        `draw_crop_place`); and `photometric`, whether to change colours.
+      rng: random generator.
+      data: `config.data`. `image_size` is the side S of the crop, and `flip` is a probability.
+        `scene` has `long_side` (0 for no resizing), `short_side`, limits of the random ratio
+        (`min_ratio` and `max_ratio`), `max_class_share` (see `draw_crop_position`), and
+        `photometric`, whether to change colors.
 
     Returns:
-      The image `[S, S, 3]` uint8; the mask `[S, S]` uint8; and the (height, width) `[2]` int32 of
-      the part that is no padding: what was smaller than S is filled up at the bottom and right,
-      the image with 0, to become 0 again after normalising, and the mask with `IGNORED`.
+      The image `[S, S, 3]` uint8, the mask `[S, S]` uint8, and the (height, width) `[2]` int32 of
+      the part that is not padding.
 
     Source: mmsegmentation's training pipeline for ADE20K.
 
@@ -231,7 +238,7 @@ def scene_train_transform(
         scale = int(scene.long_side * ratio), int(scene.short_side * ratio)
         shape = resized_shape(mask.shape[0], mask.shape[1], scale)
         image, mask = resize_image(image, shape), resize_mask(mask, shape)
-    top, left = draw_crop_place(mask, size, rng, scene.max_class_share)
+    top, left = draw_crop_position(mask, size, rng, scene.max_class_share)
     image = image[top : top + size, left : left + size]
     mask = mask[top : top + size, left : left + size]
     if rng.random() < data.flip:

@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Image classification datasets by name."""
 
 import contextlib
 import functools
@@ -27,16 +27,16 @@ from activemlp_jax.data.decoding import (
     is_turned,
     read_image_file,
     warn,
-    warn_of_turned,
+    warn_of_orientation,
 )
 from activemlp_jax.data.tfds_source import TfdsSource
 from activemlp_jax.utils.errors import UserError
 
-LOOKED_AT = 32  # images, evenly spread, whose orientation is looked at when a folder is opened
+CHECKED_IMAGES = 32  # evenly spaced images of a folder that are checked for an EXIF orientation
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, in the order of names; UserError if it cannot be read."""
+    """List the entries of a folder by name; raise UserError if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -44,8 +44,8 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
 
 
-def sub_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, in order, but for hidden ones."""
+def subfolders(folder: Path) -> list[str]:
+    """List the names of the subfolders of a folder, sorted and without hidden ones."""
     return [
         entry.name
         for entry in scan(folder)
@@ -54,36 +54,41 @@ def sub_folders(folder: Path) -> list[str]:
 
 
 def no_images(what: str, left_out: Sequence[str]) -> UserError:
-    """The error for a folder `what` without images, but for those that are `left_out`."""
+    """Create the error for a folder without images in supported formats.
+
+    Args:
+      what: the folder, as the message names it.
+      left_out: names of its image files in unsupported formats.
+    """
     expected = f"{what} has no images, expected {', '.join(IMAGE_SUFFIXES)}"
     return UserError(f"{expected}; {describe_left_out(left_out)}" if left_out else expected)
 
 
 def scan_images(folder: Path) -> tuple[list[str], list[str]]:
-    """The paths of a folder's images, and the names of those that are left out for their kind."""
+    """List the paths of a folder's images, and the names of images in unsupported formats."""
     entries = scan(folder)
     left_out = [entry.name for entry in entries if is_other_image_name(entry.name)]
     return [entry.path for entry in entries if is_image_name(entry.name)], left_out
 
 
 def warn_of_left_out(folder: object, names: Sequence[str]) -> None:
-    """Say on standard error which images of a folder are left out, if any are."""
+    """Warn on stderr about image files of a folder in unsupported formats, if there are any."""
     if names:
         warn(f"{folder}: {describe_left_out(names)}")
 
 
-def look_for_turned(files: Sequence[str], folder: Path) -> None:
-    """Say on standard error if some of `files` have an EXIF orientation, by a look at a few."""
-    indices = np.linspace(0, len(files) - 1, min(len(files), LOOKED_AT), dtype=int)
+def check_orientation(files: Sequence[str], folder: Path) -> None:
+    """Check some of `files` for an EXIF orientation, and warn on stderr if any has one."""
+    indices = np.linspace(0, len(files) - 1, min(len(files), CHECKED_IMAGES), dtype=int)
     turned = 0
     for index in indices:
         with contextlib.suppress(BrokenImageError):
             turned += is_turned(read_image_file(files[index]))
-    warn_of_turned(turned, len(indices), folder)
+    warn_of_orientation(turned, len(indices), folder)
 
 
 class ArraySource:
-    """A split held in memory: `images` `[N, H, W, 3]` uint8 and `labels` `[N]`."""
+    """A split in memory: `images` `[N, H, W, 3]` uint8 and `labels` `[N]`."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]):
         self._images = images
@@ -98,18 +103,19 @@ class ArraySource:
 
 
 class FolderSource:
-    """A folder of class folders of image files; classes and files in the order of their names.
+    """A folder with one folder of image files per class; classes and files are sorted by name.
 
-    `files` has the path and the label of each.
+    `files` has the path and the label of each image.
 
     Raises:
-      UserError: no such folder, fewer than two class folders, or one without images.
+      UserError: the folder does not exist, has fewer than two class folders, or has one without
+        images.
     """
 
     def __init__(self, folder: Path):
         if not os.path.isdir(folder):
             raise UserError(f"there is no folder {folder}")
-        classes = sub_folders(folder)
+        classes = subfolders(folder)
         if len(classes) < 2:
             raise UserError(f"{folder} has {len(classes)} class folders, expected two or more")
         self.class_names = tuple(classes)
@@ -122,13 +128,13 @@ class FolderSource:
             self.files += [(file, label) for file in files]
             left_out += [f"{name}/{other}" for other in others]
         warn_of_left_out(folder, left_out)
-        look_for_turned([file for file, _ in self.files], folder)
+        check_orientation([file for file, _ in self.files], folder)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def encoded(self, index: int) -> EncodedExample:
-        """The file at `index`; BrokenImageError if it cannot be read."""
+        """Read the file at `index`; raise BrokenImageError if that fails."""
         file, label = self.files[index]
         return EncodedExample(read_image_file(file), label, file)
 
@@ -137,23 +143,29 @@ class FolderSource:
 
 
 def open_digits(split: str | None) -> Source:
-    """The 1,797 handwritten digits that come with scikit-learn, upscaled to 32x32.
+    """Open the 1,797 handwritten digits that come with scikit-learn, upscaled to 32 x 32 pixels.
 
-    The first 1,437 in the data set's order are 'train'; the last 360, written by other people,
-    are 'test'.
+    The split 'train' has the first 1,437 digits in the dataset's order. The split 'test' has the
+    last 360, which were written by other people.
+
+    Args:
+      split: 'train' or 'test'; None for 'test'.
+
+    Raises:
+      UserError: the split does not exist.
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
     learning repository; the copy in `sklearn.datasets.load_digits`.
     """
-    from sklearn.datasets import load_digits  # slow to import, and only this data set needs it
+    from sklearn.datasets import load_digits  # slow to import, and only this dataset needs it
 
     parts = {"train": slice(0, 1437), "test": slice(1437, 1797)}
     split = split or "test"
     if split not in parts:
         raise UserError(f"digits has the splits {', '.join(parts)}, not {split!r}")
     digits = load_digits()
-    grey = np.round(digits.images[parts[split]] * (255 / 16)).astype(np.uint8)
-    upscaled = [Image.fromarray(g).resize((32, 32), Image.Resampling.BICUBIC) for g in grey]
+    gray = np.round(digits.images[parts[split]] * (255 / 16)).astype(np.uint8)
+    upscaled = [Image.fromarray(g).resize((32, 32), Image.Resampling.BICUBIC) for g in gray]
     images = np.stack([np.asarray(image.convert("RGB")) for image in upscaled])
     return ArraySource(images, digits.target[parts[split]], tuple("0123456789"))
 
@@ -172,17 +184,21 @@ def _photo_files() -> tuple[bytes, ...]:
         photo = photos[number % len(photos)]
         top, left = rng.integers(photo.shape[0] - 374), rng.integers(photo.shape[1] - 499)
         file = io.BytesIO()
-        cut = Image.fromarray(photo[top : top + 375, left : left + 500])
-        cut.save(file, "JPEG", quality=98)
+        crop = Image.fromarray(photo[top : top + 375, left : left + 500])
+        crop.save(file, "JPEG", quality=98)
         files.append(file.getvalue())
     return tuple(files)
 
 
 class PhotosSource:
-    """`count` JPEG files of 500 x 375 pixels, held encoded; to measure reading and training by.
+    """JPEG files of 500 x 375 pixels, kept encoded in memory, to measure data loading and training.
 
-    They are `DISTINCT_PHOTOS` cuts of scikit-learn's two sample photographs, over and over,
-    labelled 0 to 999 in turn: of the size and cost of ImageNet's, with nothing to learn.
+    They repeat `DISTINCT_PHOTOS` crops of scikit-learn's two sample photographs, with labels 0 to
+    999 in turn. Their size and decoding cost are those of ImageNet images, but there is nothing to
+    learn.
+
+    Args:
+      count: the number of examples.
     """
 
     def __init__(self, count: int):
@@ -194,7 +210,7 @@ class PhotosSource:
         return self._count
 
     def encoded(self, index: int) -> EncodedExample:
-        """The JPEG file at `index`."""
+        """Return the JPEG file at `index`."""
         return EncodedExample(self._files[index % DISTINCT_PHOTOS], index % 1000, f"photo {index}")
 
     def __getitem__(self, index: int) -> Example:
@@ -202,9 +218,16 @@ class PhotosSource:
 
 
 def open_folder(root: Path, split: str | None) -> Source:
-    """A folder of class folders, or one that has such a folder for every split.
+    """Open a folder of class folders, or a folder that has one such folder per split.
 
-    The latter is the layout of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`.
+    The second layout is that of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`.
+
+    Args:
+      root: the folder.
+      split: the name of a split; None for the one to evaluate on, or if there are no splits.
+
+    Raises:
+      UserError: see `FolderSource`.
     """
     if not os.path.isdir(root):
         raise UserError(f"there is no folder {root}")
@@ -215,14 +238,14 @@ def open_folder(root: Path, split: str | None) -> Source:
 
 
 def open_source(name: str, split: str | None = None) -> Source:
-    """The split of a data set.
+    """Open a split of an image classification dataset.
 
     Args:
-      name: 'digits', 'folder:PATH', 'tfds:BUILDER', or 'photos:COUNT'.
-      split: of those that the data set has; None for the one to evaluate on.
+      name: 'digits', 'folder:PATH', 'tfds:NAME', or 'photos:COUNT'.
+      split: the name of a split; None for the one to evaluate on.
 
     Raises:
-      UserError: an unknown name or split, or a data set that cannot be read.
+      UserError: the name or split is unknown, or the dataset cannot be read.
     """
     kind, _, rest = name.partition(":")
     if name == "digits":

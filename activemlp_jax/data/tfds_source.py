@@ -1,4 +1,4 @@
-"""Data sets of tensorflow-datasets, read from ArrayRecord files without TensorFlow."""
+"""Datasets of tensorflow-datasets (TFDS), read from ArrayRecord files without TensorFlow."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,60 +13,60 @@ from activemlp_jax.data.base import (
     decode_example,
     evaluation_split,
 )
-from activemlp_jax.data.decoding import BrokenImageError, is_turned, warn_of_turned
+from activemlp_jax.data.decoding import BrokenImageError, is_turned, warn_of_orientation
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.json_files import read_json
 
-CHECKED_RECORDS = 256  # evenly spread, whose labels are checked before the first step
-PREPARE = "python -m activemlp_jax.prepare_data"
-WHERE = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
+CHECKED_RECORDS = 256  # evenly spaced records that are checked before the first step
+PREPARE_COMMAND = "python -m activemlp_jax.prepare_data"
+DATA_DIR_HINT = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
 
 
 def open_builder(name: str) -> Any:
-    """The builder `name`, as `tfds.builder` takes it; UserError if there is none, or damaged."""
-    import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
+    """Open the builder `name`, as `tfds.builder` takes it; raise UserError if that fails."""
+    import tensorflow_datasets as tfds  # slow to import, and only these datasets need it
 
     try:
         _check_descriptions(name, map(str, tfds.core.utils.file_utils.list_data_dirs()))
         builder = tfds.builder(name)
-        _ = builder.info.features, list(builder.info.splits)  # read from files, which may be bad
+        _ = builder.info.features, list(builder.info.splits)  # read from files that may be damaged
         return builder
-    except Exception as error:  # its kinds of error share no base
-        raise UserError(f"tfds:{name} cannot be opened: {first_line(error)}; {WHERE}") from error
+    except Exception as error:  # TFDS errors have no common base class
+        raise UserError(
+            f"tfds:{name} cannot be opened: {first_line(error)}; {DATA_DIR_HINT}"
+        ) from error
 
 
 def _check_descriptions(name: str, data_dirs: Iterable[str]) -> None:
-    """Raises UserError if what describes a prepared data set is not JSON within our limits.
-
-    tensorflow-datasets would wait for a pipe.
-    """
+    """Raise UserError if a JSON file that describes a prepared dataset is invalid or too large."""
+    # TFDS itself would, for example, wait forever if such a file were a pipe.
     builder = name.partition(":")[0].partition("/")[0]
     for data_dir in data_dirs:
         folder = Path(data_dir).expanduser() / builder
-        for depth in ("*", "*/*", "*/*/*"):  # with a version, and perhaps a config before it
+        for depth in ("*", "*/*", "*/*/*"):  # also in VERSION/ or CONFIG/VERSION/
             for path in folder.glob(f"{depth}.json"):
                 read_json(path)
 
 
 def first_line(error: Exception) -> str:
-    """What an error of tensorflow-datasets says, without its many lines of help."""
+    """Return the first line of an error message, because TFDS adds many lines of help."""
     return one_line(str(error).strip().split("\n")[0])[:300] or type(error).__name__
 
 
 def builder_features(builder: Any) -> dict[str, Any]:
-    """The features of a builder by name; none where it has a single one without a name."""
+    """Return the features of a builder by name; empty if it has a single unnamed feature."""
     return dict(getattr(builder.info.features, "items", dict)())
 
 
 class Records:
-    """Random access to the records of a split; `name` is what to call it in an error.
+    """Random access to the records of a split.
 
-    Reading one that is damaged raises BrokenImageError, which names its file.
+    `records[index]` raises BrokenImageError, which names the file, if the record is damaged.
 
     Args:
-      records: a data source of tensorflow-datasets.
-      name: of data set and split.
-      files: the files that have them, in order, and the number of records in each.
+      records: a TFDS data source.
+      name: the name of the dataset and split in error messages.
+      files: the files of the records, in order, and the number of records in each.
     """
 
     def __init__(self, records: Any, name: str, files: Sequence[tuple[str, int]]):
@@ -80,7 +80,7 @@ class Records:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return self._records[index]
-        except Exception as error:  # of ArrayRecord, protocol buffers, or features
+        except Exception as error:  # from ArrayRecord, protocol buffers or TFDS features
             what = f"{self.name}: record {index} cannot be read from {self._file(index)}"
             if "out of bound" in str(error):
                 raise UserError(
@@ -88,8 +88,8 @@ class Records:
                 ) from error
             raise BrokenImageError(f"{what}: {first_line(error)}") from error
 
-    def some(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Up to `count` records, evenly spread, without damaged ones, unless all of them are."""
+    def evenly_spaced(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Iterate over up to `count` records, skipping damaged ones; raise if all are damaged."""
         indices = np.linspace(0, len(self) - 1, min(len(self), count), dtype=int).tolist()
         readable = False
         for index in indices:
@@ -111,26 +111,27 @@ class Records:
 
 
 def open_records(builder: Any, name: str, split: str | None, encoded: Sequence[str]) -> Records:
-    """The records of a split.
+    """Open the records of a split.
 
     Args:
-      builder: of `open_builder`.
-      name: of the builder.
-      split: such as 'train' or 'validation[:10%]'; None for the one to evaluate on.
-      encoded: the features to give as the bytes of their files.
+      builder: a builder from `open_builder`.
+      name: the name of the builder.
+      split: a split or slice such as 'train' or 'validation[:10%]'; None for the one to evaluate
+        on.
+      encoded: features to return as the bytes of their files, without decoding.
 
     Raises:
-      UserError: it is not prepared, not in ArrayRecord files, has no such split, or a file is
-        missing.
+      UserError: the dataset is not prepared or is not in ArrayRecord files, the split does not
+        exist, or a file is missing.
     """
-    import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
+    import tensorflow_datasets as tfds  # slow to import, and only these datasets need it
 
     what = f"tfds:{name}"
     splits = list(builder.info.splits)
     if not splits:
         raise UserError(
             f"{what} is not prepared: no files in {builder.data_dir}; prepare it with "
-            f"`{_prepare_command(name)}`, or {WHERE}"
+            f"`{_prepare_command(name)}`, or {DATA_DIR_HINT}"
         )
     split = split or evaluation_split(splits, what)
     what += f", split {split!r}"
@@ -141,10 +142,10 @@ def open_records(builder: Any, name: str, split: str | None, encoded: Sequence[s
     except NotImplementedError as error:
         raise UserError(
             f"{what}, has {builder.info.file_format.value} files, which have no random "
-            f"access; make ArrayRecord files of them with `{PREPARE} tfrecord "
+            f"access; make ArrayRecord files of them with `{PREPARE_COMMAND} tfrecord "
             f"{builder.data_dir} --data-dir FOLDER`, and set TFDS_DATA_DIR to FOLDER"
         ) from error
-    except Exception as error:  # its kinds of error share no base
+    except Exception as error:  # TFDS errors have no common base class
         raise UserError(f"{what}, cannot be read: {first_line(error)}") from error
     missing = [part.filename for part in parts if not os.path.isfile(part.filename)]
     if missing:
@@ -153,19 +154,21 @@ def open_records(builder: Any, name: str, split: str | None, encoded: Sequence[s
 
 
 class TfdsSource:
-    """A split of an image classification data set of tensorflow-datasets, in ArrayRecord files.
+    """A split of an image classification dataset of TFDS, in ArrayRecord files.
 
     Args:
-      name: of the builder, with a config and version where wanted, as `tfds.builder` takes it.
-      split: such as 'train' or 'validation[:10%]'; None for the one to evaluate on.
+      name: the name of the builder, optionally with a config and version, as `tfds.builder` takes
+        it.
+      split: a split or slice such as 'train' or 'validation[:10%]'; None for the one to evaluate
+        on.
 
     Raises:
-      UserError: it is unknown, not prepared, not in ArrayRecord files, of another kind, or has
-        labels that are no class.
+      UserError: the dataset is unknown, is not prepared, is not in ArrayRecord files, is not for
+        image classification, or has a label out of range in one of the checked records.
     """
 
     def __init__(self, name: str, split: str | None):
-        import tensorflow_datasets as tfds  # slow to import, and only these data sets need it
+        import tensorflow_datasets as tfds  # slow to import, and only these datasets need it
 
         builder = open_builder(name)
         features = builder_features(builder)
@@ -178,12 +181,12 @@ class TfdsSource:
         self._records = open_records(builder, name, split, ["image"])
         self._name = self._records.name
         self.class_names = tuple(label.names)
-        looked_at = turned = 0
-        for index, record in self._records.some(CHECKED_RECORDS):
+        checked = turned = 0
+        for index, record in self._records.evenly_spaced(CHECKED_RECORDS):
             self._label(index, record)
-            looked_at += 1
+            checked += 1
             turned += is_turned(record["image"])
-        warn_of_turned(turned, looked_at, self._name)
+        warn_of_orientation(turned, checked, self._name)
 
     def _label(self, index: int, record: dict[str, Any]) -> int:
         label = int(record["label"])
@@ -198,10 +201,11 @@ class TfdsSource:
         return len(self._records)
 
     def encoded(self, index: int) -> EncodedExample:
-        """The record at `index`.
+        """Read the record at `index`.
 
         Raises:
-          BrokenImageError: it cannot be read; another UserError: its label is no class.
+          BrokenImageError: the record cannot be read.
+          UserError: its label is out of range.
         """
         record = self._records[index]
         label = self._label(index, record)
@@ -215,5 +219,5 @@ class TfdsSource:
 def _prepare_command(name: str) -> str:
     builder = name.split(":")[0]
     if builder == "imagenet2012":
-        return f"{PREPARE} imagenet2012 FOLDER_OF_THE_TAR_FILES"
-    return f"{PREPARE} tfds {builder}"
+        return f"{PREPARE_COMMAND} imagenet2012 FOLDER_OF_THE_TAR_FILES"
+    return f"{PREPARE_COMMAND} tfds {builder}"

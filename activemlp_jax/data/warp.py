@@ -1,4 +1,4 @@
-"""The random warp of the digits' training images."""
+"""Random warping of images, for training on handwritten digits."""
 
 import functools
 import itertools
@@ -13,9 +13,7 @@ MESH = 2  # cells along each side of a warped image
 
 @functools.lru_cache(maxsize=256)
 def _mesh(width: int, height: int) -> tuple[list[tuple[int, int, int, int]], np.ndarray]:
-    """The cells of a mesh as (left, upper, right, lower), and its corners' places [rows, columns,
-    (x, y)] as seen from the centre.
-    """
+    """Return mesh cells (left, upper, right, lower), and centered corners [rows, columns, xy]."""
     xs = [width * i // MESH for i in range(MESH + 1)]
     ys = [height * i // MESH for i in range(MESH + 1)]
     cells = [
@@ -27,17 +25,22 @@ def _mesh(width: int, height: int) -> tuple[list[tuple[int, int, int, int]], np.
 
 
 def random_warp(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """Rotate, scale, shear, shift and bend at random; black comes in from outside.
+    """Rotate, scale, shear, shift and bend an image at random.
 
-    The image is cut into `MESH` by `MESH` cells. An affine map around the centre says where in the
-    image each corner of a cell is read, and noise on the corners bends what lies between them.
+    The image is divided into `MESH` by `MESH` cells. An affine map around the center gives the
+    position in the source image of each corner of a cell, and noise on these positions bends the
+    cells. Pixels from outside the image are black.
 
     Args:
       image: `[H, W, 3]` uint8.
-      rng: for 24 numbers.
-      config: limits, each symmetric around no change: `degrees` of rotation, `scale` as a factor's
-        distance from 1, `shear` as a slope, `translate` as a share of the side; and `bend`, the
-        noise's standard deviation as a share of the side.
+      rng: random generator; 24 numbers are drawn.
+      config: `config.data.warp`. Limits of uniform draws: `degrees` of rotation, `scale` as the
+        maximum difference of a factor from 1, `shear` as a slope, and `translate` as a share of the
+        side, each in both directions. `bend` is the standard deviation of the noise as a share of
+        the side.
+
+    Returns:
+      `[H, W, 3]` uint8.
 
     Source: the distortions of Simard, Steinkraus and Platt, "Best practices for convolutional
     neural networks applied to visual document analysis" (2003), on a coarse mesh.
@@ -49,7 +52,7 @@ def random_warp(image: np.ndarray, rng: np.random.Generator, config: ConfigDict)
     size = np.array([width, height])
     boxes, corners = _mesh(width, height)
 
-    # From places in the result to places in the image, as Pillow wants it.
+    # Pillow needs the map from positions in the result to positions in the source image.
     cos, sin = math.cos(angle), math.sin(angle)
     matrix = np.array(
         [
@@ -58,10 +61,12 @@ def random_warp(image: np.ndarray, rng: np.random.Generator, config: ConfigDict)
         ]
     )
     shift = rng.uniform(-config.translate, config.translate, 2) * size
-    read = (corners - shift) @ matrix.T + size / 2
-    read += rng.normal(0, config.bend, read.shape) * size
+    source = (corners - shift) @ matrix.T + size / 2
+    source += rng.normal(0, config.bend, source.shape) * size
     # Pillow's order of a cell's corners: upper left, lower left, lower right, upper right.
-    quads = np.concatenate([read[:-1, :-1], read[1:, :-1], read[1:, 1:], read[:-1, 1:]], axis=-1)
+    quads = np.concatenate(
+        [source[:-1, :-1], source[1:, :-1], source[1:, 1:], source[:-1, 1:]], axis=-1
+    )
     cells = list(zip(boxes, quads.reshape(-1, 8).tolist(), strict=True))
     warped = Image.fromarray(image).transform(
         (width, height), Image.Transform.MESH, cells, Image.Resampling.BILINEAR

@@ -1,4 +1,4 @@
-"""Several hosts and devices: how hosts meet and leave, meshes, shardings, agreement.
+"""Multiple hosts and devices: rendezvous, meshes, shardings, agreement between hosts.
 
 Imports `utils`.
 """

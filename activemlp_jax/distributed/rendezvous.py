@@ -1,10 +1,11 @@
 """How the processes of a run meet, and how all of them learn at once which one has failed.
 
-JAX's coordination service knows processes by their number alone. Where two have the same number, or
-the first one dies, it ends others with a stack trace of C++. So the first process itself listens at
-the run's address, and JAX's service listens behind it, on the loopback interface. Every other
-process keeps a connection to the first on which it says who it is; the end of that connection means
-that it is gone. Further connections carry what its JAX client and the service say to each other.
+JAX's coordination service identifies processes only by number. If two processes have the same
+number, or the first one dies, the service ends others with a C++ stack trace. So the first process
+listens at the run's address itself, and JAX's service listens behind it on the loopback interface.
+Every other process identifies itself on a connection to the first process and keeps it open; when
+that connection ends, the process is gone. Further connections carry the traffic between the
+process's JAX client and the service.
 """
 
 import asyncio
@@ -24,15 +25,15 @@ from activemlp_jax.utils.json_files import expect, parse_json
 
 MOST_PROCESSES = 1_000_000
 RETRY = 0.2  # seconds between two attempts to reach the first process
-GRACE = 1.0  # seconds in which the cause of a process's error may still come to light
-PATIENCE = 5.0  # seconds for others to end
-MOST_CHARACTERS = 4000  # of a message
+GRACE = 1.0  # seconds to wait for a failure that explains an error of unknown cause
+PATIENCE = 5.0  # seconds to wait for other processes to end
+MOST_CHARACTERS = 4000  # in a message
 
 Message = dict[str, Any]
 
 
 class Member(NamedTuple):
-    """A process of a run: its number among so many, its machine, and a random key of its own."""
+    """A process of a run: its number, how many there are, its machine, pid and random key."""
 
     process: int
     processes: int
@@ -45,16 +46,16 @@ class Member(NamedTuple):
 
 
 class Rendezvous:
-    """What the first process and the others have in common; use `join`.
+    """Base class of the first process and the others; `join` creates one.
 
-    Its connections belong to an event loop in a thread of its own, so that a failure is seen while
+    Its connections belong to an event loop in a separate thread, so that a failure is noticed while
     the main thread waits for devices.
 
     Args:
-      address: HOST:PORT at which the first process is to be found.
+      address: HOST:PORT of the first process.
       me: this process.
-      timeout: seconds to wait for the others.
-      end: ends this process with a message; called in the loop's thread.
+      timeout: seconds to wait for the other processes.
+      end: function that ends this process with a message; called in the loop's thread.
     """
 
     def __init__(self, address: str, me: Member, timeout: float, end: Callable[[str], None]):
@@ -62,35 +63,36 @@ class Rendezvous:
         self._address, self._timeout, self._end = address, timeout, end
         host, _, port = address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
-        self._is_over = False  # this process is ending, and what others do does not matter
-        self._met = asyncio.Event()
-        self._is_mine = asyncio.Event()  # all know that it is this process that has failed
-        self._token = ""  # of the connections that are passed on
-        self.jax_address = ""  # where JAX's client finds its service
+        self._is_ending = False  # True once failures of other processes no longer matter
+        self._all_met = asyncio.Event()
+        self._own_failure_known = asyncio.Event()  # set once all know that this process has failed
+        self._token = ""  # identifies connections to forward to JAX's service
+        self.jax_address = ""  # address of the service for this process's JAX client
         self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(_handle)
+        self._loop.set_exception_handler(_ignore_destroyed_tasks)
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` in the loop's thread, and wait for it."""
+        """Run `work` in the loop's thread and wait for it."""
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def start(self) -> None:
-        """Start the loop, and wait until all processes have met."""
+        """Start the loop's thread and wait until all processes have met."""
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self.run(self._meet())
 
     def report(self, message: str, certain: bool) -> None:
-        """Tell all others that this process fails, and why; returns when it may end.
+        """Tell all other processes that this one fails and why; return when it may end.
 
         Args:
-          message: for the person at the keyboard.
-          certain: whether the cause is known to lie here. An error of a collective operation may
-            come from another process; if so, this process ends here with that one's message.
+          message: for the user.
+          certain: whether the cause is known to be in this process. Another process may have caused
+            an error of a collective operation; if so, this process ends here with the message of
+            that process.
         """
         self.run(self._report(message[:MOST_CHARACTERS], certain))
 
     def leave(self) -> None:
-        """Tell the others that this process ends as it should."""
+        """Tell the other processes that this one ends normally."""
         self.run(self._leave())
 
     async def _meet(self) -> None:
@@ -106,13 +108,13 @@ class Rendezvous:
         reader, writer = await asyncio.open_connection(self._host, self._port)
         connection = writer.get_extra_info("socket")
         if connection.getsockname() == connection.getpeername():
-            # The system chose the very port, at which nobody listens yet, for this end.
+            # Nobody listens yet, and the system gave the same port to this end of the connection.
             writer.close()
             raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
         return reader, writer
 
     async def _say_hello(self) -> tuple[Message, asyncio.StreamReader, asyncio.StreamWriter]:
-        """The answer of the process that listens at the address, {} if it is none of ours."""
+        """Greet the process at the address; its answer is {} if it belongs to no run."""
         reader, writer = await self._reach_first()
         try:
             await _send(writer, self.me._asdict())
@@ -122,8 +124,8 @@ class Rendezvous:
             raise
 
 
-class _First(Rendezvous):
-    """The process that the others connect to, and that decides which failure came first."""
+class _FirstProcess(Rendezvous):
+    """The process that the others connect to; it decides which failure came first."""
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -136,7 +138,7 @@ class _First(Rendezvous):
             free.bind(("127.0.0.1", 0))
             self._service_port = free.getsockname()[1]
         self.jax_address = f"127.0.0.1:{self._service_port}"
-        # Three files a process, of which a system may allow 1,024 unless asked.
+        # Each process needs three file descriptors, and the default limit may be 1,024.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -156,7 +158,7 @@ class _First(Rendezvous):
             ) from error
         search = asyncio.create_task(self._find_another_first())
         try:
-            await asyncio.wait_for(self._met.wait(), self._timeout)
+            await asyncio.wait_for(self._all_met.wait(), self._timeout)
         except TimeoutError:
             missing = [number for number in range(self.me.processes) if number not in self._members]
             names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
@@ -168,7 +170,7 @@ class _First(Rendezvous):
             search.cancel()
 
     async def _find_another_first(self) -> None:
-        """Fail if it is another process that others find at the address; it says so."""
+        """Fail if the address leads to another first process, which then answers `failed`."""
         while True:
             with contextlib.suppress(OSError):
                 answer, _, writer = await self._say_hello()
@@ -182,7 +184,7 @@ class _First(Rendezvous):
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = await _receive(reader)
         if hello.get("token") == self._token:
-            await self._pass_on(reader, writer)
+            await self._forward(reader, writer)
         elif member := _as_member(hello):
             await self._admit(member, reader, writer)
         writer.close()
@@ -194,26 +196,26 @@ class _First(Rendezvous):
             await _send(writer, {"yourself": True})
             return
         number = member.process
-        wrong = ""
+        error = ""
         if member.processes != self.me.processes:
-            wrong = (
+            error = (
                 f"{member} was started as one of {member.processes} processes, and {self.me} as "
                 f"one of {self.me.processes}"
             )
         elif number in self._members:
-            wrong = f"two processes have process id {number}: {self._members[number]} and {member}"
-        if wrong:
-            await _send(writer, {"failed": wrong})
-            if not self._met.is_set():
-                await self._fail(wrong)
+            error = f"two processes have process id {number}: {self._members[number]} and {member}"
+        if error:
+            await _send(writer, {"failed": error})
+            if not self._all_met.is_set():
+                await self._fail(error)
             return
-        if self._is_over:
+        if self._is_ending:
             return
         self._members[number], self._writers[number] = member, writer
         _notice_lost_machines(writer)
         await _send(writer, self.me._asdict())
         if len(self._members) == self.me.processes:
-            self._met.set()
+            self._all_met.set()
             await self._send_all({"token": self._token})
         while message := await _receive(reader):
             if "done" in message:
@@ -221,42 +223,42 @@ class _First(Rendezvous):
             elif "failed" in message:
                 failure = self._fail(str(message["failed"]), number, bool(message.get("certain")))
                 task = asyncio.create_task(failure)
-                self._tasks.add(task)  # or it might be collected as garbage
+                self._tasks.add(task)  # or the task might be garbage collected
                 task.add_done_callback(self._tasks.discard)
         del self._writers[number]
         if number not in self._done:
-            await self._fail(_gone(member))
+            await self._fail(_gone_message(member))
 
     async def _send_all(self, message: Message) -> None:
         await asyncio.gather(*(_send(writer, message) for writer in self._writers.values()))
 
     async def _fail(self, message: str, source: int | None = None, certain: bool = True) -> None:
-        """End all processes, and this one last; `source` is the number of the one that failed."""
+        """End all processes, this one last; `source` is the number of the failed process."""
         if not certain:
             await asyncio.sleep(GRACE)
-        if self._is_over:
+        if self._is_ending:
             return
-        self._is_over = True
-        said = message if source is None else f"{self._members[source]} stopped: {message}"
-        await self._send_all({"failed": said, "source": source})
+        self._is_ending = True
+        reported = message if source is None else f"{self._members[source]} stopped: {message}"
+        await self._send_all({"failed": reported, "source": source})
         deadline = self._loop.time() + PATIENCE
         while self._writers and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
         if source == 0:
-            self._is_mine.set()
+            self._own_failure_known.set()
         else:
-            self._end(said)
+            self._end(reported)
 
     async def _report(self, message: str, certain: bool) -> None:
         await self._fail(message, 0, certain)
-        await self._is_mine.wait()  # or the end, if another's failure was first
+        await self._own_failure_known.wait()  # if another failure was first, the process ends here
 
     async def _leave(self) -> None:
-        self._is_over = True
+        self._is_ending = True
         await self._send_all({"done": True})
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Connect a process to JAX's service, which may be about to start."""
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward a connection to JAX's service, which may not have started yet."""
         while True:
             try:
                 service = await asyncio.open_connection("127.0.0.1", self._service_port)
@@ -273,8 +275,8 @@ class _First(Rendezvous):
         service[1].close()
 
 
-class _Other(Rendezvous):
-    """A process that connects to the first one."""
+class _OtherProcess(Rendezvous):
+    """A process other than the first; it connects to the first."""
 
     _first: Member
     _writer: asyncio.StreamWriter
@@ -284,15 +286,15 @@ class _Other(Rendezvous):
         try:
             reader = await asyncio.wait_for(self._find_first(), self._timeout)
             listening = asyncio.create_task(self._listen(reader))
-            listening.add_done_callback(lambda _: self._met.set())
-            await asyncio.wait_for(self._met.wait(), self._timeout)
+            listening.add_done_callback(lambda _: self._all_met.set())
+            await asyncio.wait_for(self._all_met.wait(), self._timeout)
         except TimeoutError:
             reason = f" ({self._reason})" if self._reason else ""
             self._end(
                 f"after {self._timeout:.0f} s host {self.me.process} has not met all "
                 f"{self.me.processes} hosts at {self._address}{reason}; are they running?"
             )
-        server = await asyncio.start_server(self._pass_on, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
         self.jax_address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
     async def _find_first(self) -> asyncio.StreamReader:
@@ -316,34 +318,30 @@ class _Other(Rendezvous):
         while message := await _receive(reader):
             if "token" in message:
                 self._token = message["token"]
-                self._met.set()
+                self._all_met.set()
             elif "done" in message:
-                self._is_over = True
+                self._is_ending = True
             elif message.get("source") == self.me.process:
-                self._is_mine.set()
-            elif "failed" in message and not self._is_over:
+                self._own_failure_known.set()
+            elif "failed" in message and not self._is_ending:
                 self._end(str(message["failed"]))
-        if not self._is_over:
-            self._end(_gone(self._first))
+        if not self._is_ending:
+            self._end(_gone_message(self._first))
 
     async def _report(self, message: str, certain: bool) -> None:
-        self._is_over = certain
+        self._is_ending = certain
         await _send(self._writer, {"failed": message, "certain": certain})
         if not certain:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_mine.wait(), PATIENCE)
-            self._is_over = True
+                await asyncio.wait_for(self._own_failure_known.wait(), PATIENCE)
+            self._is_ending = True
 
     async def _leave(self) -> None:
-        self._is_over = True
+        self._is_ending = True
         await _send(self._writer, {"done": True})
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Connect this process's JAX client to the first process.
-
-        The client's connection outlives that to the first process, whose end JAX would answer with
-        the end of this one before `_listen` has said why.
-        """
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forward the connection of this process's JAX client to the first process."""
         with contextlib.suppress(OSError):
             far_reader, far_writer = await self._reach_first()
             await _send(far_writer, {"token": self._token})
@@ -355,6 +353,7 @@ class _Other(Rendezvous):
             far_writer.close()
             if not answers.done():
                 return
+        # JAX ends this process when the connection closes; `_listen` has to say why before that.
         await asyncio.sleep(PATIENCE)
         writer.close()
 
@@ -365,23 +364,24 @@ def join(
     """Meet the other processes of a run; JAX then finds its service at `jax_address`.
 
     Args:
-      address: HOST:PORT at which the first process is to be found.
+      address: HOST:PORT of the first process.
       processes: number of processes.
-      process: this one's number, from 0.
-      timeout: seconds to wait for the others.
-      end: ends this process with a message; called in another thread, when another process fails.
+      process: number of this process, from 0.
+      timeout: seconds to wait for the other processes.
+      end: function that ends this process with a message; called in another thread when another
+        process fails.
 
     Raises:
       UserError: the first process cannot listen at the address.
     """
     me = Member(process, processes, socket.gethostname(), os.getpid(), secrets.token_hex(16))
-    kind = _Other if process else _First
+    kind = _OtherProcess if process else _FirstProcess
     group = kind(address, me, timeout, end)
     group.start()
     return group
 
 
-def _gone(member: Member) -> str:
+def _gone_message(member: Member) -> str:
     return (
         f"{member} is gone: it was killed, or its machine or network failed; start all hosts again "
         "with the same command"
@@ -399,13 +399,13 @@ def _as_member(message: Message) -> Member | None:
 
 
 async def _send(writer: asyncio.StreamWriter, message: Message) -> None:
-    with contextlib.suppress(OSError):  # whoever reads finds the end of the connection
+    with contextlib.suppress(OSError):  # the reading side notices that the connection has ended
         writer.write(json.dumps(message).encode() + b"\n")
         await writer.drain()
 
 
 async def _receive(reader: asyncio.StreamReader) -> Message:
-    """The next message; {} where the connection ends, or what comes is not a message."""
+    """Read the next message; {} if the connection ends or the data is not a message."""
     try:
         message = parse_json(await reader.readline(), "a message")
     except (OSError, ValueError):
@@ -421,7 +421,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def _notice_lost_machines(writer: asyncio.StreamWriter) -> None:
-    """Let a connection end half a minute after the other machine has stopped to answer."""
+    """Make a connection end half a minute after the other machine stops answering."""
     connection = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
@@ -429,6 +429,6 @@ def _notice_lost_machines(writer: asyncio.StreamWriter) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    if "was destroyed" not in context["message"]:  # as all are when the process ends
+def _ignore_destroyed_tasks(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    if "was destroyed" not in context["message"]:  # as all pending tasks are when the process ends
         loop.default_exception_handler(context)

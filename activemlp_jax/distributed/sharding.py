@@ -1,8 +1,8 @@
-"""Hosts and devices: everything else sees global arrays.
+"""Hosts, devices and shardings; all other code sees global arrays.
 
-A mesh has two axes. The rows of a batch are split over both, `data` and `fsdp`; parameters, their
-average and the optimiser's state are split over `fsdp` and have a copy for each place on `data`.
-A host is a process here, as JAX counts them: on a TPU one a machine, under SLURM one a task.
+A mesh has two axes. The rows of a batch are split over both, `data` and `fsdp`. Parameters, their
+average and the optimizer state are split over `fsdp` and replicated over `data`. A host means a
+process here, as in JAX: one per machine on TPUs, one per task under SLURM.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ from activemlp_jax.distributed.rendezvous import MOST_PROCESSES, Rendezvous, joi
 from activemlp_jax.utils.errors import Interrupted, UserError, command_name, one_line
 
 ROWS = PartitionSpec(("data", "fsdp"))
-SMALLEST_SPLIT = 4096  # elements; gathering a bias takes longer than keeping it
+SMALLEST_SPLIT = 4096  # elements; gathering a smaller array costs more than replicating it
 
-# Keys of the store that JAX's coordination service keeps for all hosts.
+# Keys in the key-value store that JAX's coordination service keeps for all hosts.
 FACTS, STOP, PLACED = "activemlp/facts/", "activemlp/stop/", "activemlp/placed/"
 END, LONGEST_WAIT = "activemlp/end", 3600  # seconds
-LONGEST_TIMEOUT = 7 * 24 * 3600
+LONGEST_TIMEOUT = 7 * 24 * 3600  # seconds
 _placed = itertools.count()
 
 
 class Hosts(NamedTuple):
-    """How to find the other processes; what is None or '' is left to SLURM, Open MPI or the TPU.
+    """How to find the other processes; SLURM, Open MPI or the TPU fill in what is None or ''.
 
     `coordinator` is HOST:PORT of the first process; `timeout` is in seconds.
     """
@@ -53,8 +53,8 @@ class Hosts(NamedTuple):
     timeout: int = 300
 
 
-def _launched(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
-    """Processes, this one's number, and that on its machine, if SLURM or Open MPI started many."""
+def _read_launcher(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
+    """Number of processes, rank and local rank, if SLURM or Open MPI started several processes."""
     for names in (
         ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"),
         ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -73,19 +73,15 @@ def _has_tpu() -> bool:
 
 
 def _find_others(hosts: Hosts) -> tuple[str, int, int, list[int] | None] | None:
-    """The coordinator, the number of processes, this one's, and its devices; None if it is alone.
-
-    Raises:
-      UserError: options that do not name a process among many.
-    """
+    """Find the coordinator, the process count, this process's id and devices; None if alone."""
     if not 1 <= hosts.timeout <= LONGEST_TIMEOUT:
         raise UserError(f"timeout is {hosts.timeout}, expected 1 to {LONGEST_TIMEOUT} seconds")
-    launched = _launched(os.environ)
+    launched = _read_launcher(os.environ)
     num_processes, process_id, local = hosts.num_processes, hosts.process_id, None
     if launched:
         num_processes = launched[0] if num_processes is None else num_processes
         process_id = launched[1] if process_id is None else process_id
-        local = [launched[2]]  # each process has the accelerator of its number
+        local = [launched[2]]  # each process uses the accelerator of its local rank
     if (num_processes is None) != (process_id is None) or (
         hosts.coordinator and num_processes is None
     ):
@@ -120,26 +116,22 @@ def _find_others(hosts: Hosts) -> tuple[str, int, int, list[int] | None] | None:
 
 
 def _check_address(coordinator: str) -> None:
-    """Raises UserError if an address that is not empty is not HOST:PORT."""
+    """Raise UserError if an address is neither empty nor HOST:PORT."""
     host, _, port = coordinator.rpartition(":")
     if coordinator and not (host and port.isdecimal() and 1 <= int(port) <= 65535):
         raise UserError(f"the coordinator is {coordinator}, expected HOST:PORT, PORT 1 to 65535")
 
 
 def _connect(hosts: Hosts) -> Rendezvous | None:
-    """`jax.distributed.initialize`, where there are others to connect to; before any computing.
-
-    Raises:
-      UserError: options that do not fit together, or an address that cannot be used.
-    """
+    """Connect to the other processes, if any, and initialize JAX; call before any computation."""
     others = _find_others(hosts)
     if others is None:
         return None
     coordinator, num_processes, process_id, local = others
-    group = join(coordinator, num_processes, process_id, hosts.timeout, _leave)
-    # JAX's client talks to this machine alone, for which gRPC would ask a proxy where there is one.
-    direct = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112
-    os.environ["no_grpc_proxy"] = ",".join(filter(None, (direct, "127.0.0.1")))  # noqa: SIM112
+    group = join(coordinator, num_processes, process_id, hosts.timeout, _exit_at_once)
+    # JAX's client connects only to this machine, but gRPC would use a proxy if one is configured.
+    no_proxy = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, (no_proxy, "127.0.0.1")))  # noqa: SIM112
     jax.config.update("jax_check_proxy_envs", False)
     try:
         jax.distributed.initialize(
@@ -160,19 +152,19 @@ def _connect(hosts: Hosts) -> Rendezvous | None:
 _ending = threading.Lock()
 
 
-def _leave(message: str, status: int = 2) -> None:
-    """End at once, without the goodbye for which JAX would wait for the other hosts."""
-    _ending.acquire()  # and never release: the first message is the only one
+def _exit_at_once(message: str, status: int = 2) -> None:
+    """Print the message and exit without JAX's shutdown, which would wait for the other hosts."""
+    _ending.acquire()  # never released, so that only the first message is printed
     try:
         sys.stdout.flush()
         print(f"{command_name()}: error: {one_line(message)}", file=sys.stderr)
         sys.stderr.flush()
-    finally:  # nobody may read the output any more
+    finally:  # printing fails if the output no longer has a reader
         os._exit(status)
 
 
 class _TerminatedError(BaseException):  # not an Exception, so that nothing else catches it
-    """SIGTERM, at a moment at which there is nothing to save."""
+    """SIGTERM arrived when there was nothing to save."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -182,32 +174,35 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _fail(group: Rendezvous, message: str, status: int) -> None:
     group.report(message, certain=True)
-    _leave(message, status)
+    _exit_at_once(message, status)
 
 
 @contextlib.contextmanager
 def connected(hosts: Hosts) -> Iterator[None]:
-    """One of many processes inside, where options, launcher or TPU say so; else alone.
+    """Connect to the run's other processes inside this context, if there are any.
 
-    A failure of one among many ends all of them with its message, within seconds, as they would
-    otherwise wait for it; one that is killed is named.
+    Options, launcher or TPU say whether there are. If a process fails, all others end with its
+    message within seconds instead of waiting for it. If one is killed, their message names it.
+
+    Args:
+      hosts: how to find the other processes.
 
     Raises:
-      UserError: options that do not fit together.
+      UserError: the options do not fit together, or an address cannot be used.
     """
     group = _connect(hosts)
     if group is None:
         yield
         return
-    # JAX's own handler would take note of a SIGTERM, and let the start go on.
+    # JAX's own handler would only record a SIGTERM and let the start continue.
     signal.signal(signal.SIGTERM, _terminate)
     client = ocp.multihost.get_jax_distributed_client()
     try:
         yield
-        # The first host may have more to write, and may fail at it.
+        # The first host may still have files to write, and that may fail.
         client.wait_at_barrier(END, LONGEST_WAIT * 1000)
         group.leave()
-    except Interrupted:  # as all hosts are, after the same step
+    except Interrupted:  # raised on all hosts after the same step
         group.leave()
         raise
     except KeyboardInterrupt:
@@ -221,100 +216,104 @@ def connected(hosts: Hosts) -> Iterator[None]:
         group.report(message, certain=is_known)
         if not is_known:
             traceback.print_exc()
-        _leave(message)
+        _exit_at_once(message)
 
 
 def check_same(what: str, facts: Mapping[str, Any], timeout: float) -> None:
-    """See that all hosts know the same; they wait for each other here.
+    """Check that all hosts have the same facts; hosts wait for each other here.
 
     Args:
-      what: the facts are about; another each time.
-      facts: by name, as JSON takes them.
+      what: name of what is checked, different for each call.
+      facts: JSON values that must match on every host, keyed by display name.
       timeout: seconds to wait for the last host.
 
     Raises:
-      UserError: a host differs from the first, or has not come; it is named.
+      UserError: a host differs from host 0 or has not arrived in time; the message names it.
     """
     if jax.process_count() == 1:
         return
     client = ocp.multihost.get_jax_distributed_client()
-    folder = f"{FACTS}{what}/"
-    client.key_value_set(f"{folder}{jax.process_index()}", json.dumps(facts))
+    prefix = f"{FACTS}{what}/"
+    client.key_value_set(f"{prefix}{jax.process_index()}", json.dumps(facts))
     try:
-        client.wait_at_barrier(folder, int(timeout * 1000))
+        client.wait_at_barrier(prefix, int(timeout * 1000))
     except jax.errors.JaxRuntimeError as error:
-        come = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(folder)}
-        missing = [str(host) for host in range(jax.process_count()) if host not in come]
+        arrived = {int(key.rpartition("/")[2]) for key, _ in client.key_value_dir_get(prefix)}
+        missing = [str(host) for host in range(jax.process_count()) if host not in arrived]
         raise UserError(
             f"{what}: after {timeout:.0f} s these hosts are not ready: {', '.join(missing)}"
         ) from error
-    told = {
+    facts_by_host = {
         int(key.rpartition("/")[2]): json.loads(value)
-        for key, value in client.key_value_dir_get(folder)
+        for key, value in client.key_value_dir_get(prefix)
     }
-    for host in sorted(told):
-        for name, expected in told[0].items():
-            found = told[host].get(name)
-            if found != expected:
+    for host in sorted(facts_by_host):
+        for name, expected in facts_by_host[0].items():
+            value = facts_by_host[host].get(name)
+            if value != expected:
                 raise UserError(
-                    f"host {host} differs from host 0: {name} is {found!r} there and "
+                    f"host {host} differs from host 0: {name} is {value!r} there and "
                     f"{expected!r} on host 0"
                 )
 
 
 def first_host_says(value: bool) -> bool:
-    """Host 0's `value`, on every host; waits for the devices where there are many hosts."""
+    """Return host 0's `value` on every host; with several hosts, this waits for the devices."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def stop_is_agreed(wanted: bool, step: int) -> bool:
-    """Whether all hosts stop after `step`, as at least one of them wanted to two steps before.
+    """Whether all hosts stop after `step`; a host that wants to stop schedules it two steps later.
 
-    Every host asks after every step, and has then waited for the one before. So none asks for
-    `step + 2` before all have asked for `step`, and all find there what one wrote down here.
+    Every host calls this after every step, once it has waited for the previous step. So no host
+    asks about `step + 2` before all have asked about `step`, and all see a stop scheduled then.
+
+    Args:
+      wanted: whether this host was asked to stop.
+      step: number of the step that is done.
     """
     client = ocp.multihost.get_jax_distributed_client()
     if wanted:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was faster
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host has scheduled it
             client.key_value_set(f"{STOP}at", str(step + 2))
     return any(step >= int(agreed) for _, agreed in client.key_value_dir_get(STOP))
 
 
 def shared_store() -> Any:
-    """The store of keys and values that all hosts share; None where there is one host."""
+    """Return the key-value store that all hosts share; None if there is only one host."""
     return ocp.multihost.get_jax_distributed_client() if jax.process_count() > 1 else None
 
 
 def sum_over_hosts(value: int) -> int:
-    """The sum of every host's `value`; waits for the devices where there are many hosts."""
+    """Sum `value` over all hosts; with several hosts, this waits for the devices."""
     return int(multihost_utils.process_allgather(np.asarray(value)).sum())
 
 
 def this_host() -> dict[str, int]:
-    """This host's number, `process`, among the `processes` that take part."""
+    """Number of this host, `process`, and number of hosts, `processes`."""
     return {"process": jax.process_index(), "processes": jax.process_count()}
 
 
 def is_first_host() -> bool:
-    """Whether this host is the one that writes and speaks for all."""
+    """Whether this host is the one that writes files and prints for all."""
     return jax.process_index() == 0
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of all devices of all hosts, the devices of each host side by side.
+    """Make a mesh of all devices of all hosts, with each host's devices next to each other.
 
-    So host p of P has the rows p * B / P to (p + 1) * B / P - 1 of a batch, on any machine. Left
-    to itself, JAX orders the devices of a TPU slice by their place in it, which interleaves hosts.
+    So host p of P has the rows p * B / P to (p + 1) * B / P - 1 of a batch on any machine. By
+    default, JAX orders the devices of a TPU slice by their position in it, which interleaves hosts.
 
     Args:
-      data: devices along `data`; -1 for all that `fsdp` leaves.
-      fsdp: devices along `fsdp`.
-      devices: to use in place of those of this program.
+      data: size of the axis `data`; -1 for the number of devices divided by `fsdp`.
+      fsdp: size of the axis `fsdp`.
+      devices: devices of the mesh; None for all devices of this program.
 
     Raises:
-      UserError: the devices do not fill such a mesh.
+      UserError: the devices do not fill the mesh.
     """
     devices = jax.devices() if devices is None else devices
     total = len(devices)
@@ -329,10 +328,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function`, to be compiled for `mesh`.
+    """Wrap `function` so that it is compiled for `mesh`.
 
-    The compiler divides all work among the devices by itself, but for kernels, which are told of
-    the mesh so that each device takes its share of a batch.
+    XLA partitions everything except Pallas kernels by itself. The kernels read the mesh from the
+    context, so that each device processes its share of the batch.
     """
 
     @functools.wraps(function)
@@ -344,7 +343,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def describe(mesh: Mesh) -> str:
-    """Hosts, devices and mesh in one line."""
+    """Describe hosts, devices and mesh in one line."""
     device = mesh.devices.flat[0]
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return (
@@ -354,18 +353,22 @@ def describe(mesh: Mesh) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Sharding that puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
-    """For each array of a tree, where to keep it: split along its longest axis that can be.
+    """Make shardings for a tree that split each array along its longest axis divisible by `fsdp`.
 
-    Arrays of less than `SMALLEST_SPLIT` elements, or without such an axis, are whole everywhere.
+    Arrays without such an axis, or with fewer than `SMALLEST_SPLIT` elements, are replicated.
+
+    Args:
+      tree: arrays, or anything with a shape and a size, such as `jax.ShapeDtypeStruct`.
+      mesh: as `make_mesh` returns it.
     """
     fsdp = mesh.shape["fsdp"]
 
-    def place(leaf: Any) -> NamedSharding:
+    def shard(leaf: Any) -> NamedSharding:
         axes = [axis for axis, side in enumerate(leaf.shape) if side % fsdp == 0]
         if fsdp == 1 or leaf.size < SMALLEST_SPLIT or not axes:
             return replicated(mesh)
@@ -373,31 +376,31 @@ def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
         spec = ["fsdp" if axis == longest else None for axis in range(leaf.ndim)]
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(shard, tree)
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
-    """A whole copy on every device, of a tree of arrays that each host has whole and alike.
+    """Replicate a tree of arrays, whole and equal on each host, to all devices.
 
-    Hosts wait for each other here: one may have had to compile what draws the arrays while another
-    found it in a cache, and the first collective operation on CPUs waits for 30 seconds only.
+    Hosts wait for each other here: one may have had to compile the initialization that another
+    found in a cache, and the first collective operation on CPUs waits for only 30 seconds.
     """
     if jax.process_count() > 1:
         client = ocp.multihost.get_jax_distributed_client()
         client.wait_at_barrier(f"{PLACED}{next(_placed)}", LONGEST_WAIT * 1000)
-    place = replicated(mesh)
+    sharding = replicated(mesh)
     return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(place, np.asarray(leaf)), tree
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree
     )
 
 
 def fetch(tree: Any, mesh: Mesh) -> Any:
-    """Numpy arrays, whole on every host, of a tree that may be split over hosts."""
+    """Copy a tree that may be split over hosts to numpy arrays, whole on every host."""
     return jax.device_get(jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Global arrays, split over the devices by rows, from this host's rows."""
+    """Make global arrays, split by rows over all devices, from this host's rows."""
     rows = NamedSharding(mesh, ROWS)
     return {
         key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()
@@ -407,9 +410,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 def prefetch(
     batches: Generator[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2
 ) -> Generator[dict[str, Any]]:
-    """`batches` as `put_batch` gives them, `ahead` of them on their way before they are asked for.
+    """Yield `batches` as `put_batch` returns them, starting `ahead` transfers in advance.
 
-    Closing it closes `batches`.
+    Closing the generator closes `batches`.
     """
     with contextlib.closing(batches):
         placed = (put_batch(batch, mesh) for batch in batches)
@@ -423,7 +426,7 @@ def prefetch(
 def place_rows(
     shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch's arrays, given by shape and dtype, as `put_batch` places them."""
+    """Shapes, dtypes and shardings of a batch that `put_batch` returns, from shapes and dtypes."""
     rows = NamedSharding(mesh, ROWS)
     return {
         name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=rows)
@@ -432,7 +435,7 @@ def place_rows(
 
 
 def check_batch_size(key: str, batch_size: int, devices: int, parts: int = 1) -> None:
-    """Raises UserError if the devices cannot share a batch, taken in `parts`, equally."""
+    """Raise UserError if `devices` cannot equally share a batch that is processed in `parts`."""
     if batch_size % (devices * parts):
         taken = f", taken in {parts} parts" if parts > 1 else ""
         raise UserError(

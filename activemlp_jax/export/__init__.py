@@ -1,4 +1,4 @@
-"""Models as StableHLO, ONNX or safetensors, with a model card; `python -m activemlp_jax.export`.
+"""Export of models to StableHLO, ONNX or safetensors, with a model card.
 
 Imports `tasks`, `inference`, `weights`, `data`, `models` and `utils`.
 """

@@ -1,8 +1,8 @@
-"""Write a model in forms that run elsewhere, in a new folder with a README that says how.
+"""Export a model to a new folder, with a README that explains how to use each file.
 
-stablehlo    the function with its weights inside, for JAX on CPU, GPU and TPU without this package
-safetensors  the weights alone, by the names that the original has
-onnx         the function with its weights inside, for ONNX runtimes (extra `onnx`)
+stablehlo    the function with its weights, for JAX on CPU, GPU and TPU without this package
+safetensors  the weights alone, with the names of the authors' PyTorch release
+onnx         the function with its weights, for ONNX runtimes (extra `onnx`)
 
 Examples:
   python -m activemlp_jax.export runs/digits/model exported/digits
@@ -38,39 +38,45 @@ from activemlp_jax.weights.torch_files import write_checkpoint
 from activemlp_jax.weights.torch_names import to_torch
 
 FORMATS = ("stablehlo", "safetensors", "onnx")
-USUAL = ("stablehlo", "safetensors")
-# Packages that a format needs, of the extra of its name.
-NEEDED = {"onnx": ("torch", "onnx", "onnxscript")}
-CONFIG, README = "config.json", "README.md"  # as model hubs call them
+DEFAULT_FORMATS = ("stablehlo", "safetensors")
+# Packages that a format needs; the extra of the same name installs them.
+REQUIRED_PACKAGES = {"onnx": ("torch", "onnx", "onnxscript")}
+CONFIG, README = "config.json", "README.md"  # names that model hubs expect
 
 
 def with_image_size(card: ModelCard, image_size: int | None) -> ModelCard:
-    """`card` for inputs of another size, where one is given.
+    """Change the input size in a card.
 
     Args:
-      card: of the model.
-      image_size: side in pixels, of segmentation models that of their windows.
+      card: card of the model.
+      image_size: new side in pixels (of the windows for a segmentation model); None keeps the old
+        one.
+
+    Returns:
+      The changed card.
 
     Raises:
-      UserError: it is too small or too large.
+      UserError: if the size is too small or too large.
     """
     if image_size is None:
         return card
     check_numbers({"image_size": image_size})
-    shown = card.preprocessing
+    preprocessing = card.preprocessing
     try:
-        if isinstance(shown, Preprocessing):
-            return replace(card, preprocessing=replace(shown, image_size=image_size))
-        return replace(card, preprocessing=replace(shown, window=image_size))
+        if isinstance(preprocessing, Preprocessing):
+            return replace(card, preprocessing=replace(preprocessing, image_size=image_size))
+        return replace(card, preprocessing=replace(preprocessing, window=image_size))
     except ValueError as error:
         raise UserError(f"--image-size: {error}") from error
 
 
 def check_packages(formats: Iterable[str]) -> None:
-    """Raises UserError if a package is missing that one of `formats` needs."""
+    """Raise UserError if a package that one of `formats` needs is missing."""
     for name in formats:
         missing = [
-            package for package in NEEDED.get(name, ()) if importlib.util.find_spec(package) is None
+            package
+            for package in REQUIRED_PACKAGES.get(name, ())
+            if importlib.util.find_spec(package) is None
         ]
         if missing:
             raise UserError(
@@ -81,36 +87,36 @@ def check_packages(formats: Iterable[str]) -> None:
 def _write(
     name: str, path: Path, card: ModelCard, variables: Variables, image_size: int
 ) -> dict[str, Any]:
-    """Write one format; returns what one must know of the file."""
+    """Write one format, and return the facts about the file for `config.json`."""
     if name == "stablehlo":
         return write_stablehlo(path, card.model, variables, image_size)
     if name == "onnx":
         return write_onnx(path, card, variables, image_size)
-    described = replace(card, kinds=(card.default_kind,)).to_json()
-    write_checkpoint(path, {"model": to_torch(variables)}, described)
+    description = replace(card, kinds=(card.default_kind,)).to_json()
+    write_checkpoint(path, {"model": to_torch(variables)}, description)
     return {"names": "of the original's PyTorch release"}
 
 
 def export_model(
     directory: str,
     output: str,
-    formats: Sequence[str] = USUAL,
+    formats: Sequence[str] = DEFAULT_FORMATS,
     image_size: int | None = None,
 ) -> dict[str, Any]:
-    """Write the default weights of a model directory in forms that run elsewhere.
+    """Export the default weights of a model directory.
 
     Args:
       directory: a model directory.
-      output: the folder to make; it is there whole or not at all.
-      formats: out of `FORMATS`; each gives a file `model.FORMAT`.
-      image_size: side of the input in pixels; None for the size that the model was made for, of a
-        segmentation model that of its windows.
+      output: the folder to create; it appears only when it is complete.
+      formats: formats from `FORMATS`; each is written to a file `model.FORMAT`.
+      image_size: side of the input in pixels (of the windows for a segmentation model); None keeps
+        the model's.
 
     Returns:
       The content of the folder's `config.json`.
 
     Raises:
-      UserError: an unusable directory or size, `output` is already there, or a package is missing.
+      UserError: if the directory or the size is invalid, `output` exists, or a package is missing.
     """
     card = with_image_size(read_card(directory), image_size)
     target = Path(output)
@@ -119,33 +125,33 @@ def export_model(
     check_output(target)
     check_packages(formats)
     variables = read_weights(directory, card, card.default_kind)
-    found = describe(card, variables)
-    side = found["input"]["shape"][1]
-    with write_directory_aside(target) as place:
+    config = describe(card, variables)
+    side = config["input"]["shape"][1]
+    with write_directory_aside(target) as folder:
         for name in dict.fromkeys(formats):
             file = f"model.{name}"
-            found["files"][file] = _write(name, place / file, card, variables, side)
-        topics = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()]
-        (place / CONFIG).write_text("{\n" + ",\n".join(topics) + "\n}\n")
-        write_readme(place / README, card, found)
-    return found
+            config["files"][file] = _write(name, folder / file, card, variables, side)
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items()]
+        (folder / CONFIG).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        write_readme(folder / README, card, config)
+    return config
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = Parser(
         prog="python -m activemlp_jax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", metavar="MODEL_DIR", help="from conversion or training")
-    parser.add_argument("output", metavar="OUT_DIR", help="the folder to make")
+    parser.add_argument("output", metavar="OUT_DIR", help="the folder to create")
     parser.add_argument(
         "--format",
         dest="formats",
         action="append",
         choices=FORMATS,
-        help=f"may be given several times ({' and '.join(USUAL)})",
+        help=f"may be given several times ({' and '.join(DEFAULT_FORMATS)})",
     )
     parser.add_argument(
         "--image-size",
@@ -154,13 +160,13 @@ def main() -> None:
     )
     arguments = vars(parser.parse_args())
     collect_garbage_rarely()
-    arguments["formats"] = arguments["formats"] or USUAL
+    arguments["formats"] = arguments["formats"] or DEFAULT_FORMATS
     output = Path(arguments["output"])
     with errors_in_one_line(output):
-        found = export_model(**arguments)
-        weights, side = NAMES[found["weights"]], found["input"]["shape"][1]
+        config = export_model(**arguments)
+        weights, side = NAMES[config["weights"]], config["input"]["shape"][1]
         print(one_line(f"wrote {output}: the {weights} weights, images of {side} by {side} pixels"))
-        for file in (*found["files"], CONFIG, README):
+        for file in (*config["files"], CONFIG, README):
             print(f"  {file:<18}{(output / file).stat().st_size:>13,} bytes")
 
 

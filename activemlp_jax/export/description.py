@@ -1,4 +1,4 @@
-"""What lies beside exported files: `config.json` for programs, and a model card for people."""
+"""Description of an export: `config.json` for programs, and a model card for people."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,33 +29,36 @@ CITATION = """\
   year      = {2023},
   note      = {arXiv:2203.06108}
 }"""
-# What training measures, by its key in the source of weights: the metric's name to hubs, and ours.
+# Metrics by their key in `ModelCard.source`: the metric's name on model hubs, and ours.
 MEASURED = {"test_accuracy": ("accuracy", "accuracy"), "test_mean_iou": ("mean_iou", "mIoU")}
-SHOWN_CLASSES = 20
+MAX_LISTED_CLASSES = 20
 
 
 def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
-    """What `config.json` says of the default weights of a model.
+    """Describe the default weights of a model for `config.json`.
 
     Args:
-      card: with the preprocessing of the exported function.
-      variables: of the model.
+      card: card with the preprocessing of the exported function.
+      variables: variables of the model.
 
     Returns:
-      As JSON takes it; `files` is empty.
+      The content of `config.json`, without entries in `files`.
     """
     content = card.to_json()
-    shown = card.preprocessing
-    side = shown.image_size if isinstance(shown, Preprocessing) else shown.window
+    preprocessing = card.preprocessing
+    if isinstance(preprocessing, Preprocessing):
+        side = preprocessing.image_size
+    else:
+        side = preprocessing.window
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     logits = jax.eval_shape(card.model.apply, variables, images)
     cost = count_cost(card.model, side, side)
-    number = card.model.num_classes
-    if isinstance(card.model, ActiveMLP) and (card.class_names or number == len(imagenet_names())):
-        content["classes"]["names"] = readable_names(card.class_names, number)
-    kept = ("task", "name", "architecture", "classes", "preprocessing", "source")
+    count = card.model.num_classes
+    if isinstance(card.model, ActiveMLP) and (card.class_names or count == len(imagenet_names())):
+        content["classes"]["names"] = readable_names(card.class_names, count)
+    copied_keys = ("task", "name", "architecture", "classes", "preprocessing", "source")
     return {
-        **{key: content[key] for key in kept},
+        **{key: content[key] for key in copied_keys},
         "weights": card.default_kind,
         "parameters": cost.parameters,
         "multiply_adds": cost.macs,
@@ -66,7 +69,7 @@ def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
 
 
 def _code(value: object) -> str:
-    """Any value as code, fit for a line or a table of Markdown."""
+    """Format a value as Markdown code that fits on one line and in a table."""
     text = one_line(value).replace("`", "'").replace("|", "/")
     return f"`{text}`"
 
@@ -76,7 +79,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _measured(card: ModelCard) -> tuple[str, str, float] | None:
-    """A metric's name to hubs, ours, and its value in percent, where the source says one."""
+    """Find a metric in the source: its name on hubs, our name, and its value in percent."""
     for key, (metric, name) in MEASURED.items():
         value = card.source.get(key)
         if isinstance(value, int | float):
@@ -90,7 +93,7 @@ def _title(card: ModelCard) -> str:
 
 
 def _front_matter(card: ModelCard, files: Sequence[str]) -> str:
-    """The YAML that model hubs read."""
+    """Write the YAML header that model hubs read."""
     task = TASKS[card.task].hub_name
     tags = ["activemlp", "active-token-mixer", "jax", "flax"]
     tags += [Path(file).suffix[1:] for file in files]
@@ -99,7 +102,7 @@ def _front_matter(card: ModelCard, files: Sequence[str]) -> str:
     measured = _measured(card)
     if measured:
         metric, name, value = measured
-        # A string of JSON is one of YAML.
+        # A JSON string is also a YAML string.
         data = json.dumps(one_line(card.source.get("trained_on", "unknown")), ensure_ascii=False)
         lines += ["metrics:", f"- {metric}", "model-index:", f"- name: {_title(card)}"]
         lines += ["  results:", "  - task:", f"      type: {task}"]
@@ -112,79 +115,79 @@ def _front_matter(card: ModelCard, files: Sequence[str]) -> str:
     return "\n".join(["---", *lines, "---"])
 
 
-def _classes(card: ModelCard, found: dict[str, Any]) -> str:
+def _classes(card: ModelCard, config: dict[str, Any]) -> str:
     number = f"{card.model.num_classes:,}"
-    if not found["classes"]["names"]:
+    if not config["classes"]["names"]:
         return f"{number}, without names"
-    if card.model.num_classes > SHOWN_CLASSES:
+    if card.model.num_classes > MAX_LISTED_CLASSES:
         return f"{number}, named in `config.json`"
-    return f"{number}: {', '.join(map(_code, found['classes']['names']))}"
+    return f"{number}: {', '.join(map(_code, config['classes']['names']))}"
 
 
-def _numbers(card: ModelCard, found: dict[str, Any]) -> str:
-    """The architecture and its costs, as a table."""
-    fields = dict(found["architecture"])
+def _numbers(card: ModelCard, config: dict[str, Any]) -> str:
+    """Write a table of the architecture and its costs."""
+    fields = dict(config["architecture"])
     fields |= fields.pop("backbone", {})
     rows = [(name, _code(value)) for name, value in fields.items()]
-    side = found["input"]["shape"][1]
+    side = config["input"]["shape"][1]
     rows += [
-        ("parameters", f"{found['parameters']:,}"),
-        ("multiply-adds", f"{found['multiply_adds'] / 1e9:.3g} G for {side} by {side} pixels"),
+        ("parameters", f"{config['parameters']:,}"),
+        ("multiply-adds", f"{config['multiply_adds'] / 1e9:.3g} G for {side} by {side} pixels"),
         ("weights", NAMES[card.default_kind]),
-        ("classes", _classes(card, found)),
+        ("classes", _classes(card, config)),
     ]
-    for way in ("input", "output"):
-        name, shape, dtype = found[way]["name"], found[way]["shape"], found[way]["dtype"]
-        rows.append((way, f"`{name}`, `[{', '.join(map(str, shape))}]`, {dtype}"))
+    for key in ("input", "output"):
+        name, shape, dtype = config[key]["name"], config[key]["shape"], config[key]["dtype"]
+        rows.append((key, f"`{name}`, `[{', '.join(map(str, shape))}]`, {dtype}"))
     return _table(rows)
 
 
 def _input(card: ModelCard) -> str:
-    """How an image becomes an input, in words."""
-    shown = card.preprocessing
-    if isinstance(shown, Preprocessing):
-        short = int(shown.resize_factor * shown.image_size)
-        made = (
+    """Describe how an image becomes the input."""
+    prep = card.preprocessing
+    if isinstance(prep, Preprocessing):
+        short = int(prep.resize_factor * prep.image_size)
+        text = (
             f"The short side of an image is resized to {short} pixels (bicubic), and of that the "
-            f"centre, {shown.image_size} by {shown.image_size}, is cut out."
+            f"center, {prep.image_size} by {prep.image_size}, is cut out."
         )
     else:
-        made = f"Windows of {shown.window} by {shown.window} pixels are cut out of an image"
-        if shown.long_side:
-            limits = f"{shown.long_side} by {shown.short_side}"
-            made += f", which is first resized to fit into {limits} (bilinear)"
-        made += ". There is a label for each fourth pixel along the height and the width."
+        text = f"Windows of {prep.window} by {prep.window} pixels are cut out of an image"
+        if prep.long_side:
+            limits = f"{prep.long_side} by {prep.short_side}"
+            text += f", which is first resized to fit into {limits} (bilinear)"
+        text += ". There is a label for each fourth pixel along the height and the width."
     return (
-        f"{made} Pixels are red, green and blue, divided by 255. Then {shown.mean} is taken away, "
-        f"and what is left is divided by {shown.std}."
+        f"{text} Pixels are red, green and blue, divided by 255. Then {prep.mean} is taken away, "
+        f"and what is left is divided by {prep.std}."
     )
 
 
 def _count(number: object) -> str:
-    """A number for people; whatever else the source says, as code."""
+    """Format an integer with commas, and any other value as code."""
     return f"{number:,}" if isinstance(number, int) else _code(number)
 
 
 def _length(source: Mapping[str, Any]) -> str:
-    """How much of the run the weights have behind them; '' where the source does not say it."""
+    """Describe how far training had come, such as '28 of 40 epochs'; '' if unknown."""
     for unit in ("step", "epoch"):
         if f"{unit}s" in source:
-            done, all_of_it = source.get(unit), source[f"{unit}s"]
-            words = f"{_count(all_of_it)} {unit}{'s' * (all_of_it != 1)}"
-            return words if done == all_of_it else f"{_count(done)} of {words}"
+            done, total = source.get(unit), source[f"{unit}s"]
+            text = f"{_count(total)} {unit}{'s' * (total != 1)}"
+            return text if done == total else f"{_count(done)} of {text}"
     return ""
 
 
 def _recipe(source: Mapping[str, Any]) -> str:
-    """How training made the weights, in words; '' where the source does not say it."""
+    """Describe in a sentence how the weights were trained; '' if unknown."""
     length = _length(source)
     if not length or "trained_on" not in source:
         return ""
-    number = f"{_count(source['train_images'])} images of " if "train_images" in source else ""
-    config = f" by the config {_code(source['config'])}" if "config" in source else ""
+    count = f"{_count(source['train_images'])} images of " if "train_images" in source else ""
+    by_config = f" by the config {_code(source['config'])}" if "config" in source else ""
     start = f"the weights in {_code(source['init_from'])}" if "init_from" in source else ""
     return (
-        f"Trained{config} on {number}{_code(source['trained_on'])} for {length}, from "
+        f"Trained{by_config} on {count}{_code(source['trained_on'])} for {length}, from "
         f"{start or 'random weights'}."
     )
 
@@ -203,42 +206,42 @@ def _quality(card: ModelCard) -> str:
     _, name, value = measured
     source = card.source
     data = _code(source.get("trained_on", "unknown"))
-    number = f"{_count(source['test_images'])} " if "test_images" in source else ""
+    count = f"{_count(source['test_images'])} " if "test_images" in source else ""
     length = _length(source)
     when = f"after {length}" if length else "as training ended"
-    return f"{name} {value:.2f}% on the {number}test images of {data}, measured {when}."
+    return f"{name} {value:.2f}% on the {count}test images of {data}, measured {when}."
 
 
-def _licence(card: ModelCard) -> str:
-    """What is known of it; that of the weights is not for this package to say."""
+def _license(card: ModelCard) -> str:
+    """Say what the license of the weights depends on; choosing it is not up to this package."""
     source = card.source
-    fits = [f"the data, {_code(source['trained_on'])}"] if "trained_on" in source else []
+    depends_on = [f"the data, {_code(source['trained_on'])}"] if "trained_on" in source else []
     if "init_from" in source:
-        fits.append(f"the weights that training started from, {_code(source['init_from'])}")
+        depends_on.append(f"the weights that training started from, {_code(source['init_from'])}")
     elif "file" in source:
-        fits.append(f"the file that they were converted from, {_code(source['file'])}")
-    condition = f" It depends on {' and '.join(fits)}." if fits else ""
+        depends_on.append(f"the file that they were converted from, {_code(source['file'])}")
+    condition = f" It depends on {' and '.join(depends_on)}." if depends_on else ""
     return (
-        "The code that wrote these files is Apache-2.0. The licence of the weights is for those to "
+        "The code that wrote these files is Apache-2.0. The license of the weights is for those to "
         f"say who made them.{condition} Before you publish this folder, say it here and, as "
         "`license:`, at the top."
     )
 
 
-def write_readme(path: Path, card: ModelCard, found: dict[str, Any]) -> None:
+def write_readme(path: Path, card: ModelCard, config: dict[str, Any]) -> None:
     """Write the model card.
 
     Args:
-      path: of the file.
-      card: with the preprocessing of the exported function.
-      found: the content of `config.json`.
+      path: file to write.
+      card: card with the preprocessing of the exported function.
+      config: the content of `config.json`.
     """
     parts = [
-        _front_matter(card, list(found["files"])),
+        _front_matter(card, list(config["files"])),
         f"# {_title(card)}",
         f"A model that {TASKS[card.task].does}: ActiveMLP, the backbone of the "
         f"[Active Token Mixer]({PAPER}).",
-        _numbers(card, found),
+        _numbers(card, config),
         "## Input",
         _input(card),
         "## Where the weights come from",
@@ -246,9 +249,9 @@ def write_readme(path: Path, card: ModelCard, found: dict[str, Any]) -> None:
         "## Quality",
         _quality(card),
         "## Use",
-        *(USAGE[Path(file).suffix[1:]](found) for file in found["files"]),
-        "## Licence",
-        _licence(card),
+        *(USAGE[Path(file).suffix[1:]](config) for file in config["files"]),
+        "## License",
+        _license(card),
         "## Citation",
         f"```bibtex\n{CITATION}\n```",
     ]

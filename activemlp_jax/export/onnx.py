@@ -1,6 +1,6 @@
-"""A model as ONNX, by PyTorch's exporter from our PyTorch model of the same function.
+"""Export to ONNX, by PyTorch's exporter from our PyTorch model of the same function.
 
-Needs PyTorch, onnx and onnxscript, the extra `onnx`.
+It needs PyTorch, onnx and onnxscript, which the extra `onnx` installs.
 """
 
 import json
@@ -16,12 +16,12 @@ from activemlp_jax.weights.model_directory import ModelCard
 from activemlp_jax.weights.torch_files import DESCRIPTION, as_tensor
 from activemlp_jax.weights.torch_names import to_torch
 
-OPSET = 20  # the first with GELU
+OPSET = 20  # first version with GELU
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PyTorch's exporter warns of its own code, and of packages that nothing here needs."""
+    """Silence PyTorch's exporter, which warns about its own code and packages we do not need."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -34,7 +34,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _strip(graph: Any) -> None:
-    """Take away which lines of which files on this machine the parts of a graph come from."""
+    """Remove local file names and line numbers from the parts of a graph."""
     parts = (graph.node, graph.value_info, graph.input, graph.output, graph.initializer)
     for part in (graph, *(item for group in parts for item in group)):
         part.ClearField("metadata_props")
@@ -46,17 +46,17 @@ def write_onnx(
 ) -> dict[str, Any]:
     """Write the inference function with its weights.
 
-    It takes `images` `[batch, image_size, image_size, 3]` float32, normalised, any number of them,
-    and gives `logits` as `card.model.apply` does, float32.
+    The function takes `images` `[batch, image_size, image_size, 3]` float32, normalized, in batches
+    of any size. It returns `logits` float32, as `card.model.apply` does.
 
     Args:
-      path: of the file.
-      card: what the file says of the model beside it.
-      variables: of the model.
+      path: file to write.
+      card: card of the model, which is stored in the file's metadata.
+      variables: variables of the model.
       image_size: side of the images, in pixels.
 
     Returns:
-      What one must know to run it, as JSON takes it.
+      JSON-serializable facts that are needed to run the file.
     """
     import torch
 
@@ -69,7 +69,7 @@ def write_onnx(
             {name: as_tensor(value) for name, value in to_torch(variables).items()}
         )
         if isinstance(network, TorchSegmentor):
-            network.auxiliary_head = None  # for training only
+            network.auxiliary_head = None  # only for training
         program = torch.onnx.export(
             network,
             (torch.zeros(2, image_size, image_size, 3),),
@@ -80,7 +80,7 @@ def write_onnx(
             dynamo=True,
             verbose=False,
         )
-    assert program is not None, "as it is with dynamo"
+    assert program is not None, "dynamo always returns a program"
     content = program.model_proto
     _strip(content.graph)
     content.metadata_props.add(key=DESCRIPTION, value=json.dumps(card.to_json()))

@@ -1,6 +1,6 @@
-"""A model as StableHLO: one program with the weights inside, which JAX runs without this package.
+"""Export to StableHLO: one program with its weights, which JAX runs without this package.
 
-Its bytes are those of `jax.export`, which says for how long they can be read.
+The file has the format of `jax.export`, and JAX documents for how long it can read such files.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 @contextlib.contextmanager
 def _without_file_names() -> Iterator[None]:
-    """Operations do not carry which lines of which files on this machine they come from."""
+    """Keep local file names and line numbers out of the program."""
     option = "jax_traceback_in_locations_limit"
     frames = getattr(jax.config, option)
     jax.config.update(option, 0)
@@ -31,19 +31,19 @@ def _without_file_names() -> Iterator[None]:
 
 
 def export_program(model: Model, variables: Variables, image_size: int) -> export.Exported:
-    """The inference function of `model` with its weights, for all of `PLATFORMS`.
+    """Export the inference function of `model` with its weights, for all `PLATFORMS`.
 
     Args:
-      model: in float32.
-      variables: of the model.
+      model: a model that computes in float32.
+      variables: variables of the model.
       image_size: side of the images, in pixels.
 
     Returns:
-      Takes images `[batch, image_size, image_size, 3]` float32, normalised, any number of them, and
-      gives what `model.apply` does, float32.
+      A program that takes images `[batch, image_size, image_size, 3]` float32, normalized, in
+      batches of any size, and returns the result of `model.apply` in float32.
 
     Raises:
-      ValueError: images too small for the model.
+      ValueError: if the images are too small for the model.
     """
     weights = jax.tree.map(jnp.asarray, variables)
 
@@ -60,7 +60,7 @@ def export_program(model: Model, variables: Variables, image_size: int) -> expor
 def write_stablehlo(
     path: Path, model: Model, variables: Variables, image_size: int
 ) -> dict[str, Any]:
-    """Write the program of `export_program`; returns what one must know to run it, as JSON."""
+    """Write the program of `export_program`; return JSON-serializable facts for running it."""
     program = export_program(model, variables, image_size)
     path.write_bytes(program.serialize())
     return {

@@ -1,4 +1,4 @@
-"""Classify, segment and embed images, inspect offsets; images as users have them.
+"""Classify, segment and embed images given in memory or as files; inspect offsets.
 
 Imports `distributed`, `weights`, `data`, `models` and `utils`.
 """

@@ -1,4 +1,4 @@
-"""Image files that a command line names: found, read ahead, and counted on the way."""
+"""Image files from a command line: find them, read them ahead, and show progress."""
 
 import contextlib
 import glob
@@ -27,7 +27,7 @@ from activemlp_jax.data.sources import no_images, warn_of_left_out
 from activemlp_jax.utils.errors import UserError
 
 STDIN = "-"
-HANDFUL = 8  # images that need no progress bar
+MAX_WITHOUT_BAR = 8  # images that are processed without a progress bar
 T = TypeVar("T")
 
 IMAGES_HELP = (
@@ -37,10 +37,10 @@ IMAGES_HELP = (
 
 
 class ImageFile(NamedTuple):
-    """An image file that was asked for.
+    """An image file to read.
 
-    `path` opens it, or is `STDIN`; `inside` is its place in the folder that was named, or just its
-    name where none was.
+    `path` is the path to open, or `STDIN`. `inside` is the path relative to the folder that was
+    searched, or only the file's name if no folder was searched.
     """
 
     path: str
@@ -48,32 +48,33 @@ class ImageFile(NamedTuple):
 
 
 def find_images(paths: Sequence[str], leave_out: tuple[str, ...] = ()) -> list[ImageFile]:
-    """Image files, in the order of `paths`; those of a folder or pattern in that of their names.
+    """Find image files, in the order of `paths`; those of a folder or pattern are sorted by name.
 
     Args:
-      paths: of files, of folders, which are searched with the folders in them, each once,
-        patterns, or `STDIN`. What is hidden in a folder is left alone. Images of kinds that are
-        not read are left out, and counted on standard error.
-      leave_out: ends of names that are not looked for in folders.
+      paths: files, folders, glob patterns, or `STDIN`. Folders are searched recursively, each
+        once, without hidden files and folders. Images in formats that we cannot read are left
+        out, and counted on standard error.
+      leave_out: endings of file names to skip in folders and patterns.
 
     Raises:
-      UserError: there is no such file or folder, one has no images, or `STDIN` comes twice.
+      UserError: if a path does not exist or cannot be read, a folder or pattern has no images, or
+        `STDIN` is given more than once.
     """
     if paths.count(STDIN) > 1:
         raise UserError(f"{STDIN} is given {paths.count(STDIN)} times, but can be read only once")
     files: list[ImageFile] = []
     for path in paths:
-        place = os.path.expanduser(path)
+        expanded = os.path.expanduser(path)
         if path == STDIN:
             files.append(ImageFile(STDIN, Path("stdin")))
-        elif os.path.isdir(place):
-            files += _expected(_walk(place, leave_out), path)
-        elif os.path.exists(place):
-            files.append(ImageFile(place, Path(Path(place).name)))
-        elif glob.has_magic(place):
-            if not glob.glob(place, recursive=True):
+        elif os.path.isdir(expanded):
+            files += _readable(_walk(expanded, leave_out), path)
+        elif os.path.exists(expanded):
+            files.append(ImageFile(expanded, Path(Path(expanded).name)))
+        elif glob.has_magic(expanded):
+            if not glob.glob(expanded, recursive=True):
                 raise UserError(f"no file or folder matches {path}")
-            files += _expected(_match(place, leave_out), path)
+            files += _readable(_match(expanded, leave_out), path)
         else:
             raise UserError(f"there is no file or folder {path}")
     return files
@@ -85,24 +86,24 @@ def _looks_like_image(name: str, leave_out: tuple[str, ...]) -> bool:
 
 
 def _walk(folder: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
-    def refuse(error: OSError) -> NoReturn:
+    def raise_user_error(error: OSError) -> NoReturn:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    seen: set[str] = set()  # a link may lead to where one came from
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(place) in seen:
+    seen: set[str] = set()  # links may form cycles
+    for current, folders, names in os.walk(folder, onerror=raise_user_error, followlinks=True):
+        if os.path.realpath(current) in seen:
             folders.clear()
             continue
-        seen.add(os.path.realpath(place))
+        seen.add(os.path.realpath(current))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if _looks_like_image(name, leave_out):
-                path = os.path.join(place, name)
+                path = os.path.join(current, name)
                 yield ImageFile(path, Path(os.path.relpath(path, folder)))
 
 
 def _match(pattern: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
-    """Those that match; of matching folders all, unless the pattern goes through them itself."""
+    """Yield matching images, and those in matching folders unless `**` already covers them."""
     for path in sorted(glob.glob(pattern, recursive=True)):
         if not os.path.isdir(path):
             if _looks_like_image(os.path.basename(path), leave_out):
@@ -111,9 +112,9 @@ def _match(pattern: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
             yield from _walk(path, leave_out)
 
 
-def _expected(found: Iterable[ImageFile], path: str) -> list[ImageFile]:
-    """Those that are read; the others are counted on standard error."""
-    all_files = list(found)
+def _readable(candidates: Iterable[ImageFile], path: str) -> list[ImageFile]:
+    """Keep the files in formats that we read; count the others on standard error."""
+    all_files = list(candidates)
     files = [file for file in all_files if is_image_name(file.path)]
     left_out = [str(file.inside) for file in all_files if not is_image_name(file.path)]
     if not files:
@@ -125,14 +126,17 @@ def _expected(found: Iterable[ImageFile], path: str) -> list[ImageFile]:
 def read_images(
     files: Sequence[ImageFile], prepare: Callable[[np.ndarray], np.ndarray], num_threads: int
 ) -> Iterator[tuple[ImageFile, np.ndarray | BrokenImageError]]:
-    """The pixels of each file, in order, or why it has none.
+    """Read and prepare image files, in order.
 
-    At the end, images whose EXIF orientation is not applied are counted on standard error.
+    After the last image, those whose EXIF orientation is not applied are counted on standard error.
 
     Args:
-      files: to read.
-      prepare: what is done to the pixels `[H, W, 3]` uint8.
-      num_threads: that read ahead; 0 for none but the caller's.
+      files: files to read.
+      prepare: function applied to the pixels `[H, W, 3]` uint8 of each image.
+      num_threads: number of threads that read ahead; 0 reads in the caller's thread.
+
+    Yields:
+      Each file with its prepared pixels, or with the error if it cannot be read.
     """
 
     def read(index: int) -> tuple[ImageFile, np.ndarray | BrokenImageError, bool]:
@@ -151,14 +155,14 @@ def read_images(
         num_threads=num_threads, prefetch_buffer_size=max(16, 4 * num_threads)
     )
     iterator = iter(grain.MapDataset.range(len(files)).map(read).to_iter_dataset(options))
-    turned = 0
+    num_oriented = 0
     with contextlib.closing(iterator):
-        for file, image, is_one_more in iterator:
-            turned += is_one_more
+        for file, image, has_orientation in iterator:
+            num_oriented += has_orientation
             yield file, image
-    if turned:
-        images = f"{turned} images carry" if turned > 1 else "1 image carries"
-        warn(f"{images} an EXIF orientation, which is not applied")
+    if num_oriented:
+        images_carry = f"{num_oriented} images carry" if num_oriented > 1 else "1 image carries"
+        warn(f"{images_carry} an EXIF orientation, which is not applied")
 
 
 def _read_stdin() -> bytes:
@@ -173,7 +177,7 @@ def _read_stdin() -> bytes:
 def unbroken(
     images: Iterable[tuple[ImageFile, np.ndarray | BrokenImageError]], broken: list[ImageFile]
 ) -> Iterator[tuple[ImageFile, np.ndarray]]:
-    """Those that could be read; the others get a line on standard error, and go to `broken`."""
+    """Yield the readable images; report the others on standard error and add them to `broken`."""
     for file, image in images:
         if isinstance(image, BrokenImageError):
             warn(f"skipped: {image}")
@@ -183,13 +187,13 @@ def unbroken(
 
 
 def watched(items: Iterable[T], total: int) -> Iterator[T]:
-    """`items` with a bar on a terminal's standard error, if there are more than a `HANDFUL`."""
+    """Yield `items`; show a progress bar on a terminal for more than `MAX_WITHOUT_BAR` items."""
     console = Console(stderr=True)
     with Progress(
         *Progress.get_default_columns(),
         console=console,
         transient=True,
-        disable=not console.is_terminal or total <= HANDFUL,
-        redirect_stdout=sys.stdout.isatty(),  # else what is piped on would end up on the terminal
+        disable=not console.is_terminal or total <= MAX_WITHOUT_BAR,
+        redirect_stdout=sys.stdout.isatty(),  # piped output must not go to the terminal
     ) as progress:
         yield from progress.track(items, total, description="images")

@@ -1,4 +1,4 @@
-"""What to call a class, ImageNet's above all, whose data sets know them by numbers of WordNet."""
+"""Readable class names; ImageNet datasets name their classes by WordNet IDs."""
 
 import functools
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ FILE = "imagenet_classes.txt"
 
 @functools.cache
 def imagenet_names() -> dict[str, str]:
-    """A readable name by WordNet ID of ImageNet's 1,000 classes, in the order of the labels.
+    """Readable names of ImageNet's 1,000 classes, keyed by WordNet ID, in the order of the labels.
 
-    Source: the classes of ILSVRC2012, which are in the order of their IDs; names from WordNet 3.0.
+    Source: the classes of ILSVRC2012, which are sorted by ID; names from WordNet 3.0.
     """
     text = resources.files(__package__).joinpath(FILE).read_text(encoding="utf-8")
     lines = (line.split("\t") for line in text.splitlines() if not line.startswith("#"))
@@ -19,14 +19,17 @@ def imagenet_names() -> dict[str, str]:
 
 
 def readable_names(class_names: Sequence[str] | None, count: int) -> tuple[str, ...]:
-    """What to call each of `count` classes.
+    """Choose a name to display for each of `count` classes.
 
     Args:
-      class_names: by label; a WordNet ID of ImageNet becomes 'name (ID)', all else stays. None
-        where they are unknown: a thousand classes are ImageNet's then, others get their numbers.
-      count: of the classes.
+      class_names: names by label, or None if unknown. A WordNet ID of ImageNet becomes
+        'name (ID)'; other names stay. Without names, 1,000 classes get ImageNet's names, and any
+        other number of classes get their labels as names.
+      count: number of classes.
     """
-    known = imagenet_names()
+    imagenet = imagenet_names()
     if class_names:
-        return tuple(f"{known[name]} ({name})" if name in known else name for name in class_names)
-    return tuple(known.values()) if count == len(known) else tuple(map(str, range(count)))
+        return tuple(
+            f"{imagenet[name]} ({name})" if name in imagenet else name for name in class_names
+        )
+    return tuple(imagenet.values()) if count == len(imagenet) else tuple(map(str, range(count)))

@@ -1,4 +1,4 @@
-"""Images as people have them, Pillow's, arrays or files, to pixels."""
+"""Pixels of images that are given as Pillow images, arrays or files."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -20,19 +20,19 @@ EXPECTED = "a Pillow image, a uint8 array or the path of a file"
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """The pixels `[H, W, 3]` uint8 of an image file.
+    """Read the pixels `[H, W, 3]` uint8 of an image file.
 
     Raises:
-      BrokenImageError: there is no such file, or it is no image.
+      BrokenImageError: if the file does not exist or is not an image.
     """
     return decode(read_image_file(path), str(path))
 
 
 def list_images(images: Any) -> tuple[list[Any], bool]:
-    """The images one by one, and whether it is one alone and no sequence; see `pixels_of`.
+    """List the images, and tell whether `images` is a single image; see `pixels_of`.
 
     Raises:
-      ValueError: they are none.
+      ValueError: if `images` has another type or is empty.
     """
     if isinstance(images, Image.Image | str | os.PathLike):
         return [images], True
@@ -49,27 +49,28 @@ def list_images(images: Any) -> tuple[list[Any], bool]:
 
 
 def all_pixels(images: list[Any]) -> Iterator[np.ndarray]:
-    """The pixels of each image, when it is its turn; see `pixels_of`."""
+    """Yield the pixels of each image, read one at a time; see `pixels_of`."""
     for number, image in enumerate(images):
         yield pixels_of(image, f"image {number}" if len(images) > 1 else "the image")
 
 
 def pixels_of(image: Any, name: str) -> np.ndarray:
-    """The pixels `[H, W, 3]`, uint8 RGB, of one image, as `decode` gives those of a file.
+    """Convert one image to pixels `[H, W, 3]` uint8 RGB, as `decode` does for files.
 
     Args:
       image: a Pillow image of any mode, an array `[H, W]` or `[H, W, 3]` uint8, or a path.
-      name: for errors.
+      name: name of the image in error messages.
 
     Raises:
-      ValueError: it is something else; BrokenImageError, which is one, if it cannot be read.
+      ValueError: if the image has another type, dtype or shape.
+      BrokenImageError: if it cannot be read; also a ValueError.
     """
     if isinstance(image, str | os.PathLike):
         return read_image(image)
     if isinstance(image, Image.Image):
         with pillow_errors(name, "image", BrokenImageError):
             check_pixels(image)
-            return np.asarray(to_rgb(image))  # Pillow reads a file's pixels no sooner than here
+            return np.asarray(to_rgb(image))  # Pillow reads the pixels of a file only now
     if not hasattr(image, "__array__"):
         raise ValueError(f"{name} is a {type(image).__name__}, expected {EXPECTED}")
     array = np.asarray(image)

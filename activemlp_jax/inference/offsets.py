@@ -1,4 +1,4 @@
-"""Where the Active Token Mixer looks: the offsets and mixing weights of every block, as numbers."""
+"""Offsets and mixing weights of every block: where the Active Token Mixer looks."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,28 +7,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.data.batch_transforms import normalise
+from activemlp_jax.data.batch_transforms import normalize
 from activemlp_jax.data.image_transforms import eval_transform
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
-from activemlp_jax.inference.tiling import PUBLISHED, plan_views, show
+from activemlp_jax.inference.tiling import PUBLISHED, cut_views, plan_views
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.model_directory import ModelCard, backbone
 
-STRIDES = (4, 8, 16, 32)  # of the four stages
+STRIDES = (4, 8, 16, 32)  # input pixels between tokens, by stage
 
 
 class BlockOffsets(NamedTuple):
-    """Where one block reads, and how it mixes what it reads.
+    """Offsets and mixing weights of one block, as float32 arrays.
 
-    `stage` is 0 to 3, `block` counts within it, and `stride` says how many pixels of the input lie
-    between two tokens. Group g moves the channels `g*C/G` to `(g+1)*C/G - 1`: at a token they read
-    in its row, `offset_w` to the right, and in its column, `offset_h` down, both `[B, H, W, G]` in
-    tokens. `weights` `[B, C, 3]` are each channel's shares of what was read in the row, in the
-    column, and of the token itself; they sum to 1. All arrays are float32.
+    `stage` is 0 to 3, `block` is the index of the block within its stage, and `stride` is the
+    distance between two tokens in pixels of the input.
+
+    `offset_w` and `offset_h` have shape `[B, H, W, G]`. Group g holds the channels `g*C/G` to
+    `(g+1)*C/G - 1`. For these channels, a token reads `offset_w` tokens to the right in its row,
+    and `offset_h` tokens down in its column.
+
+    `weights` `[B, C, 3]` are the shares that each channel takes from the row, from the column and
+    from the token itself; they sum to 1.
     """
 
     stage: int
@@ -52,26 +56,26 @@ class BlockOffsets(NamedTuple):
 def inspect_offsets(
     model: Model, variables: Variables, images: Any, card: ModelCard | None = None
 ) -> list[BlockOffsets]:
-    """Where each block reads for these images, in the order of the blocks.
+    """Collect the offsets and mixing weights of every block for the given images.
 
-    A block that makes no offsets of its own has those of the block before it.
+    A block that computes no offsets of its own reports those of the block before it.
 
     Args:
-      model: a classifier, or a segmentation model, whose backbone is looked into.
-      variables: of the model.
-      images: a Pillow image, a uint8 array `[H, W]` or `[H, W, 3]` or the path of a file; or many
-        that the model sees at one size, in a sequence or an array `[B, H, W, 3]`. Floating arrays
-        `[B, H, W, 3]` are taken as normalised, and shown as they are.
-      card: what `read_card` gives, for the preprocessing; as for `classify` and `segment`, models
-        of a published number of classes do without.
+      model: a classifier, or a segmentation model (its backbone is inspected).
+      variables: variables of the model.
+      images: a Pillow image, a uint8 array `[H, W]` or `[H, W, 3]`, or the path of a file; or
+        several of these that the model sees at one size, as a sequence or an array `[B, H, W, 3]`.
+        A floating-point array `[B, H, W, 3]` is taken as normalized and used unchanged.
+      card: result of `read_card`, for the preprocessing; required for the same models as by
+        `classify` and `segment`.
 
     Returns:
-      A `BlockOffsets` for each block, those of the first stage first. It has the stage's tokens of
-      all B images: offsets in tokens, mixing weights as shares of 1, numpy arrays in float32.
+      One `BlockOffsets` per block, from the first stage to the last. Each covers all B images:
+      offsets in tokens, mixing weights as shares of 1, NumPy arrays in float32.
 
     Raises:
-      ValueError: a card or images of another kind or shape, no card where it takes one, no images,
-        or images that the model sees at several sizes.
+      ValueError: if the card is required but missing or does not match the model, the images are
+        invalid or missing, or the model sees them at several sizes.
 
     Source: Active Token Mixer, section 3.
     """
@@ -79,63 +83,63 @@ def inspect_offsets(
         inputs = jnp.asarray(images)
         if inputs.ndim != 4 or inputs.shape[-1] != 3 or min(inputs.shape) < 1:
             raise UserError(
-                f"images have shape {inputs.shape}, expected [B, H, W, 3] of normalised values"
+                f"images have shape {inputs.shape}, expected [B, H, W, 3] of normalized values"
             )
     else:
         shown = show_to_model(model, images, card)
         preprocessing = preprocessing_for(model, card)
-        inputs = normalise(jnp.asarray(shown), preprocessing.mean, preprocessing.std)
+        inputs = normalize(jnp.asarray(shown), preprocessing.mean, preprocessing.std)
     stages = _run(model, variables, inputs)
-    found = []
+    blocks = []
     for stage, depth in enumerate(backbone(model).depths):
         for block in range(depth):
-            left = stages[f"stages_{stage}"][f"block_{block}"]["atm"]
-            offset, weight = (np.asarray(left[key][-1], np.float32) for key in ("offset", "weight"))
+            sown = stages[f"stages_{stage}"][f"block_{block}"]["atm"]
+            offset, weight = (np.asarray(sown[key][-1], np.float32) for key in ("offset", "weight"))
             offset_w, offset_h = np.split(offset, 2, axis=-1)
-            found.append(
+            blocks.append(
                 BlockOffsets(stage, block, STRIDES[stage], offset_w, offset_h, weight[:, 0, 0])
             )
-    return found
+    return blocks
 
 
 def show_to_model(model: Model, images: Any, card: ModelCard | None = None) -> np.ndarray:
-    """What the model sees of `images`: cut and resized, but not normalised.
+    """Prepare images as the model sees them: resized and cropped, but not normalized.
 
     Args:
       model: a classifier or a segmentation model.
-      images: as `inspect_offsets` takes them, but for floating ones.
-      card: as `inspect_offsets` takes it.
+      images: as for `inspect_offsets`, except for floating-point arrays.
+      card: as for `inspect_offsets`.
 
     Returns:
-      `[B, H, W, 3]` uint8, red, green and blue, also of one image alone.
+      RGB pixels `[B, H, W, 3]` uint8; B is 1 for a single image.
 
     Raises:
-      ValueError: a card or images of another kind, no card where it takes one, no images, or of
-        several sizes to the model.
+      ValueError: if the card is required but missing or does not match the model, the images are
+        invalid or missing, or the model sees them at several sizes.
     """
     preprocessing = preprocessing_for(model, card)
     listed, _ = list_images(images)
-    shown = [_shown(pixels, preprocessing) for pixels in all_pixels(listed)]
-    sizes = sorted({f"{width} x {height}" for height, width, _ in (part.shape for part in shown)})
+    prepared = [_prepare(pixels, preprocessing) for pixels in all_pixels(listed)]
+    sizes = sorted({f"{width} x {height}" for height, width, _ in (one.shape for one in prepared)})
     if len(sizes) > 1:
         raise UserError(
             f"the model sees the images at the sizes {', '.join(sizes)} (width x height); give "
             "images of one size at a time"
         )
-    return np.stack(shown)
+    return np.stack(prepared)
 
 
 def group_weights(block: BlockOffsets) -> np.ndarray:
-    """The mean mixing weights `[B, G, 3]` of each group's channels, for (w, h, own)."""
+    """Average the mixing weights over the channels of each group: `[B, G, 3]`, as (w, h, own)."""
     images, channels, _ = block.weights.shape
     groups = block.offset_w.shape[-1]
     return block.weights.reshape(images, groups, channels // groups, 3).mean(2)
 
 
 def mean_reach(block: BlockOffsets) -> np.ndarray:
-    """How far away, on average, each token reads: `[B, H, W]` in pixels of the input.
+    """Compute the mean distance at which each token reads, `[B, H, W]` in pixels of the input.
 
-    A group counts by its mixing weights for its row and for its column.
+    The mean is over all groups, in row and column, weighted by their mixing weights.
     """
     weights = group_weights(block)[:, None, None, :, :2]
     distances = np.abs(np.stack((block.offset_w, block.offset_h), -1))
@@ -146,18 +150,18 @@ def _is_floating(images: Any) -> bool:
     return hasattr(images, "dtype") and jnp.issubdtype(images.dtype, jnp.floating)
 
 
-def _shown(pixels: np.ndarray, preprocessing: Preprocessing | ScenePreprocessing) -> np.ndarray:
-    """What the model sees of one image `[H, W, 3]` uint8."""
+def _prepare(pixels: np.ndarray, preprocessing: Preprocessing | ScenePreprocessing) -> np.ndarray:
+    """Resize and crop one image `[H, W, 3]` uint8 as the model sees it."""
     if isinstance(preprocessing, Preprocessing):
         return eval_transform(pixels, preprocessing)
     height, width, _ = pixels.shape
     (view,) = plan_views(height, width, preprocessing, PUBLISHED)
-    return show(pixels, [view])[0]
+    return cut_views(pixels, [view])[0]
 
 
 @partial(jax.jit, static_argnums=0)
 def _run(model: Model, variables: Variables, images: jax.Array) -> dict[str, Any]:
-    """What the backbone's blocks leave in 'intermediates'."""
+    """Run the backbone and return what its blocks sow into 'intermediates'."""
     _, state = model.apply(variables, images, method="features", mutable=["intermediates"])
-    left = state["intermediates"]
-    return left.get("active_mlp", left)
+    sown = state["intermediates"]
+    return sown.get("active_mlp", sown)

@@ -1,4 +1,4 @@
-"""Picture files that commands write; they carry our name, so that only they are replaced."""
+"""Picture files that commands write, marked so that commands replace only their own files."""
 
 import warnings
 from pathlib import Path
@@ -8,22 +8,22 @@ from PIL import ExifTags, Image
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import check_output_file, write_aside
 
-SOFTWARE = "activemlp_jax"  # in the EXIF field of that name
+SOFTWARE = "activemlp_jax"  # content of the EXIF field Software
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, in the format that the path's ending names.
+    """Write a picture, marked as ours, in the format that the extension of `path` names.
 
     Raises:
-      UserError: the file cannot be written.
+      UserError: if the file cannot be written.
     """
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = SOFTWARE
-    form = Image.registered_extensions()[path.suffix.lower()]
+    picture_format = Image.registered_extensions()[path.suffix.lower()]
     try:
-        with write_aside(path) as aside:
-            picture.save(aside, form, exif=exif)
-    except OSError as error:  # Pillow's own names no file
+        with write_aside(path) as temporary:
+            picture.save(temporary, picture_format, exif=exif)
+    except OSError as error:  # Pillow's errors do not name the file
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
@@ -31,24 +31,24 @@ def check_picture(path: Path, overwrite: bool) -> str:
     """Check that a picture may be written to `path`.
 
     Args:
-      path: to write.
-      overwrite: whether a file may be replaced that `save_picture` did not write.
+      path: file to write.
+      overwrite: whether to replace a link, or a file that `save_picture` did not write.
 
     Returns:
-      What will be done to the path: 'wrote', or 'replaced' where it is there.
+      The word to report the result with: 'wrote', or 'replaced' if `path` exists.
 
     Raises:
-      UserError: it cannot be written, or something else is there.
+      UserError: if `path` cannot be written, or must not be replaced.
     """
     done = check_output_file(path)
     if path.is_symlink():
-        done, there = "replaced", "is a link"
+        done, obstacle = "replaced", "is a link"
     elif done == "wrote" or _is_ours(path):
         return done
     else:
-        there = "is already there, and not known to be by this command"
+        obstacle = "is already there, and not known to be by this command"
     if not overwrite:
-        raise UserError(f"{path} {there}; give another place, or --overwrite to replace it")
+        raise UserError(f"{path} {obstacle}; give another place, or --overwrite to replace it")
     return done
 
 
@@ -58,7 +58,8 @@ def _is_ours(path: Path) -> bool:
         return False
     try:
         with warnings.catch_warnings(), Image.open(path) as picture:
-            warnings.simplefilter("ignore")  # an overlay may be as large as a photo
+            # Pillow warns about large pictures, and an overlay may be as large as a photo.
+            warnings.simplefilter("ignore")
             return picture.getexif().get(ExifTags.Base.Software) == SOFTWARE
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False

@@ -1,4 +1,4 @@
-"""How the images of a model are prepared, with a card and without."""
+"""Preprocessing of a model's images, with or without a card."""
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.models.segmentor import ActiveSegmentor
@@ -7,15 +7,15 @@ from activemlp_jax.weights.model_directory import ModelCard, check_card
 
 
 def preprocessing_for(model: Model, card: ModelCard | None) -> Preprocessing | ScenePreprocessing:
-    """As the card says; without one, as the published models have it.
+    """Return the card's preprocessing; without a card, that of the published models.
 
     Args:
-      model: to be shown images.
-      card: what `read_card` gives.
+      model: a classifier or a segmentation model.
+      card: result of `read_card`, or None.
 
     Raises:
-      ValueError: the card is of another model, or there is none and the model has not the classes
-        of a published one, so that nobody knows how its images are to be prepared.
+      ValueError: if the card belongs to another model; or if there is no card, and the model does
+        not have as many classes as the published ones, so that its preprocessing is unknown.
     """
     if card is not None:
         check_card(card, model)

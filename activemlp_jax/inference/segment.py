@@ -1,4 +1,4 @@
-"""Label maps of images by a segmentation model."""
+"""Segmentation of images into label maps."""
 
 from typing import Any
 
@@ -19,27 +19,28 @@ def segment(
     card: ModelCard | None = None,
     protocol: Protocol = PUBLISHED,
 ) -> np.ndarray | list[np.ndarray]:
-    """The class of each pixel of one image, or of each of many.
+    """Find the class of each pixel of one image, or of each of several images.
 
-    The network is compiled for each size that it sees.
+    The network is compiled for each input size.
 
     Args:
       model: a segmentation model.
-      variables: of the model.
-      images: a Pillow image, a uint8 array `[H, W]` or `[H, W, 3]` or the path of a file; or many,
-        in a sequence or an array `[B, H, W, 3]`.
-      card: what `read_card` gives, for the preprocessing. Only a model of ADE20K's 150 classes does
-        without: then it is the published one.
-      protocol: how label maps are asked for.
+      variables: variables of the model.
+      images: a Pillow image, a uint8 array `[H, W]` or `[H, W, 3]`, or the path of a file; or
+        several of these, as a sequence or an array `[B, H, W, 3]`.
+      card: result of `read_card`, for the preprocessing. A model with ADE20K's 150 classes does not
+        need it: it gets the published preprocessing.
+      protocol: scales, flips and windows to use.
 
     Returns:
-      A label map `[H, W]` int32 of the image's own size; of many images a list of them.
+      A label map `[H, W]` int32 of the same size as the image; for several images, a list of them.
 
     Raises:
-      ValueError: a model, card or image of another kind, no card where it takes one, or no images.
-      UserError: OpenCV is missing, and an image must be resized.
+      ValueError: if the model is not a segmentation model, the card is required but missing or does
+        not match the model, an image is invalid, or there are no images.
+      UserError: if an image must be resized and OpenCV is missing.
 
-    Source: the inference of mmsegmentation 0.11, by which the original tests.
+    Source: the inference of mmsegmentation 0.11, which the authors use for evaluation.
     """
     from activemlp_jax.inference.segmentation import Segmenter, segment_image  # slow to import
 
@@ -49,8 +50,10 @@ def segment(
             "class for each pixel"
         )
     preprocessing = preprocessing_for(model, card)
-    assert isinstance(preprocessing, ScenePreprocessing), "as every segmentation model's"
+    assert isinstance(preprocessing, ScenePreprocessing), (
+        "segmentation models use ScenePreprocessing"
+    )
     segmenter = Segmenter(model, preprocessing, protocol)
     listed, is_one = list_images(images)
-    found = [segment_image(segmenter, variables, pixels) for pixels in all_pixels(listed)]
-    return found[0] if is_one else found
+    label_maps = [segment_image(segmenter, variables, pixels) for pixels in all_pixels(listed)]
+    return label_maps[0] if is_one else label_maps

@@ -1,8 +1,8 @@
-"""Label maps of scenes by a segmentation model, and how well they agree with the truth.
+"""Label maps from a segmentation model, and confusion matrices over a dataset.
 
-Every shape compiles once, and scenes come in hundreds of shapes. So what is large, the network, is
-compiled for the exact sizes that it is to see, and what comes after it for sizes rounded up: there
-zeros are added to logits and matrices, which changes no sum.
+JAX compiles a program for each shape, and scenes come in hundreds of shapes. Only the network
+itself is compiled for every exact size that it sees. All that follows is compiled for sizes rounded
+up: logits and matrices are padded with zeros, which changes no sum.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from activemlp_jax.data.batch_transforms import normalise
+from activemlp_jax.data.batch_transforms import normalize
 from activemlp_jax.data.loader import iterate
 from activemlp_jax.data.preprocessing import ScenePreprocessing
 from activemlp_jax.data.segmentation_sources import SceneSource
@@ -26,38 +26,38 @@ from activemlp_jax.inference.tiling import (
     PUBLISHED,
     Protocol,
     Shape,
+    cut_views,
     plan_views,
-    show,
     view_matrices,
 )
 from activemlp_jax.models.layers import wide
 from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.utils.errors import UserError
 
-LOGITS_MULTIPLE, RESULT_MULTIPLE = 16, 64  # what sides are rounded up to after the network
-BLOCK = 32  # rows of a result at a time, as all classes of all pixels would fill the memory
+LOGITS_MULTIPLE, RESULT_MULTIPLE = 16, 64  # sides after the network are rounded up to these
+BLOCK_ROWS = 32  # rows computed at a time: probabilities of all pixels would not fit in memory
 
 Batch = dict[str, Any]
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is no less than `number`."""
+    """Round `number` up to a multiple of `multiple`."""
     return -(-number // multiple) * multiple
 
 
-def _filled(array: np.ndarray, shape: Sequence[int], value: float = 0) -> np.ndarray:
-    """`array`, filled up with `value` at the end of each axis."""
-    filled = np.full(shape, value, array.dtype)
-    filled[tuple(slice(side) for side in array.shape)] = array
-    return filled
+def _pad(array: np.ndarray, shape: Sequence[int], value: float = 0) -> np.ndarray:
+    """Pad `array` to `shape` with `value`, at the end of each axis."""
+    padded = np.full(shape, value, array.dtype)
+    padded[tuple(slice(side) for side in array.shape)] = array
+    return padded
 
 
 def view_logits(model: ActiveSegmentor, variables: Any, images: jax.Array) -> jax.Array:
-    """Logits `[B, h, w, K]` of normalised `images` `[B, H, W, 3]`, sides rounded up by zeros."""
+    """Compute zero-padded logits `[B, h, w, K]` of normalized `images` `[B, H, W, 3]`."""
     logits = jnp.asarray(model.apply(variables, images))
     _, height, width, _ = logits.shape
-    fill = [(0, round_up(side, LOGITS_MULTIPLE) - side) for side in (height, width)]
-    return jnp.pad(logits, ((0, 0), *fill, (0, 0)))
+    padding = [(0, round_up(side, LOGITS_MULTIPLE) - side) for side in (height, width)]
+    return jnp.pad(logits, ((0, 0), *padding, (0, 0)))
 
 
 def merge_views(
@@ -66,16 +66,18 @@ def merge_views(
     columns: Sequence[jax.Array],
     groups: Sequence[int],
 ) -> jax.Array:
-    """Class probabilities from the logits of a scene's views, for B scenes alike.
+    """Compute class probabilities from the logits of all views, for B scenes of one shape.
 
     Args:
-      logits: of each view, `[B, h, w, K]`.
-      rows: of each view, `[B, R, h]`; see `views.view_matrices`.
-      columns: of each view, `[B, W, w]`.
-      groups: of each view; of one group logits are summed, of many probabilities averaged.
+      logits: logits `[B, h, w, K]` of each view.
+      rows: matrix `[B, R, h]` of each view, from rows of its logits to rows of the result; see
+        `tiling.view_matrices`.
+      columns: matrix `[B, W, w]` of each view, in the same way.
+      groups: group of each view. Logits are summed within a group, and probabilities are averaged
+        over groups.
 
     Returns:
-      `[B, R, W, K]`.
+      Probabilities `[B, R, W, K]`.
     """
     sums: dict[int, jax.Array] = {}
     for maps, down, across, group in zip(logits, rows, columns, groups, strict=True):
@@ -87,117 +89,125 @@ def merge_views(
 
 
 def label_maps(batch: Batch, logits: Sequence[jax.Array], groups: Sequence[int]) -> jax.Array:
-    """The most probable class `[B, H, W]` int32 of each pixel, a block of rows after the other.
+    """Find the most probable class of each pixel, one block of rows at a time.
 
     Args:
-      batch: `rows_i` and `columns_i` for each view i.
-      logits: of each view, `[B, h, w, K]`.
-      groups: of each view.
+      batch: holds the matrices `rows_i` and `columns_i` of each view i.
+      logits: logits `[B, h, w, K]` of each view.
+      groups: group of each view.
+
+    Returns:
+      Label maps `[B, H, W]` int32.
     """
     rows = [batch[f"rows_{i}"] for i in range(len(logits))]
     columns = [batch[f"columns_{i}"] for i in range(len(logits))]
     size, height = rows[0].shape[:2]
-    blocks = [matrix.reshape(size, height // BLOCK, BLOCK, -1).swapaxes(0, 1) for matrix in rows]
+    blocks = [
+        matrix.reshape(size, height // BLOCK_ROWS, BLOCK_ROWS, -1).swapaxes(0, 1) for matrix in rows
+    ]
 
     def block(down: Sequence[jax.Array]) -> jax.Array:
         return merge_views(logits, down, columns, groups).argmax(-1)
 
-    found = jax.lax.map(block, blocks)  # [H / BLOCK, B, BLOCK, W]
-    return found.swapaxes(0, 1).reshape(size, height, -1)
+    labels = jax.lax.map(block, blocks)  # [H / BLOCK_ROWS, B, BLOCK_ROWS, W]
+    return labels.swapaxes(0, 1).reshape(size, height, -1)
 
 
 def count_pixels(labels: jax.Array, predictions: jax.Array, classes: int) -> jax.Array:
-    """Confusion matrices `[B, K, K]` int32, label by prediction, without `IGNORED` labels.
+    """Count confusion matrices, label by prediction, without `IGNORED` labels.
 
     Args:
       labels: `[B, H, W]` uint8.
       predictions: `[B, H, W]` int32.
-      classes: K.
+      classes: number of classes K.
+
+    Returns:
+      Confusion matrices `[B, K, K]` int32, in pixels.
     """
-    none = classes * classes  # beyond the end, and dropped
+    ignored = classes * classes  # past the end, so dropped
 
     def count(label: jax.Array, prediction: jax.Array) -> jax.Array:
         label = label.astype(jnp.int32)
-        pair = jnp.where(label == IGNORED, none, label * classes + prediction)
-        counts = jnp.zeros(none, jnp.int32).at[pair.reshape(-1)].add(1, mode="drop")
+        pair = jnp.where(label == IGNORED, ignored, label * classes + prediction)
+        counts = jnp.zeros(ignored, jnp.int32).at[pair.reshape(-1)].add(1, mode="drop")
         return counts.reshape(classes, classes)
 
     return jax.vmap(count)(labels, predictions)
 
 
-class Key(NamedTuple):
-    """What scenes must have in common to be in one batch: the views, and the result's size."""
+class BatchKey(NamedTuple):
+    """Properties that all scenes of a batch share: their views, and the size of the result."""
 
-    views: tuple[tuple[Shape, int], ...]  # shape and group of each
+    views: tuple[tuple[Shape, int], ...]  # shape and group of each view
     result: Shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter:
-    """A segmentation model, made ready to be asked.
+    """A segmentation model with its preprocessing and protocol.
 
     Args:
       model: the model.
-      preprocessing: of its images.
-      protocol: how label maps are asked for.
+      preprocessing: how to prepare its images.
+      protocol: scales, flips and windows to use.
     """
 
     model: ActiveSegmentor
     preprocessing: ScenePreprocessing
     protocol: Protocol = PUBLISHED
 
-    def key(self, shape: Shape) -> Key:
-        """Of a scene of (height, width) `shape`."""
+    def key(self, shape: Shape) -> BatchKey:
+        """Compute the batch key of a scene of `shape` (height, width)."""
         views = plan_views(*shape, self.preprocessing, self.protocol)
         height, width = (round_up(side, RESULT_MULTIPLE) for side in shape)
-        return Key(tuple((view.shape, view.group) for view in views), (height, width))
+        return BatchKey(tuple((view.shape, view.group) for view in views), (height, width))
 
     def prepare(self, image: np.ndarray) -> Batch:
-        """What the device needs of `image` `[H, W, 3]` uint8: views and their matrices."""
+        """Compute the views of `image` `[H, W, 3]` uint8 and their matrices, for the device."""
         height, width = image.shape[:2]
         views = plan_views(height, width, self.preprocessing, self.protocol)
-        _, (tall, wide_) = self.key((height, width))
+        _, result_shape = self.key((height, width))
         dtype = np.dtype(wide(self.model.dtype))
         batch: Batch = {}
         matrices = view_matrices(height, width, views)
-        for i, (shown, pair) in enumerate(zip(show(image, views), matrices, strict=True)):
-            batch[f"view_{i}"] = shown
-            for name, matrix, size in zip(("rows", "columns"), pair, (tall, wide_), strict=True):
+        for i, (pixels, pair) in enumerate(zip(cut_views(image, views), matrices, strict=True)):
+            batch[f"view_{i}"] = pixels
+            for name, matrix, size in zip(("rows", "columns"), pair, result_shape, strict=True):
                 side = round_up(matrix.shape[1], LOGITS_MULTIPLE)
-                batch[f"{name}_{i}"] = _filled(matrix.astype(dtype), (size, side))
+                batch[f"{name}_{i}"] = _pad(matrix.astype(dtype), (size, side))
         return batch
 
     def logits(self, variables: Any, images: jax.Array) -> jax.Array:
-        """Of one view, from uint8 images; see `view_logits`."""
-        shown = normalise(images, self.preprocessing.mean, self.preprocessing.std)
-        return view_logits(self.model, variables, shown)
+        """Compute the logits of one view from uint8 images; see `view_logits`."""
+        normalized = normalize(images, self.preprocessing.mean, self.preprocessing.std)
+        return view_logits(self.model, variables, normalized)
 
     def count(self, groups: Sequence[int], batch: Batch, logits: Sequence[jax.Array]) -> jax.Array:
-        """The confusion matrix `[K, K]` of a batch with `label`, summed over its scenes."""
+        """Count the confusion matrix `[K, K]` of a batch with `label`, summed over its scenes."""
         predictions = label_maps(batch, logits, groups)
         return count_pixels(batch["label"], predictions, self.model.num_classes).sum(0)
 
 
 class Part(NamedTuple):
-    """Scenes that are looked at together: their indices, how many more there must be, their key."""
+    """A batch of scenes: their indices, the number of padding rows, and their key."""
 
     indices: list[int]
     padding: int
-    key: Key
+    key: BatchKey
 
 
-def plan_parts(keys: Sequence[Key], batch_size: int) -> list[Part]:
-    """All scenes, each once, in batches of scenes with equal keys; the largest come first.
+def plan_parts(keys: Sequence[BatchKey], batch_size: int) -> list[Part]:
+    """Group all scenes, each once, into batches of equal keys; the largest scenes come first.
 
     Args:
-      keys: of the scenes, by index.
-      batch_size: of each batch; what is missing is padded.
+      keys: key of each scene, by index.
+      batch_size: scenes per batch, including padding.
     """
-    by_key: dict[Key, list[int]] = {}
+    by_key: dict[BatchKey, list[int]] = {}
     for index, key in enumerate(keys):
         by_key.setdefault(key, []).append(index)
 
-    def pixels(key: Key) -> tuple[int, Key]:
+    def pixels(key: BatchKey) -> tuple[int, BatchKey]:
         return -sum(height * width for (height, width), _ in key.views), key
 
     parts = []
@@ -211,12 +221,12 @@ def plan_parts(keys: Sequence[Key], batch_size: int) -> list[Part]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a data set is gone through.
+    """Settings for an evaluation over a dataset.
 
     Args:
-      batch_size: scenes at a time over all devices.
-      num_threads: that read and resize on each host; 0 for none but the caller's.
-      watch: given the parts to come, one by one, to show how far it is; gives them back.
+      batch_size: scenes per batch, over all devices.
+      num_threads: threads on each host that read and resize; 0 uses the caller's thread.
+      watch: returns an iterator over the given parts, which may show progress.
     """
 
     batch_size: int
@@ -224,21 +234,21 @@ class Settings:
     watch: Callable[[Sequence[Part]], Iterator[Part]] = iter
 
 
-def _prepared(
+def _load_parts(
     segmenter: Segmenter, source: SceneSource, parts: Sequence[Part], settings: Settings
 ) -> Iterator[Batch]:
-    """This host's rows of each part, in order."""
+    """Yield this host's rows of each part, in order."""
     host = sharding.this_host()
     local = settings.batch_size // host["processes"]
 
     def scene(number: int) -> Batch:
         part, row = divmod(number, local)
-        indices, place = parts[part].indices, host["process"] * local + row
-        is_padding = place >= len(indices)
-        example = source[indices[0 if is_padding else place]]
+        indices, position = parts[part].indices, host["process"] * local + row
+        is_padding = position >= len(indices)
+        example = source[indices[0 if is_padding else position]]
         batch = segmenter.prepare(example.image)
         label = np.full_like(example.label, IGNORED) if is_padding else example.label
-        return {**batch, "label": _filled(label, parts[part].key.result, IGNORED)}
+        return {**batch, "label": _pad(label, parts[part].key.result, IGNORED)}
 
     def stack(scenes: Sequence[Batch]) -> Batch:
         return {name: np.stack([scene[name] for scene in scenes]) for name in scenes[0]}
@@ -256,29 +266,30 @@ def make_evaluation(
     settings: Settings,
     gather: Callable[[Any], Any] = lambda variables: variables,
 ) -> Evaluation:
-    """The function that judges several weights on a data set, in one pass.
+    """Make a function that evaluates several sets of weights in one pass over a dataset.
 
-    What it compiles it keeps for the next time.
+    The function keeps its compiled programs for the next call.
 
     Args:
-      segmenter: to be judged.
-      mesh: of all devices of all hosts.
-      settings: how to go through a data set.
-      gather: variables as they are kept to what the model needs on each device.
+      segmenter: the model to evaluate.
+      mesh: all devices of all hosts.
+      settings: batch size, threads and progress.
+      gather: converts variables as they are stored on the mesh to what the model needs on each
+        device.
 
     Returns:
-      From variables by name, on the devices, and scenes with their labels, to what was found by
-      name: `confusion` `[K, K]` int64, label by prediction, in pixels. Each scene counts once. It
-      raises BrokenImageError or another UserError for a scene that cannot be read, and UserError
-      if no pixel has a label.
+      A function of variables, keyed by name and on the devices, and of labeled scenes. For each
+      name it returns `confusion` `[K, K]` int64: pixels by label and prediction, counting each
+      scene once. It raises BrokenImageError or another UserError if a scene cannot be read, and
+      UserError if no pixel has a label.
     """
 
-    def find_logits(variables: Any, images: jax.Array) -> jax.Array:
+    def gathered_logits(variables: Any, images: jax.Array) -> jax.Array:
         return segmenter.logits(gather(variables), images)
 
-    logits = jax.jit(sharding.on_mesh(find_logits, mesh))
-    everywhere = sharding.replicated(mesh)
-    count = jax.jit(segmenter.count, static_argnums=0, out_shardings=everywhere)
+    logits = jax.jit(sharding.on_mesh(gathered_logits, mesh))
+    replicated = sharding.replicated(mesh)
+    count = jax.jit(segmenter.count, static_argnums=0, out_shardings=replicated)
 
     def evaluate(
         weights: Mapping[str, Any], source: SceneSource
@@ -301,16 +312,16 @@ def _evaluate(
     parts = plan_parts(keys, settings.batch_size)
     classes = segmenter.model.num_classes
     sums = {name: np.zeros((classes, classes), np.int64) for name in weights}
-    batches: Any = _prepared(segmenter, source, parts, settings)
+    batches: Any = _load_parts(segmenter, source, parts, settings)
     with contextlib.closing(batches):
         for part, batch in zip(settings.watch(parts), batches, strict=True):
             groups = tuple(group for _, group in part.key.views)
-            placed = sharding.put_batch(batch, mesh)
-            counted = {}
+            on_devices = sharding.put_batch(batch, mesh)
+            confusions = {}
             for name, variables in weights.items():
-                found = [logits(variables, placed[f"view_{i}"]) for i in range(len(groups))]
-                counted[name] = count(groups, placed, found)
-            for name, confusion in jax.device_get(counted).items():
+                views = [logits(variables, on_devices[f"view_{i}"]) for i in range(len(groups))]
+                confusions[name] = count(groups, on_devices, views)
+            for name, confusion in jax.device_get(confusions).items():
                 sums[name] += confusion
     if not all(confusion.any() for confusion in sums.values()):
         raise UserError(f"none of the {len(source)} scenes has a pixel with a label to count")
@@ -318,13 +329,13 @@ def _evaluate(
 
 
 def segment_image(segmenter: Segmenter, variables: Any, image: np.ndarray) -> np.ndarray:
-    """The class `[H, W]` int32 of each pixel of `image` `[H, W, 3]` uint8."""
+    """Find the class `[H, W]` int32 of each pixel of `image` `[H, W, 3]` uint8."""
     groups = tuple(group for _, group in segmenter.key(image.shape[:2]).views)
     batch = {name: array[None] for name, array in segmenter.prepare(image).items()}
-    logits = [_one_view(segmenter, variables, batch[f"view_{i}"]) for i in range(len(groups))]
-    found = _one_result(batch, logits, groups)[0]
-    return np.asarray(found)[: image.shape[0], : image.shape[1]]
+    logits = [_jit_logits(segmenter, variables, batch[f"view_{i}"]) for i in range(len(groups))]
+    labels = _jit_label_maps(batch, logits, groups)[0]
+    return np.asarray(labels)[: image.shape[0], : image.shape[1]]
 
 
-_one_view = jax.jit(Segmenter.logits, static_argnums=0)
-_one_result = jax.jit(label_maps, static_argnums=2)
+_jit_logits = jax.jit(Segmenter.logits, static_argnums=0)
+_jit_label_maps = jax.jit(label_maps, static_argnums=2)

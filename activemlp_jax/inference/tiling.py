@@ -1,12 +1,13 @@
-"""How a scene is shown to a segmentation model, and how its answers become one label map.
+"""Views of a scene for a segmentation model, and how to merge their logits into one label map.
 
-A view is what the network sees at once: the scene resized, flipped, or one window of it. Whatever
-is done to the logits of a view until they are summed is linear, along the height and the width
-each: they are resized to the view, placed in the scene, divided by how often a place was seen,
-resized to the original size, and turned back if the view was flipped. So for each view there are
-two matrices that do all of it at once: `rows @ logits @ columns.T`.
+A view is one input of the network: the whole scene, resized and possibly flipped, or one window of
+it. Before the logits of views are summed, they are resized to the view, placed in the scene,
+divided by the number of windows that cover each position, resized to the original size, and flipped
+back if the view was flipped. All of this is linear, and separate along height and width. Therefore
+two matrices per view do it in one step: `rows @ logits @ columns.T`.
 
-Views of one scale are summed before the softmax, scales and flips averaged after it.
+Logits of views of one scale and flip are summed before the softmax. Probabilities are averaged
+over scales and flips after it.
 
 Source: the whole, sliding and multi-scale inference of mmsegmentation 0.11.
 """
@@ -23,24 +24,25 @@ from activemlp_jax.data.segmentation_transforms import resize_image, resized_sha
 from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE
 
 MULTI_SCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-SLIDE = 2 / 3  # of the windows' side
+SLIDE_STRIDE_SHARE = 2 / 3  # of the windows' side
 Shape = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a label map is asked for; the defaults are the published protocol, at one scale.
+    """Scales, flips and windows of inference; the defaults are the published single-scale protocol.
 
     Args:
-      scales: of the size that images are fitted into; the answers are averaged.
-      flip: whether each scale is also seen from left to right.
-      size_multiple: the resized sides are rounded to multiples of so many pixels, which leaves
-        fewer shapes to compile; 1 is exact.
-      stride_share: how far apart windows that slide over the resized image are, as a share of
-        their side; 0 shows the image as a whole.
+      scales: factors for the size to which images are resized; probabilities are averaged over
+        them.
+      flip: whether each scale also has views of the image flipped left to right.
+      size_multiple: the resized sides are rounded to multiples of this number of pixels, so that
+        fewer shapes are compiled; 1 is exact.
+      stride_share: distance between windows that slide over the resized image, as a fraction of
+        their side; 0 uses whole images.
 
     Raises:
-      ValueError: a value that cannot work, named.
+      ValueError: if a value is invalid; the message names it.
 
     Source: the multi-scale and sliding test of mmsegmentation 0.11.
     """
@@ -59,25 +61,25 @@ class Protocol:
             raise ValueError(f"stride_share is {self.stride_share!r}, expected 0 to 1")
 
     def stride(self, preprocessing: ScenePreprocessing) -> int:
-        """From where one window begins on the resized image to where the next one does.
+        """Compute the distance between the starts of adjacent windows on the resized image.
 
         Args:
-          preprocessing: of the model, for the windows' side.
+          preprocessing: preprocessing of the model, which gives the windows' side.
 
         Returns:
-          Pixels, rounded down, along the height and the width; 0 for images that are shown whole.
+          Pixels along height and width, rounded down; 0 for whole images.
         """
         return int(self.stride_share * preprocessing.window)
 
     def describe(self, preprocessing: ScenePreprocessing) -> str:
-        """The protocol in words, with a note where it is not as published.
+        """Describe the protocol in words, and note if it differs from the published one.
 
         Args:
-          preprocessing: of the model, for the windows' side.
+          preprocessing: preprocessing of the model, which gives the windows' side.
 
         Returns:
-          One line: 'whole images' for the published protocol, or such as 'windows of 512 every 341
-          pixels, scales 0.5, 1.0, flips', in pixels of the resized image.
+          One line: 'whole images' for the published protocol, or for example 'windows of 512 every
+          341 pixels, scales 0.5, 1.0, flips', in pixels of the resized image.
         """
         stride = self.stride(preprocessing)
         windows = f"windows of {preprocessing.window} every {stride} pixels"
@@ -95,20 +97,21 @@ PUBLISHED = Protocol()
 
 
 def make_protocol(multi_scale: bool, slide: bool, size_multiple: int | None = None) -> Protocol:
-    """The protocol that a command line asks for."""
+    """Make a protocol from command-line options."""
     return Protocol(
         scales=MULTI_SCALE if multi_scale else (1.0,),
         flip=multi_scale,
         size_multiple=size_multiple or 1,
-        stride_share=SLIDE if slide else 0.0,
+        stride_share=SLIDE_STRIDE_SHARE if slide else 0.0,
     )
 
 
 class View(NamedTuple):
-    """One input of the network: of the scene at `resized`, the window that begins at `start`.
+    """One input of the network: a window of the resized scene.
 
-    `start` is (top, left), `shape` the window's (height, width), `group` the number of the scale
-    and flip.
+    The scene is resized to `resized` (height, width), and then flipped left to right if
+    `flipped`. The window starts at `start` (top, left) and has `shape` (height, width). `group` is
+    the index of the scale and flip.
     """
 
     resized: Shape
@@ -119,7 +122,7 @@ class View(NamedTuple):
 
 
 def _window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin; the last is shifted back inside."""
+    """Compute where windows start along an axis; the last is shifted back inside."""
     number = max(length - window + stride - 1, 0) // stride + 1
     return [max(min(i * stride, length - window), 0) for i in range(number)]
 
@@ -127,7 +130,7 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
 def plan_views(
     height: int, width: int, preprocessing: ScenePreprocessing, protocol: Protocol
 ) -> list[View]:
-    """The views of a scene of `height` by `width` pixels, by scale, flip and place."""
+    """List the views of a scene of `height` by `width` pixels, by scale, flip and position."""
     views: list[View] = []
     group, stride = 0, protocol.stride(preprocessing)
     for scale in protocol.scales:
@@ -136,11 +139,14 @@ def plan_views(
             tall, wide = resized_shape(height, width, limits)
         else:
             tall, wide = int(height * scale + 0.5), int(width * scale + 0.5)
-        resized = _rounded(tall, protocol.size_multiple), _rounded(wide, protocol.size_multiple)
+        resized = (
+            _round_side(tall, protocol.size_multiple),
+            _round_side(wide, protocol.size_multiple),
+        )
         window = resized
         if stride:
-            most = preprocessing.window
-            window = min(resized[0], most), min(resized[1], most)
+            side = preprocessing.window
+            window = min(resized[0], side), min(resized[1], side)
         for flipped in (False, True) if protocol.flip else (False,):
             views += [
                 View(resized, flipped, (top, left), window, group)
@@ -151,14 +157,15 @@ def plan_views(
     return views
 
 
-def _rounded(side: int, multiple: int) -> int:
+def _round_side(side: int, multiple: int) -> int:
+    """Round `side` to a multiple that is at least `MIN_IMAGE_SIDE`."""
     return max(round(side / multiple) * multiple, math.ceil(MIN_IMAGE_SIDE / multiple) * multiple)
 
 
-def show(image: np.ndarray, views: list[View]) -> list[np.ndarray]:
-    """What the network sees of `image` `[H, W, 3]` uint8 in each view, uint8."""
+def cut_views(image: np.ndarray, views: list[View]) -> list[np.ndarray]:
+    """Resize `image` `[H, W, 3]` uint8 for each view, and cut out the view's pixels, uint8."""
     resized: dict[tuple[Shape, bool], np.ndarray] = {}
-    shown = []
+    pixels = []
     for view in views:
         key = view.resized, view.flipped
         if key not in resized:
@@ -167,63 +174,66 @@ def show(image: np.ndarray, views: list[View]) -> list[np.ndarray]:
                 whole = resize_image(image, view.resized)
             resized[key] = whole[:, ::-1] if view.flipped else whole
         (top, left), (height, width) = view.start, view.shape
-        shown.append(np.ascontiguousarray(resized[key][top : top + height, left : left + width]))
-    return shown
+        pixels.append(np.ascontiguousarray(resized[key][top : top + height, left : left + width]))
+    return pixels
 
 
 @functools.lru_cache(maxsize=256)
 def bilinear_matrix(size: int, length: int) -> np.ndarray:
-    """`[size, length]` float64: resizes a line, as `models.resizing.resize_bilinear` does."""
-    place = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
-    floor = np.minimum(place.astype(int), max(length - 2, 0))
+    """Build the matrix `[size, length]` float64 that resizes a line like `resize_bilinear`."""
+    position = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
+    floor = np.minimum(position.astype(int), max(length - 2, 0))
     matrix = np.zeros((size, length))
     rows = np.arange(size)
-    matrix[rows, floor] = 1 - (place - floor)
+    matrix[rows, floor] = 1 - (position - floor)
     if length > 1:
-        matrix[rows, floor + 1] = place - floor
+        matrix[rows, floor + 1] = position - floor
     return matrix
 
 
 def logits_side(side: int) -> int:
-    """Of the logits' map, for the side of a view: the stem's arithmetic."""
+    """Compute the side of a view's logits from the stem: kernel 7, stride 4, padding 2."""
     return (side + 2 * 2 - 7) // 4 + 1
 
 
-def _line(
+def _axis_matrix(
     size: int, resized: int, start: int, window: int, starts: list[int], flipped: bool
 ) -> np.ndarray:
-    """`[size, logits_side(window)]`: from a line of a window's logits to one of the result."""
+    """Build the matrix `[size, logits_side(window)]` of a view along one axis."""
     placed = np.zeros((resized, logits_side(window)))
     placed[start : start + window] = bilinear_matrix(window, logits_side(window))
-    seen = np.zeros(resized)
+    coverage = np.zeros(resized)
     for other in starts:
-        seen[other : other + window] += 1
-    matrix = bilinear_matrix(size, resized) @ (placed / seen[:, None])
+        coverage[other : other + window] += 1
+    matrix = bilinear_matrix(size, resized) @ (placed / coverage[:, None])
     return matrix[::-1] if flipped else matrix
 
 
 def view_matrices(
     height: int, width: int, views: list[View]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each view, `rows` `[height, h]` and `columns` `[width, w]`, float64.
+    """Build the matrices of each view, as the module's docstring explains.
 
     Args:
-      height: of the result.
-      width: of the result.
-      views: of one scene.
+      height: height of the result, in pixels.
+      width: width of the result, in pixels.
+      views: all views of one scene.
+
+    Returns:
+      `rows` `[height, h]` and `columns` `[width, w]` of each view, float64.
     """
-    found: dict[tuple[int, int, int, int, bool], np.ndarray] = {}
+    cache: dict[tuple[int, int, int, int, bool], np.ndarray] = {}
     matrices = []
     for view in views:
         pair = []
         for axis, size in enumerate((height, width)):
-            starts = sorted({o.start[axis] for o in views if o.resized == view.resized})
+            starts = sorted({v.start[axis] for v in views if v.resized == view.resized})
             start, flipped = view.start[axis], view.flipped and axis == 1
             key = axis, view.resized[axis], start, view.shape[axis], flipped
-            if key not in found:
-                found[key] = _line(
+            if key not in cache:
+                cache[key] = _axis_matrix(
                     size, view.resized[axis], start, view.shape[axis], starts, flipped
                 )
-            pair.append(found[key])
+            pair.append(cache[key])
         matrices.append((pair[0], pair[1]))
     return matrices

@@ -1,4 +1,4 @@
-"""Linen modules: the network, the Active Token Mixer, heads, and what they cost.
+"""Linen modules: the network, the Active Token Mixer, segmentation heads; and their costs.
 
 Imports `ops` and `utils`.
 """

@@ -1,7 +1,7 @@
-"""ActiveMLP, the backbone of Active Token Mixers, and its five published variants.
+"""ActiveMLP, a backbone of Active Token Mixers, and its five published variants.
 
-Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3; the variants' numbers are
-those of the authors' release.
+Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3. The numbers of the variants
+are from the authors' release.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,32 +16,29 @@ from activemlp_jax.models.convolutions import DepthwiseConv, conv
 from activemlp_jax.models.layers import Dtype, Mlp, linear, norm, wide
 from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
 
-MIN_IMAGE_SIDE = 32  # the four stages reduce by 32
+MIN_IMAGE_SIDE = 32  # pixels; the total stride of the four stages
 
 
-def _again(half: Callable[..., Any]) -> Callable[..., Any]:
-    """`half` of a block, which the backward pass computes anew.
-
-    A compiler would leave the products that give the parameters' gradients for the end of the
-    step, and keep what they read, of every block, until then. So a half's cotangents come all at
-    once: no block before it goes backward until its gradients are there.
-    """
+def _recomputed(half: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the backward pass recompute `half` of a block and finish its gradients at once."""
 
     def forward(block: nn.Module, *inputs: Any) -> Any:
         return nn.vjp(half, block, *inputs)
 
     def backward(transposed: Callable[..., Any], cotangents: Any) -> Any:
+        # XLA would defer weight-gradient matmuls to the end of the step, which keeps every block's
+        # activations alive. The barrier makes earlier blocks wait for the gradients of this half.
         return jax.lax.optimization_barrier(transposed(cotangents))
 
     return nn.remat(nn.custom_vjp(half, forward, backward))
 
 
 class Block(nn.Module):
-    """One residual block: ATM, then MLP, each behind a LayerNorm and drop path.
+    """Residual block: ATM, then MLP, each with a LayerNorm before it and drop path after it.
 
-    A block that makes offsets (`makes_offset`) computes them from its input and returns them for
-    the blocks behind it; the others use those they are given. With `remat`, the backward pass
-    computes each half anew from its input.
+    With `makes_offset`, the block computes offsets from its input; without, it uses the offsets
+    that it is given. It returns them for the blocks after it. With `remat`, the backward pass
+    recomputes each half from its input.
     """
 
     mlp_ratio: float
@@ -56,7 +53,7 @@ class Block(nn.Module):
         self, x: jax.Array, offset: jax.Array | None, train: bool
     ) -> tuple[jax.Array, jax.Array]:
         channels = x.shape[-1]
-        # Dropout over the batch axis alone is drop path: whole samples, scaled by 1 / keep.
+        # Dropout with one draw per sample is drop path, scaled by 1 / keep.
         drop_path = nn.Dropout(
             self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
         )
@@ -75,7 +72,7 @@ class Block(nn.Module):
             return mlp(norm(block.dtype, name="norm2")(x))
 
         if self.remat:
-            mix, transform = _again(mix), _again(transform)
+            mix, transform = _recomputed(mix), _recomputed(transform)
         mixed, offset = mix(self, x, offset)
         x = x + drop_path(mixed)
         return x + drop_path(transform(self, x)), offset
@@ -84,9 +81,10 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Blocks of one width and resolution.
 
-    `drop_path_rates` has one rate a block. Block j makes new offsets if `offset_interval` divides
-    j and it is not the last; right before, the stage's one depthwise convolution adds position.
-    With `remat`, the backward pass computes the halves of each block anew.
+    `drop_path_rates` has one rate per block. Block j computes new offsets if `offset_interval`
+    divides j and j is not the last block. Just before such a block, the stage adds a positional
+    encoding: a depthwise convolution of the map, with the same parameters each time. With `remat`,
+    the backward pass recomputes the halves of each block.
     """
 
     mlp_ratio: float
@@ -128,7 +126,7 @@ def check_architecture(
     drop_path_rate: float,
     remat_stages: Sequence[int] = (),
 ) -> None:
-    """Raises ValueError, naming the field, if no ActiveMLP has these fields."""
+    """Check the fields of an `ActiveMLP`; raise a ValueError that names an invalid one."""
     fields = {
         "depths": depths,
         "embed_dims": embed_dims,
@@ -137,7 +135,7 @@ def check_architecture(
     }
     for name, values in fields.items():
         if len(values) != 4:
-            raise ValueError(f"{name} is {tuple(values)}, expected four values, one a stage")
+            raise ValueError(f"{name} is {tuple(values)}, expected four values, one per stage")
         kinds = (int, float) if name == "mlp_ratios" else (int,)
         if not all(type(value) in kinds and 0 < value < float("inf") for value in values):
             kind = "numbers" if name == "mlp_ratios" else "integers"
@@ -169,33 +167,33 @@ def check_architecture(
     if not 0 <= drop_path_rate < 1:
         raise ValueError(f"drop_path_rate is {drop_path_rate}, expected 0 <= rate < 1")
     if not set(remat_stages) <= {0, 1, 2, 3}:
-        raise ValueError(f"remat_stages is {tuple(remat_stages)}, expected stages out of 0 to 3")
+        raise ValueError(f"remat_stages is {tuple(remat_stages)}, expected stages from 0 to 3")
 
 
 class ActiveMLP(nn.Module):
-    """ActiveMLP of any shape; each of the first four fields has one value a stage.
+    """ActiveMLP of any configuration; the first four fields have one value per stage.
 
     Args:
-      depths: blocks, at least two.
-      embed_dims: channels.
-      mlp_ratios: hidden channels of the MLPs over `embed_dims`.
-      share_dims: neighbouring channels that share one offset; divides `embed_dims`.
-      offset_interval: every how many blocks of a stage new offsets are made.
-      num_classes: outputs of the linear head.
-      drop_path_rate: of the last block; the rates grow linearly from 0 at the first.
-      dtype: of the computation. Parameters, offsets, mixing weights and logits are float32, or
-        float64 here, and so are sums over positions or images, forward and backward.
-      remat_stages: numbers of stages whose blocks are computed again in the backward pass: less
-        memory for more time, and the same function.
+      depths: number of blocks, at least two.
+      embed_dims: number of channels.
+      mlp_ratios: hidden channels of the MLPs, divided by `embed_dims`.
+      share_dims: number of adjacent channels that share one offset; divides `embed_dims`.
+      offset_interval: interval, in blocks, at which a stage computes new offsets.
+      num_classes: number of outputs of the linear head.
+      drop_path_rate: rate of the last block; rates grow linearly from 0 at the first block.
+      dtype: dtype of the computation. Parameters, offsets, mixing weights, logits, and sums over
+        positions or images in both passes are float32, or float64 if `dtype` is.
+      remat_stages: indices, 0 to 3, of the stages whose blocks the backward pass recomputes. This
+        takes less memory and more time; results stay the same.
 
     Calls:
-      `init(rng, images)` and `apply(variables, images, train=False)` give logits
-      `[B, num_classes]`; `apply(variables, images, method='features')` gives the pyramid. Images
-      are `[B, H, W, 3]`, floating, normalised, H and W at least 32. With `train=True` and a
-      positive drop path rate, `apply` needs `rngs={'dropout': key}`.
+      `init(rng, images)` returns variables, and `apply(variables, images, train=False)` logits
+      `[B, num_classes]`. `apply(variables, images, method='features')` returns the four maps of
+      `features`. Images are `[B, H, W, 3]`, floating, normalized, H and W at least 32. With
+      `train=True` and a positive drop path rate, `apply` needs `rngs={'dropout': key}`.
 
     Raises:
-      ValueError: fields that fit no model, or images of another shape.
+      ValueError: a field is invalid, or images have the wrong shape.
 
     Source: Active Token Mixer, section 3.
     """
@@ -221,13 +219,13 @@ class ActiveMLP(nn.Module):
             self.drop_path_rate,
             self.remat_stages,
         )
-        # Tuples, so that a model is hashable: an argument that `jit` can take as static.
+        # Tuples make a model hashable, so that it can be a static argument of `jit`.
         for name in ("depths", "embed_dims", "mlp_ratios", "share_dims", "remat_stages"):
             setattr(self, name, tuple(getattr(self, name)))
         super().__post_init__()
 
     def setup(self) -> None:
-        # padding 2, not SAME: the original's stem
+        # The original pads by 2, which differs from 'SAME'.
         self.stem = conv(self.embed_dims[0], 7, 4, 2, self.dtype)
         rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
         ends = np.cumsum(self.depths)
@@ -247,24 +245,25 @@ class ActiveMLP(nn.Module):
         self.head = linear(self.num_classes, wide(self.dtype))
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
-        """Each stage's output before its downsampling, not normalised.
+        """Output of each stage before downsampling, not normalized.
 
         Args:
-          images: `[B, H, W, 3]`, floating, normalised; H and W at least 32.
+          images: `[B, H, W, 3]`, floating, normalized; H and W at least 32.
           train: whether drop path is on.
 
         Returns:
-          Four maps `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32, in the
-          model's dtype; odd sides follow the convolutions' floor arithmetic.
+          Four maps `[B, H / s, W / s, embed_dims[i]]` for strides s of 4, 8, 16 and 32, in the
+          model's dtype. Sides that a stride does not divide follow the convolutions' floor
+          arithmetic.
 
         Raises:
-          ValueError: images of another rank or channel count, or a side below 32.
+          ValueError: images have another rank or number of channels, or a side below 32.
 
-        Source: Active Token Mixer, section 3; the taps of the original's dense tasks.
+        Source: Active Token Mixer, section 3; the maps that the original's dense tasks use.
         """
         if images.ndim != 4 or images.shape[-1] != 3:
-            first = images.ndim == 4 and images.shape[1] == 3
-            hint = "; channels come last: images.transpose(0, 2, 3, 1)" if first else ""
+            is_nchw = images.ndim == 4 and images.shape[1] == 3
+            hint = "; channels come last: images.transpose(0, 2, 3, 1)" if is_nchw else ""
             raise ValueError(f"images have shape {images.shape}, expected [B, H, W, 3]{hint}")
         if min(images.shape[1:3]) < MIN_IMAGE_SIDE:
             raise ValueError(
@@ -325,10 +324,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows.
+    """Names that `create_model` accepts.
 
     Returns:
-      The five variants' names, such as 'active_tiny', in alphabetical order.
+      The names of the five variants, such as 'active_tiny', in alphabetical order.
     """
     return sorted(VARIANTS)
 
@@ -336,19 +335,19 @@ def list_models() -> list[str]:
 def create_model(
     name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, dtype: Dtype = jnp.float32
 ) -> ActiveMLP:
-    """One of the published variants, as a linen module without weights.
+    """Create a published variant as a linen module without weights.
 
     Args:
       name: one of `list_models()`.
-      num_classes: outputs of the head.
-      drop_path_rate: of the last block; the rates grow linearly from 0 at the first.
-      dtype: of the computation; see `ActiveMLP`.
+      num_classes: number of outputs of the head.
+      drop_path_rate: rate of the last block; rates grow linearly from 0 at the first block.
+      dtype: dtype of the computation; see `ActiveMLP`.
 
     Returns:
-      An `ActiveMLP` with the variant's fields; its `init` makes variables.
+      An `ActiveMLP` with the fields of the variant; its `init` creates variables.
 
     Raises:
-      ValueError: an unknown name, `num_classes` below 1, or `drop_path_rate` not in [0, 1).
+      ValueError: `name` is unknown, `num_classes` is below 1, or `drop_path_rate` is not in [0, 1).
 
     Source: the authors' release; Active Token Mixer, section 4.
     """

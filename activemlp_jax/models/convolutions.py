@@ -1,6 +1,6 @@
-"""The network's convolutions, with the original's initial weights and rules of their own.
+"""The network's convolutions, with the original's initialization and custom derivative rules.
 
-As `layers`, whose words on `dtype` and derivatives hold here too.
+`dtype` and derivatives follow the rules in `layers`.
 """
 
 import functools
@@ -16,7 +16,7 @@ from activemlp_jax.models.layers import Dtype, add_bias, wide, written
 
 
 def conv_init(groups: int = 1) -> nn.initializers.Initializer:
-    """Normal with standard deviation sqrt(2 / fan_out), fan_out = k * k * out / groups."""
+    """Normal initializer, standard deviation sqrt(2 / fan_out), fan_out = k * k * out / groups."""
 
     def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> jax.Array:
         height, width, _, features = shape
@@ -27,74 +27,72 @@ def conv_init(groups: int = 1) -> nn.initializers.Initializer:
 
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-FEW_CHANNELS = 16  # an image's are fewer, a stage's are not
+MIN_STAGE_CHANNELS = 16  # an input with fewer channels is taken to be an image
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    sides = ((padding, padding),) * 2
-    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, sides, dimension_numbers=NHWC)
+    pads = ((padding, padding),) * 2
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=NHWC)
 
 
 def _patches(x: jax.Array, size: int, stride: int, padding: int) -> jax.Array:
-    """`[B, H', W', size * size * C]`: what a convolution reads for each place.
-
-    A row of `stride` neighbouring pixels is one row of numbers, so that few slices are enough.
-    """
+    """Patches that a convolution reads, one per output pixel: `[B, H', W', size * size * C]`."""
+    # Runs of `stride` adjacent pixels of a row are sliced together, so few slices are needed.
     batch, height, width, channels = x.shape
-    blocks = -(-size // stride)  # such rows, or parts of one, that a line of a patch touches
+    runs = -(-size // stride)  # per row of a patch; the last may be partial
     out_height, out_width = ((side + 2 * padding - size) // stride + 1 for side in (height, width))
-    rows, columns = out_height + blocks - 1, out_width + blocks - 1
-    behind = (rows * stride - height - padding, columns * stride - width - padding)
-    sides = [(0, 0, 0), *((padding, side, 0) for side in behind), (0, 0, 0)]
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), sides)
+    rows, columns = out_height + runs - 1, out_width + runs - 1
+    pads_after = (rows * stride - height - padding, columns * stride - width - padding)
+    pads = [(0, 0, 0), *((padding, after, 0) for after in pads_after), (0, 0, 0)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), pads)
     x = x.reshape(batch, rows, stride, columns, stride * channels)
     parts = []
     for i in range(size):
-        line = x[:, i // stride : i // stride + out_height, i % stride]
-        for j in range(blocks):
-            read = min(stride, size - j * stride) * channels
-            parts.append(line[:, :, j : j + out_width, :read])
+        row = x[:, i // stride : i // stride + out_height, i % stride]
+        for j in range(runs):
+            length = min(stride, size - j * stride) * channels
+            parts.append(row[:, :, j : j + out_width, :length])
     return jnp.concatenate(parts, axis=-1)
 
 
 def convolve_by_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """`convolve` as one product of patches."""
+    """Compute `convolve` by one matmul of patches."""
     patches = _patches(x, len(kernel), stride, padding)
     flat = kernel.reshape(-1, kernel.shape[-1])
     return jax.lax.dot_general(patches, flat, (((3,), (0,)), ((), ())))
 
 
-POSITIONS = (((0, 1, 2), (0, 1, 2)), ((), ()))  # to sum a product over
+SUM_OVER_POSITIONS = (((0, 1, 2), (0, 1, 2)), ((), ()))  # dimension numbers of `dot_general`
 
 
 def cotangent_by_slices(
     x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int, padding: int
 ) -> jax.Array:
-    """The derivative of `convolve` by the kernel, as one product of patches."""
+    """Kernel cotangent of `convolve`, by one matmul of patches that are cut by slices."""
     patches = _patches(x, len(kernel), stride, padding)
-    # A CPU transposes the first operand: let that be the smaller one.
-    return jax.lax.dot_general(cotangent, patches, POSITIONS).T.reshape(kernel.shape)
+    # CPUs transpose the first operand, so it should be the smaller one.
+    return jax.lax.dot_general(cotangent, patches, SUM_OVER_POSITIONS).T.reshape(kernel.shape)
 
 
 def cotangent_by_filters(
     x: jax.Array, kernel: jax.Array, cotangent: jax.Array, stride: int, padding: int
 ) -> jax.Array:
-    """The derivative of `convolve` by the kernel, as one product of patches that filters cut."""
+    """Kernel cotangent of `convolve`, by one matmul of patches that are cut by a convolution."""
     size, _, channels, features = kernel.shape
     patches = jax.lax.conv_general_dilated_patches(
         x, (size,) * 2, (stride,) * 2, ((padding, padding),) * 2, dimension_numbers=NHWC
     )
-    products = jax.lax.dot_general(patches, cotangent, POSITIONS)
-    return products.reshape(channels, size, size, features).transpose(1, 2, 0, 3)
+    product = jax.lax.dot_general(patches, cotangent, SUM_OVER_POSITIONS)
+    return product.reshape(channels, size, size, features).transpose(1, 2, 0, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """A convolution, `[B, H, W, C]` by `[size, size, C, features]`.
+    """Convolve `x` `[B, H, W, C]` with `kernel` `[size, size, C, features]`.
 
-    CPUs are faster at one product of patches, which a stride of 2 or more makes few of. A TPU's
-    compiler takes three quarters of a minute for the derivative by the kernel of an image's
-    convolution, as one with the cotangent for a kernel: there that is a product of patches, too.
+    On CPUs, this is one matmul of patches, which is faster if the stride is at least 2 and patches
+    are few. On TPUs, so is the kernel gradient if `x` is an image: as a convolution with the
+    cotangent as its kernel, it takes XLA three quarters of a minute to compile.
     """
     return jax.lax.platform_dependent(
         x,
@@ -112,9 +110,9 @@ def _convolve_backward(
     stride: int, padding: int, residuals: Any, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    of_image = x.shape[-1] < FEW_CHANNELS
-    if of_image:
-        # A TPU's compiler would take the patches in the forward pass, and keep them until here.
+    is_image = x.shape[-1] < MIN_STAGE_CHANNELS
+    if is_image:
+        # On TPUs, XLA would cut the patches in the forward pass and keep them until here.
         x, cotangent = jax.lax.optimization_barrier((x, cotangent))
 
     def by_convolution(x: jax.Array, kernel: jax.Array, cotangent: jax.Array) -> jax.Array:
@@ -127,7 +125,7 @@ def _convolve_backward(
         kernel,
         cotangent,
         cpu=functools.partial(cotangent_by_slices, stride=stride, padding=padding),
-        tpu=by_filters if of_image else by_convolution,
+        tpu=by_filters if is_image else by_convolution,
         default=by_convolution,
     )
     transposed = jax.linear_transpose(lambda x: _convolve(x, kernel, stride, padding), x)
@@ -138,9 +136,9 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv(nn.Module):
-    """A square convolution with bias: `[B, H, W, C]` to `[B, H', W', features]`.
+    """Square convolution with bias: `[B, H, W, C]` to `[B, H', W', features]`.
 
-    Pads `padding` pixels on every side.
+    Pads every side by `padding` pixels.
     """
 
     features: int
@@ -164,13 +162,13 @@ class Conv(nn.Module):
 def conv(
     features: int, size: int, stride: int, padding: int, dtype: Dtype, name: str | None = None
 ) -> Conv:
-    """A square convolution with bias; `padding` pixels on every side."""
+    """Create a square convolution with bias that pads every side by `padding` pixels."""
     return Conv(features, size, stride, padding, dtype, name=name)
 
 
 @jax.custom_vjp
 def _depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """3x3 with padding 1 of `x` `[B, H, W, C]` by `kernel` `[3, 3, 1, C]`, in its dtype."""
+    """Convolve `x` `[B, H, W, C]` with `kernel` `[3, 3, 1, C]`, padding 1, in the kernel dtype."""
     _, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     total = jnp.zeros((), kernel.dtype)
@@ -187,8 +185,8 @@ def _depthwise_forward(x: jax.Array, kernel: jax.Array) -> Any:
 
 def _depthwise_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    # A TPU's compiler would make the padded map in the forward pass, and keep it until here. The
-    # layer rounds to the dtype of x, so that the cotangent is of that dtype, too.
+    # On TPUs, XLA would pad the map in the forward pass and keep it until here. The cast loses
+    # nothing, because the layer rounds its output to the dtype of x.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent.astype(x.dtype)))
     _, height, width, _ = x.shape
     padded = written(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(kernel.dtype))
@@ -205,17 +203,17 @@ _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class DepthwiseConv(nn.Module):
-    """A 3x3 convolution of each channel alone, with padding 1: `[B, H, W, C]` to the same.
+    """Depthwise 3x3 convolution with padding 1 and bias, from `[B, H, W, C]` to the same shape.
 
-    Nine shifted multiply-adds, which XLA makes one loop of; its grouped convolution is an order
-    of magnitude slower on a CPU. The parameters are those of the convolution.
+    Computed as nine shifted multiply-adds, which XLA fuses into one loop; its grouped convolution
+    is an order of magnitude slower on a CPU. The parameters are those of a grouped convolution.
     """
 
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        channels, sum_dtype = x.shape[-1], wide(self.dtype)  # as a convolution's sum
+        channels, sum_dtype = x.shape[-1], wide(self.dtype)  # convolutions accumulate in it
         kernel = self.param("kernel", conv_init(groups=channels), (3, 3, 1, channels), sum_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), sum_dtype)
         return add_bias(_depthwise(x.astype(self.dtype), kernel), bias).astype(self.dtype)

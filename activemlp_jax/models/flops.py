@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a model, counted from its shapes; nothing is computed."""
+"""Parameter and multiply-add counts of a model, from shapes alone; nothing is computed."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,14 +9,15 @@ import jax.numpy as jnp
 
 from activemlp_jax.models.layers import LayerNorm, LinearParameters
 
-NORM_COST = 5  # operations the published counter adds for every element that passes a LayerNorm
+NORM_COST = 5  # operations that the published figures count per element of a LayerNorm's output
 
 
 class Cost(NamedTuple):
-    """What a model takes for one image; what only training needs has parameters alone.
+    """Cost of a model for one image.
 
-    `macs` are the multiply-adds of convolutions and linears, the operator's linears among them;
-    `published_macs` adds `NORM_COST` for every normalised element, as the paper's figures do.
+    `parameters` includes layers that only training uses; the other two counts do not. `macs` are
+    the multiply-adds of convolutions and linear layers, including those of the token mixer.
+    `published_macs` adds `NORM_COST` per normalized element, like the figures in the paper.
     """
 
     parameters: int
@@ -25,26 +26,26 @@ class Cost(NamedTuple):
 
 
 def count_cost(model: nn.Module, height: int, width: int) -> Cost:
-    """Parameters and multiply-adds of `model` for one image of `height` by `width` pixels.
+    """Count parameters and multiply-adds of `model` for an image of `height` by `width` pixels.
 
     Raises:
-      ValueError: the model takes no images of that size.
+      ValueError: the model does not accept images of that size.
     """
-    macs = normalised = 0
+    macs = normalized = 0
 
     def count(
         next_method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
-        nonlocal macs, normalised
+        nonlocal macs, normalized
         output = next_method(*args, **kwargs)
         module = context.module
         if context.method_name == "__call__" and module.has_variable("params", "kernel"):
-            # What has a layer's parameters for several to be combined counts as the layer.
-            of = args[0] if isinstance(module, LinearParameters) else output
-            positions = math.prod(of.shape[:-1])
+            # LinearParameters returns parameters, so only its input has the shape of the map.
+            array = args[0] if isinstance(module, LinearParameters) else output
+            positions = math.prod(array.shape[:-1])
             macs += positions * module.get_variable("params", "kernel").size
         elif context.method_name == "__call__" and isinstance(module, LayerNorm):
-            normalised += output.size
+            normalized += output.size
         return output
 
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
@@ -52,4 +53,4 @@ def count_cost(model: nn.Module, height: int, width: int) -> Cost:
     with nn.intercept_methods(count):
         jax.eval_shape(model.apply, variables, images)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    return Cost(parameters, macs, macs + NORM_COST * normalised)
+    return Cost(parameters, macs, macs + NORM_COST * normalized)

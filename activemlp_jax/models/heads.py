@@ -1,7 +1,7 @@
-"""What makes a label map of the backbone's four maps: UperNet and Semantic FPN.
+"""Segmentation heads, from the four maps of the backbone to logits: UperNet and Semantic FPN.
 
 Source: "Unified Perceptual Parsing for Scene Understanding" (ECCV 2018), "Panoptic Feature Pyramid
-Networks" (CVPR 2019), in the form of mmsegmentation 0.11, with which the original trains.
+Networks" (CVPR 2019), as implemented in mmsegmentation 0.11, which the original trains with.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ POOLING_BINS = (1, 2, 3, 6)
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation of the last axis, by PyTorch's definition.
+    """Batch norm with one mean and variance per channel, as PyTorch defines it.
 
-    The variables `mean`, `var` and `count` in `batch_stats` are running statistics; the running
-    variance is that of a sample, with n - 1, where flax's is biased, and `count` the number of
-    batches. With `train`, the whole global batch is normalised by its own statistics, and those
-    in `batch_stats` are moved if it is mutable.
+    The collection `batch_stats` holds the running statistics `mean` and `var`, and `count`, the
+    number of batches. The running variance is unbiased (divided by n - 1); flax's is biased. With
+    `train`, the whole global batch is normalized by its own statistics, and the running statistics
+    are updated if `batch_stats` is mutable.
 
     Source: `torch.nn.BatchNorm2d` and `SyncBatchNorm`.
     """
@@ -42,16 +42,16 @@ class BatchNorm(nn.Module):
 
         x = x.astype(dtype)
         if train:
-            number = x.size // x.shape[-1]
-            if number == 1:
-                raise ValueError("one value makes no statistics for batch norm")
+            values = x.size // x.shape[-1]
+            if values == 1:
+                raise ValueError("batch norm needs more than one value per channel to train")
             mean = x.mean(axis=(0, 1, 2))
             var = jnp.square(x - mean.reshape(1, 1, 1, -1)).mean(axis=(0, 1, 2))
             if self.is_mutable_collection("batch_stats") and not self.is_initializing():
                 keep = 1 - BATCH_NORM_MOMENTUM
-                sample_var = var * (number / (number - 1))
+                unbiased_var = var * (values / (values - 1))
                 running_mean.value = keep * running_mean.value + BATCH_NORM_MOMENTUM * mean
-                running_var.value = keep * running_var.value + BATCH_NORM_MOMENTUM * sample_var
+                running_var.value = keep * running_var.value + BATCH_NORM_MOMENTUM * unbiased_var
                 count.value = count.value + 1
         else:
             mean, var = running_mean.value, running_var.value
@@ -61,7 +61,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvNormRelu(nn.Module):
-    """A square convolution without bias, of stride 1, that keeps the size; batch norm; ReLU."""
+    """Square convolution of stride 1 without bias that keeps the size, then batch norm and ReLU."""
 
     features: int
     size: int
@@ -83,7 +83,7 @@ class ConvNormRelu(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Dropout of whole channels, then the class scores of each place, in float32 or wider."""
+    """Dropout of whole channels, then logits per pixel in float32 or wider."""
 
     num_classes: int
     dropout_rate: float
@@ -103,7 +103,7 @@ class Classifier(nn.Module):
 
 
 class UperNetHead(nn.Module):
-    """Four maps of falling resolution to logits at the first one's."""
+    """UperNet: four maps of decreasing resolution to logits at the resolution of the first."""
 
     num_classes: int
     channels: int
@@ -136,7 +136,7 @@ class UperNetHead(nn.Module):
 
 
 class FcnHead(nn.Module):
-    """One convolution and a classifier: the auxiliary head of UperNet."""
+    """Auxiliary head of UperNet: one convolution and a classifier."""
 
     num_classes: int
     channels: int
@@ -151,7 +151,7 @@ class FcnHead(nn.Module):
 
 
 class FpnNeck(nn.Module):
-    """Four maps to four of one width, each with what the smaller ones know."""
+    """Feature pyramid: four maps to four of one width, adding the smaller maps to the larger."""
 
     channels: int
     dtype: Dtype = jnp.float32
@@ -169,7 +169,7 @@ class FpnNeck(nn.Module):
 
 
 class FpnHead(nn.Module):
-    """Semantic FPN: each map brought to the first one's resolution in steps of two, and summed."""
+    """Semantic FPN: upsamples each map by twos to the resolution of the first, and adds them."""
 
     num_classes: int
     channels: int
@@ -185,8 +185,8 @@ class FpnHead(nn.Module):
                 x = block(x, train)
                 if i:
                     x = resize_bilinear(x, 2 * x.shape[1], 2 * x.shape[2])
-            # Odd sides: twice the smaller map's is one more than the larger's.
+            # If a side is odd, twice the side of the next smaller map is one pixel too long.
             total = x if total is None else total + resize_bilinear(x, *total.shape[1:3])
-        assert total is not None, "there are four maps"
+        assert total is not None, "expected four maps"
         classifier = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
         return classifier(total, train)

@@ -1,10 +1,10 @@
-"""Layers of the network, with the original's initial weights.
+"""Layers of the network, with the original's initialization.
 
-`dtype` is that of the computation; parameters are float32, or float64 where `dtype` is. Where
-`dtype` is bfloat16, products add up in float32 and round their result, and all other sums over
-positions or images, forward and backward, are float32 sums. Several layers have a derivative rule
-of their own: the same derivative in fewer passes over memory, and with less to compile. So
-derivatives are for reverse mode, and first ones only.
+`dtype` is the dtype of the computation; parameters are float32, or float64 if `dtype` is. In
+bfloat16, matmuls accumulate in float32 and round their result. All other sums over positions or
+images are float32, in both passes. Several layers have custom derivative rules: the same derivative
+in fewer passes over memory and with less to compile. They support only first derivatives, in
+reverse mode.
 """
 
 import functools
@@ -19,34 +19,34 @@ Dtype = Any
 
 LAYER_NORM_EPSILON = 1e-5
 
-# The original cuts this normal at +-2, a hundred standard deviations out: no cut at all.
+# The original truncates this normal at +-2, a hundred standard deviations, which has no effect.
 linear_init = nn.initializers.normal(stddev=0.02)
 
 
 def wide(dtype: Dtype) -> Dtype:
-    """float32, or wider where `dtype` is: for parameters, positions, statistics and logits."""
+    """Dtype of parameters, positions, statistics and logits: float32, or `dtype` if wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def along_last(vector: jax.Array, rank: int) -> jax.Array:
-    """`vector` `[C]` as `[1, .., 1, C]` of that rank."""
+    """Reshape `vector` `[C]` to `[1, .., 1, C]` of rank `rank`."""
     return vector.reshape((1,) * (rank - 1) + (-1,))
 
 
 def written(x: jax.Array) -> jax.Array:
-    """`x`, which a CPU writes to memory here.
+    """Materialize `x` on CPUs.
 
-    It would otherwise compute it again in each of the loops and transposes that read it. Other
-    compilers know better when to.
+    Otherwise XLA's CPU compiler recomputes it in each loop and transpose that reads it. Its other
+    compilers choose better by themselves.
     """
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """`x` `[.., C]` plus `bias`, `[C]` or of the rank of `x`, in the dtype of `x`.
+    """Add `bias`, `[C]` or of the rank of `x`, to `x` `[.., C]`; returns the dtype of `x`.
 
-    The addition is in float32 or wider, and so is the sum over all positions that is the bias's
-    gradient: in bfloat16 a sum of a few hundred thousand numbers is wrong by half.
+    The addition uses float32 or wider. So does the gradient of the bias, a sum over all positions:
+    in bfloat16, a sum of a few hundred thousand numbers is wrong by half.
     """
     dtype = wide(x.dtype)
     bias = along_last(bias, x.ndim) if bias.ndim == 1 else bias
@@ -58,7 +58,7 @@ Precision = jax.lax.Precision | None
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _matmul(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
-    """`[.., I]` and `[I, O]` to `[.., O]`."""
+    """Multiply `x` `[.., I]` by `kernel` `[I, O]`, to `[.., O]`."""
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), precision)
 
 
@@ -75,7 +75,7 @@ def _matmul_backward(
     dot = functools.partial(jax.lax.dot_general, precision=precision)
     x_cotangent = dot(cotangent, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     positions = ((tuple(range(x.ndim - 1)),) * 2, ((), ()))
-    # A CPU transposes the first operand: let that be the smaller one.
+    # CPUs transpose the first operand, so it should be the smaller one.
     if x.shape[-1] < cotangent.shape[-1]:
         return x_cotangent, dot(x, cotangent, positions)
     return x_cotangent, dot(cotangent, x, positions).T
@@ -95,16 +95,16 @@ def _affine_parameters(
 
 
 def affine(x: jax.Array, layer: Affine, precision: Precision = None) -> jax.Array:
-    """`[.., I]` to `[.., O]`, in the dtype of `x`."""
+    """Apply a linear layer to `x` `[.., I]`; returns `[.., O]` in the dtype of `x`."""
     kernel, bias = layer
     out = _matmul(x, kernel.astype(x.dtype), precision)
     return out if bias is None else add_bias(out, bias)
 
 
 class Linear(nn.Module):
-    """A linear layer on the last axis: `[.., I]` to `[.., features]`.
+    """Linear layer on the last axis: `[.., I]` to `[.., features]`.
 
-    `precision` is that of the products, as `jax.lax.dot_general` takes it.
+    `precision` is passed to `jax.lax.dot_general`.
     """
 
     features: int
@@ -120,7 +120,10 @@ class Linear(nn.Module):
 
 
 class LinearParameters(nn.Module):
-    """Kernel and bias of a linear layer on the last axis of `x` `[.., I]`, to combine layers."""
+    """Linear layer for inputs `[.., I]` that returns its kernel and bias instead of applying them.
+
+    A caller can combine them with those of other layers.
+    """
 
     features: int
     use_bias: bool
@@ -135,14 +138,14 @@ class LinearParameters(nn.Module):
 def linear(
     features: int, dtype: Dtype, precision: Precision = None, name: str | None = None
 ) -> Linear:
-    """A linear layer with bias on the last axis."""
+    """Create a linear layer with bias on the last axis."""
     return Linear(features, True, dtype, precision, name=name)
 
 
-def _standardise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` with mean 0 and variance 1 along the last axis, and what it was multiplied with."""
+def _standardize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale `x` to mean 0 and variance 1 along the last axis; also return the factor."""
     mean = x.mean(axis=-1, keepdims=True)
-    # E[x^2] - E[x]^2 would be faster, but cancels.
+    # E[x^2] - E[x]^2 would be faster, but suffers from cancellation.
     variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
     mean, factor = written(mean), written(jax.lax.rsqrt(variance + LAYER_NORM_EPSILON))
     return (x - mean) * factor, factor
@@ -150,7 +153,7 @@ def _standardise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    standard, _ = _standardise(x)
+    standard, _ = _standardize(x)
     return standard * along_last(scale, x.ndim) + along_last(bias, x.ndim)
 
 
@@ -161,10 +164,10 @@ def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> Any:
 def _layer_norm_backward(residuals: Any, cotangent: jax.Array) -> tuple[jax.Array, ...]:
     x, scale = residuals
     cotangent = written(cotangent)
-    standard, factor = _standardise(x)
-    given = cotangent * along_last(scale, x.ndim)
-    along = (given * standard).mean(axis=-1, keepdims=True)
-    x_cotangent = factor * (given - given.mean(axis=-1, keepdims=True) - standard * along)
+    standard, factor = _standardize(x)
+    scaled = cotangent * along_last(scale, x.ndim)
+    projection = (scaled * standard).mean(axis=-1, keepdims=True)
+    x_cotangent = factor * (scaled - scaled.mean(axis=-1, keepdims=True) - standard * projection)
     positions = tuple(range(x.ndim - 1))
     return x_cotangent, (cotangent * standard).sum(positions), cotangent.sum(positions)
 
@@ -173,7 +176,7 @@ _layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class LayerNorm(nn.Module):
-    """A LayerNorm over the last axis; statistics in float32 or wider."""
+    """LayerNorm over the last axis, with statistics in float32 or wider."""
 
     dtype: Dtype
 
@@ -186,7 +189,7 @@ class LayerNorm(nn.Module):
 
 
 def norm(dtype: Dtype, name: str | None = None) -> LayerNorm:
-    """A LayerNorm over the last axis, epsilon 1e-5."""
+    """Create a LayerNorm over the last axis, epsilon 1e-5."""
     return LayerNorm(dtype, name=name)
 
 
@@ -196,14 +199,14 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact, erf form, computed in float32 or wider; dtype of `x`, as its derivative."""
+    """Exact GELU (with erf) in float32 or wider; value and cotangent have the dtype of `x`."""
     exact = x.astype(wide(x.dtype))
     return (exact * _normal_cdf(exact)).astype(x.dtype)
 
 
 def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # A TPU's compiler would evaluate erf inside the products that read this, forward and backward:
-    # a few percent more memory traffic, and an eighth more time to compile.
+    # On TPUs, XLA would evaluate erf inside the matmuls that read this, in both passes: a few
+    # percent more memory traffic, and an eighth more compile time.
     result = jax.lax.platform_dependent(
         gelu(x), tpu=jax.lax.optimization_barrier, default=lambda y: y
     )
@@ -211,8 +214,8 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    # To evaluate erf again takes less time than to write it down and read it, which the compiler
-    # would do unless this is another x.
+    # Evaluating erf again is faster than storing and loading it. XLA would store it if the barrier
+    # did not hide that this is the x of the forward pass.
     x, cotangent = jax.lax.optimization_barrier((x, cotangent))
     exact = x.astype(wide(x.dtype))
     density = jnp.exp(-0.5 * jnp.square(exact)) * (1 / np.sqrt(2 * np.pi))
@@ -223,7 +226,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, Linear: `[..., C]` to `[..., features]`."""
+    """Linear layer, exact GELU, linear layer: `[.., C]` to `[.., features]`."""
 
     hidden: int
     features: int

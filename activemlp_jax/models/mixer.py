@@ -1,4 +1,4 @@
-"""The Active Token Mixer's layers: which positions to read, and how to mix what is read there.
+"""Layers of the Active Token Mixer: one computes offsets, the other reads and mixes tokens.
 
 Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3.
 """
@@ -22,15 +22,16 @@ from activemlp_jax.models.layers import (
 )
 from activemlp_jax.ops.sample_axis import sample_axis
 
-BIASES = {"atm_w": True, "atm_h": True, "atm_c": False, "proj": True}  # which layers have one
+HAS_BIAS = {"atm_w": True, "atm_h": True, "atm_c": False, "proj": True}
 
 
 class OffsetLayer(nn.Module):
     """Offsets in pixels for both axes: `[B, H, W, C]` to `[B, H, W, 2 * C / share_dim]`.
 
-    The first half moves along the width, the second along the height. Norm and linear layer run in
-    float32 or wider also under bfloat16, whose spacing at 32 pixels would be a quarter pixel. So
-    the products ask for the highest precision: by default TPUs and GPUs round float32 factors.
+    The first half shifts along the width, the second along the height. LayerNorm and linear layer
+    compute in float32 or wider even if `dtype` is bfloat16, whose numbers near 32 pixels are a
+    quarter pixel apart. The matmul uses the highest precision, because TPUs and GPUs round float32
+    operands by default.
     """
 
     share_dim: int
@@ -44,18 +45,16 @@ class OffsetLayer(nn.Module):
         return linear(2 * groups, wide(self.dtype), exact, name="linear")(x)
 
 
-def _map_at_once(
+def _mix_by_one_matmul(
     tokens: Sequence[jax.Array],
     layers: Sequence[Affine],
     proj: Affine,
     weigh: Callable[[jax.Array], jax.Array],
 ) -> jax.Array:
-    """`[B, H, W, C]`: the tokens mapped, weighted, summed and mapped again, by one product.
-
-    All that an image does to a layer meets in one matrix of its own, so that devices which share
-    a batch sum one gradient for each of the layers' kernels. What has no positions is float32 or
-    wider until it is multiplied with a map.
-    """
+    """Compute the mix `[B, H, W, C]` of the tokens by one matmul per image."""
+    # Each image uses a layer twice, for means and for tokens, through one copy of the kernel. The
+    # devices that share a batch therefore sum one gradient per kernel, not two. Arrays without
+    # positions stay float32 or wider until they are multiplied with tokens.
     batch, dtype = tokens[0].shape[0], tokens[0].dtype
 
     def for_each_image(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -76,19 +75,20 @@ def _map_at_once(
 
 
 class ActiveTokenMixer(nn.Module):
-    """The ATM layer: tokens from the row, from the column and the own one, mixed by content.
+    """ATM layer: mixes three tokens per position, from its row, its column and itself.
 
-    Args of the call: `x` `[B, H, W, C]`, normalised; `offset` `[B, H, W, 2G]` of `OffsetLayer`.
-    Returns `[B, H, W, C]`. Where the collection 'intermediates' is mutable, the call leaves
-    `offset` and the mixing weights, `weight` `[B, 1, 1, C, 3]`, there.
+    The call takes `x` `[B, H, W, C]`, normalized, and `offset` `[B, H, W, 2G]` from `OffsetLayer`.
+    It returns `[B, H, W, C]`. If the collection 'intermediates' is mutable, the call stores
+    `offset` and the mixing weights, `weight` `[B, 1, 1, C, 3]`, in it.
 
-    The layer maps each of the three tokens linearly, weights the results channel by channel, with
-    one weight for all positions of an image, and maps their sum linearly. The weights come from
-    the results' mean over all positions, which is what the layers make of the tokens' mean. So an
-    image has one linear map from its tokens to the layer's output: on large maps that is the one
-    taken, a product less and four maps less to write.
+    Three linear layers map the tokens. The results are weighted per channel and summed, and a
+    fourth linear layer maps the sum. The weights are the same at all positions of an image, because
+    they are computed from the mean of the results over all positions, which is also what the layers
+    return for the mean of the tokens. So one matrix per image takes its tokens to the output. If
+    `x` is large, the layer computes this matrix and multiplies by it, which saves one matmul and
+    materializes four arrays fewer.
 
-    Means, mixing weights and sums of tokens are computed in float32 or wider, whatever `dtype`.
+    Means, mixing weights and sums of tokens are computed in float32 or wider for every `dtype`.
 
     Source: Active Token Mixer, section 3.
     """
@@ -102,7 +102,7 @@ class ActiveTokenMixer(nn.Module):
         tokens = (sample_axis(x, offset_w, "w"), sample_axis(x, offset_h, "h"), x)
         atm_w, atm_h, atm_c, proj = (
             LinearParameters(channels, use_bias, self.dtype, name=name)(x)
-            for name, use_bias in BIASES.items()
+            for name, use_bias in HAS_BIAS.items()
         )
         layers = (atm_w, atm_h, atm_c)
 
@@ -113,9 +113,9 @@ class ActiveTokenMixer(nn.Module):
             self.sow("intermediates", "weight", weight)
             return weight
 
-        # The maps cost C^3 multiply-adds each to make, and save C^2 a position.
+        # One matrix per image takes 3C^3 multiply-adds to compute and saves C^2 per position.
         if height * width > len(tokens) * channels:
-            return _map_at_once(tokens, layers, proj, weigh)
+            return _mix_by_one_matmul(tokens, layers, proj, weigh)
         w, h, c = (
             affine(token, layer).astype(wide(self.dtype))
             for token, layer in zip(tokens, layers, strict=True)

@@ -1,4 +1,4 @@
-"""Maps `[B, H, W, C]` at other sizes, as PyTorch defines them, for the heads of segmentation."""
+"""Resizing and pooling of maps `[B, H, W, C]` as PyTorch defines them, for segmentation heads."""
 
 import functools
 
@@ -10,10 +10,10 @@ from activemlp_jax.models.layers import wide
 
 
 def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
-    """`x` `[B, H, W, C]` at `height` by `width`, in its own dtype.
+    """Resize `x` `[B, H, W, C]` bilinearly to `height` by `width`, in its dtype.
 
-    Centres of pixels lie at halves, the edge goes on outside, and nothing is smoothed on the way
-    down.
+    Pixel centers are at half-integers, edge pixels extend beyond the map, and downsampling does not
+    antialias.
 
     Source: `torch.nn.functional.interpolate` with `align_corners=False`.
     """
@@ -25,10 +25,10 @@ def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
-    """`x` `[B, H, W, C]` at `height` by `width`: the place i of n shows that at floor(i * N / n).
+    """Resize `x` `[B, H, W, C]` to `height` by `width`, where pixel i of n reads floor(i * N / n).
 
     Source: `torch.nn.functional.interpolate` with `mode='nearest'`, which differs from
-    `jax.image.resize` where one size is no multiple of the other.
+    `jax.image.resize` if the new size is not a multiple of the old.
     """
     for axis, size in ((1, height), (2, width)):
         index = np.arange(size) * x.shape[axis] // size
@@ -38,16 +38,16 @@ def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
 
 @functools.cache
 def _pooling_matrix(length: int, bins: int) -> np.ndarray:
-    """`[bins, length]`: row i takes the mean of floor(i * N / n) to ceil((i + 1) * N / n) - 1."""
-    number = np.arange(bins)
-    first, end = number * length // bins, -(-(number + 1) * length // bins)
-    place = np.arange(length)
-    inside = (place >= first[:, None]) & (place < end[:, None])
+    """`[bins, length]`: row i averages pixels floor(i * N / n) to ceil((i + 1) * N / n) - 1."""
+    index = np.arange(bins)
+    first, end = index * length // bins, -(-(index + 1) * length // bins)
+    pixel = np.arange(length)
+    inside = (pixel >= first[:, None]) & (pixel < end[:, None])
     return inside / inside.sum(1, keepdims=True)
 
 
 def pool_adaptive(x: jax.Array, bins: int) -> jax.Array:
-    """Means of `x` `[B, H, W, C]` over a grid of `bins` by `bins` parts, which may overlap.
+    """Average `x` `[B, H, W, C]` over a grid of `bins` by `bins` parts, which may overlap.
 
     Source: `torch.nn.functional.adaptive_avg_pool2d`.
     """

@@ -1,4 +1,4 @@
-"""Semantic segmentation on the backbone: a label for every pixel.
+"""Semantic segmentation models: the backbone with a head that classifies every pixel.
 
 Source: the ADE20K experiments of the authors' release; Active Token Mixer, section 4.
 """
@@ -15,8 +15,8 @@ from activemlp_jax.models.active_mlp import VARIANTS, ActiveMLP, list_models
 from activemlp_jax.models.heads import FcnHead, FpnHead, FpnNeck, UperNetHead
 from activemlp_jax.models.layers import Dtype, norm
 
-HEADS = {"upernet": 512, "fpn": 128}  # and the width of each, where none is asked for
-AUXILIARY_MAP = 2  # the one that the auxiliary head sees
+HEADS = {"upernet": 512, "fpn": 128}  # default width of each head
+AUXILIARY_MAP = 2  # index of the map that the auxiliary head reads
 BACKBONE_FIELDS = (
     *("depths", "embed_dims", "mlp_ratios", "share_dims"),
     *("offset_interval", "drop_path_rate", "remat_stages"),
@@ -24,30 +24,32 @@ BACKBONE_FIELDS = (
 
 
 class ActiveSegmentor(nn.Module):
-    """ActiveMLP of any shape under a head that gives each place its class scores.
+    """ActiveMLP with a head that computes class scores for each pixel of its largest map.
 
     Args:
-      backbone: `ActiveMLP`'s fields by name; `num_classes` is of no use, and `dtype` is that below.
-      head: 'upernet', with an auxiliary head for training, or 'fpn', which is Semantic FPN.
-      num_classes: of the labels.
-      channels: width of the head; None for the original's, 512 of 'upernet' and 128 of 'fpn'.
+      backbone: fields of `ActiveMLP` by name. `num_classes` is ignored; `dtype` is the default of
+        `dtype` below.
+      head: 'upernet', with an auxiliary head for training, or 'fpn' (Semantic FPN).
+      num_classes: number of classes of the labels.
+      channels: width of the head; None for the original's, 512 for 'upernet' and 128 for 'fpn'.
       aux_channels: width of the auxiliary head.
-      neck_channels: width of the pyramid that 'fpn' makes.
-      dropout_rate: of whole channels, before each classifier.
-      dtype: of the computation; None for the backbone's. Parameters, offsets, statistics and
-        logits are float32, or float64 here.
+      neck_channels: width of the feature pyramid of 'fpn'.
+      dropout_rate: rate of the dropout of whole channels before each classifier.
+      dtype: dtype of the computation; None for the backbone's. Parameters, offsets, statistics and
+        logits are float32, or float64 if `dtype` is.
 
     Calls:
-      `init(rng, images)` gives `params` and `batch_stats`; `apply(variables, images)` the logits
-      `[B, H / 4, W / 4, num_classes]`, as the convolutions' floor arithmetic has it;
-      `apply(variables, images, return_aux=True)` these and the auxiliary head's, at 1 / 16;
-      `apply(variables, images, method='features')` the four normalised maps. Images are
-      `[B, H, W, 3]`, floating, normalised, H and W at least 32. With `train=True`, batch norm goes
-      by the batch, `apply` needs `rngs={'dropout': key}`, and `mutable=['batch_stats']` where the
-      running statistics are to move.
+      `init(rng, images)` returns `params` and `batch_stats`. `apply(variables, images)` returns
+      logits `[B, H / 4, W / 4, num_classes]`; sides that 4 does not divide follow the
+      convolutions' floor arithmetic. With `return_aux=True` it also returns the logits of the
+      auxiliary head, at 1 / 16. `apply(variables, images, method='features')` returns the four
+      normalized maps. Images are `[B, H, W, 3]`, floating, normalized, H and W at least 32. With
+      `train=True`, batch norm uses the statistics of the batch, and `apply` needs
+      `rngs={'dropout': key}`; to update the running statistics, pass `mutable=['batch_stats']`.
 
     Raises:
-      ValueError: fields that fit no model, images of another shape, `return_aux` of an 'fpn'.
+      ValueError: a field is invalid, images have the wrong shape, or `return_aux` is True for an
+        'fpn'.
 
     Source: the segmentation of the authors' release; Active Token Mixer, section 4.
     """
@@ -73,7 +75,7 @@ class ActiveSegmentor(nn.Module):
             raise ValueError(f"dropout_rate is {self.dropout_rate}, expected 0 <= rate < 1")
         if self.dtype is None:
             self.dtype = self.backbone.get("dtype", jnp.float32)
-        # Raises for what fits no model; with its defaults, equal models have equal fields.
+        # Raises if a field is invalid, and fills in defaults, so that equal models compare equal.
         backbone = ActiveMLP(**{**self.backbone, "num_classes": 1, "dtype": self.dtype})
         self.backbone = FrozenDict({name: getattr(backbone, name) for name in BACKBONE_FIELDS})
         super().__post_init__()
@@ -92,23 +94,24 @@ class ActiveSegmentor(nn.Module):
             self.decode_head = FpnHead(self.num_classes, channels, *rest)
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
-        """The backbone's maps, each normalised: what the head sees.
+        """Maps of the backbone, each with its LayerNorm, as the head reads them.
 
         Args:
-          images: `[B, H, W, 3]`, floating, normalised; H and W at least 32.
+          images: `[B, H, W, 3]`, floating, normalized; H and W at least 32.
           train: whether drop path is on.
 
         Returns:
-          Four maps `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32, in the
-          model's dtype; odd sides follow the convolutions' floor arithmetic.
+          Four maps `[B, H / s, W / s, embed_dims[i]]` for strides s of 4, 8, 16 and 32, in the
+          model's dtype. Sides that a stride does not divide follow the convolutions' floor
+          arithmetic.
 
         Raises:
-          ValueError: images of another rank or channel count, or a side below 32.
+          ValueError: images have another rank or number of channels, or a side below 32.
 
-        Source: the segmentation of the authors' release, which gives each map a norm of its own.
+        Source: the segmentation of the authors' release, which has a separate norm for each map.
         """
         maps = self.active_mlp.features(images, train)
-        return [normalise(x) for normalise, x in zip(self.norms, maps, strict=True)]
+        return [layer_norm(x) for layer_norm, x in zip(self.norms, maps, strict=True)]
 
     def __call__(
         self, images: jax.Array, train: bool = False, return_aux: bool = False
@@ -132,21 +135,22 @@ def create_segmentor(
     drop_path_rate: float = 0.0,
     dtype: Dtype = jnp.float32,
 ) -> ActiveSegmentor:
-    """A published variant under a head, as a linen module without weights.
+    """Create a published variant with a segmentation head, as a linen module without weights.
 
     Args:
       backbone: one of `list_models()`.
       head: 'upernet' or 'fpn'.
-      num_classes: of the labels; ADE20K has 150.
-      drop_path_rate: of the backbone's last block; the original trains active_large with 0.2.
-      dtype: of the computation; see `ActiveSegmentor`.
+      num_classes: number of classes of the labels; ADE20K has 150.
+      drop_path_rate: rate of the backbone's last block; the original trains active_large with 0.2.
+      dtype: dtype of the computation; see `ActiveSegmentor`.
 
     Returns:
-      An `ActiveSegmentor` with the variant's backbone and the original's widths of the head; its
-      `init` makes variables.
+      An `ActiveSegmentor` with the variant as backbone and the original's widths of the head; its
+      `init` creates variables.
 
     Raises:
-      ValueError: an unknown name or head, `num_classes` below 1, or `drop_path_rate` not in [0, 1).
+      ValueError: `backbone` or `head` is unknown, `num_classes` is below 1, or `drop_path_rate` is
+        not in [0, 1).
 
     Source: the authors' release; Active Token Mixer, section 4.
     """

@@ -1,7 +1,8 @@
-"""Forwards reads rows of channels that share an offset, backwards adds them where they were read.
+"""Gather form: the forward pass reads rows by index, the backward pass adds to the same rows.
 
-For CPUs, whose memory likes it. A map is padded to the places that lie just outside it, and then
-is one table of rows, so that no index needs a test.
+A row holds the channels that share an offset. CPUs are fast at this kind of memory access. The map
+is padded with the pixels just outside it and flattened into a table of rows, so no index needs a
+bounds check.
 """
 
 from functools import partial
@@ -11,28 +12,29 @@ import jax.numpy as jnp
 
 from activemlp_jax.ops.reference import first_index, split_offset
 
-BEFORE, AFTER = 2, 1  # places outside the map that `first_index` and the next one may name
+# Padding along the axis, for indices from -2 (see `first_index`) to the length of the axis.
+BEFORE, AFTER = 2, 1
 
 
 def _padding(axis: int, rank: int) -> list[tuple[int, int]]:
     return [(BEFORE, AFTER) if dimension == axis else (0, 0) for dimension in range(rank)]
 
 
-def _places(offset: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Of one map's offsets [H, W, G]: rows of the padded table [H, W, G, 2], and fractions."""
+def _rows(offset: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Rows `[H, W, G, 2]` to read in the padded table, and fractions, for offsets `[H, W, G]`."""
     _, width, groups = offset.shape
     floor, fraction = split_offset(offset, axis)
-    place = first_index(floor, offset.shape[axis]) + BEFORE
+    index = first_index(floor, offset.shape[axis]) + BEFORE
     h, w, g = (jax.lax.broadcasted_iota(jnp.int32, offset.shape, d) for d in range(3))
     if axis == 0:
-        row, step = (place * width + w) * groups + g, width * groups
+        row, step = (index * width + w) * groups + g, width * groups
     else:
-        row, step = (h * (width + BEFORE + AFTER) + place) * groups + g, groups
+        row, step = (h * (width + BEFORE + AFTER) + index) * groups + g, groups
     return jnp.stack([row, row + step], axis=-1), fraction[..., None]
 
 
 def _read(x: jax.Array, rows: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """One map's values [H, W, G, S] at the two places around each position."""
+    """Values `[H, W, G, C / G]` of one map left and right of each position."""
     table = jnp.pad(x, _padding(axis, 3)).reshape(-1, x.shape[-1] // rows.shape[2])
     read = table.at[rows[..., 0]].get, table.at[rows[..., 1]].get
     left, right = (get(mode="promise_in_bounds") for get in read)
@@ -40,7 +42,7 @@ def _read(x: jax.Array, rows: jax.Array, axis: int) -> tuple[jax.Array, jax.Arra
 
 
 def _forward_map(x: jax.Array, offset: jax.Array, axis: int) -> jax.Array:
-    rows, fraction = _places(offset, axis)
+    rows, fraction = _rows(offset, axis)
     left, right = _read(x, rows, axis)
     return ((1 - fraction) * left + fraction * right).astype(x.dtype).reshape(x.shape)
 
@@ -48,24 +50,24 @@ def _forward_map(x: jax.Array, offset: jax.Array, axis: int) -> jax.Array:
 def _offset_cotangent_map(
     x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: int
 ) -> jax.Array:
-    rows, _ = _places(offset, axis)
+    rows, _ = _rows(offset, axis)
     left, right = (value.astype(offset.dtype) for value in _read(x, rows, axis))
     slope = cotangent.reshape(left.shape) * (right - left)
-    # The barrier keeps the reads out of the sum, and the sum is written out, as a reduction over
-    # few neighbours is slow on CPUs: together a third of the time.
+    # The barrier keeps XLA from fusing the reads into the sum. The sum is written out, because
+    # CPUs are slow at reducing a short last axis. Together they save a third of the time.
     slope = jax.lax.optimization_barrier(slope)
     return sum((slope[..., s] for s in range(1, slope.shape[-1])), start=slope[..., 0])
 
 
 def _x_cotangent_map(x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: int) -> jax.Array:
-    rows, fraction = _places(offset, axis)
-    share = x.shape[-1] // offset.shape[-1]
-    given = cotangent.reshape(*offset.shape, 1, share).astype(offset.dtype)
-    padded = [sum(pair) + side for pair, side in zip(_padding(axis, 3), x.shape, strict=True)]
-    table = jnp.zeros(padded, offset.dtype).reshape(-1, share)
-    parts = jnp.stack([1 - fraction, fraction], axis=-2) * given
-    table = table.at[rows].add(parts, mode="promise_in_bounds").reshape(padded)
-    return jax.lax.slice_in_dim(table, BEFORE, BEFORE + x.shape[axis], axis=axis).astype(x.dtype)
+    rows, fraction = _rows(offset, axis)
+    group_size = x.shape[-1] // offset.shape[-1]
+    grouped = cotangent.reshape(*offset.shape, 1, group_size).astype(offset.dtype)
+    shape = [sum(pair) + side for pair, side in zip(_padding(axis, 3), x.shape, strict=True)]
+    table = jnp.zeros(shape, offset.dtype).reshape(-1, group_size)
+    terms = jnp.stack([1 - fraction, fraction], axis=-2) * grouped
+    padded = table.at[rows].add(terms, mode="promise_in_bounds").reshape(shape)
+    return jax.lax.slice_in_dim(padded, BEFORE, BEFORE + x.shape[axis], axis=axis).astype(x.dtype)
 
 
 def _map_axis(axis: str) -> int:
@@ -74,12 +76,12 @@ def _map_axis(axis: str) -> int:
 
 @partial(jax.jit, static_argnums=2)
 def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
-    """The operator."""
+    """Sample `x` at the shifted positions."""
     return jax.vmap(partial(_forward_map, axis=_map_axis(axis)))(x, offset)
 
 
 def offset_cotangent(x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str) -> jax.Array:
-    """`[B, H, W, G]`, by reading alone."""
+    """Cotangent of the offsets, `[B, H, W, G]`, by gathers alone."""
     per_map = partial(_offset_cotangent_map, axis=_map_axis(axis))
     return jax.vmap(per_map)(x, offset, cotangent)
 

@@ -1,10 +1,10 @@
-"""The operator as kernels for GPUs, that read and write each map about once.
+"""GPU form: Pallas kernels for Triton that read and write each map about once.
 
-Forwards they read by index. Backwards each feature sums the cotangents of the positions that read
-it, always in the same order, where scattered additions would have an order of chance. Which these
-are is not known before, but they are no further away than the longest offset of the image: the sum
-goes over that distance, so that short offsets, as a model has, cost little. On other machines the
-kernels run interpreted.
+The forward kernel reads features by index. In the backward kernel, each feature sums the cotangents
+of the positions that read it, always in the same order; a scatter-add would be nondeterministic.
+Which positions read a feature depends on the data, but none is farther away than the longest offset
+of the image. The sum goes over that distance, so short offsets, as models have, cost little. On
+other platforms the kernels run in interpret mode.
 """
 
 from collections.abc import Callable
@@ -19,123 +19,124 @@ from jax.experimental.pallas import triton
 from activemlp_jax.ops.kernels import as_form
 from activemlp_jax.ops.reference import first_index, split_offset
 
-BLOCK = 1024  # elements of a program
-CHANNELS = 64  # of them neighbours, at most
+TILE_ELEMENTS = 1024
+MAX_TILE_CHANNELS = 64  # a single group may have more
 WARPS = 4
-OLDEST = 8.0  # the compute capability that these kernels' compiler begins with: Ampere's
+MIN_CAPABILITY = 8.0  # compute capability of Ampere, the oldest that Pallas compiles for
 
 
 def runs_here() -> bool:
-    """Whether the GPU of this process, if there is one, is not too old for kernels."""
+    """Whether the kernels support this process's GPU; True if it has none."""
     if jax.default_backend() != "gpu":
-        return True  # a program may be made here for another machine
-    capability = str(jax.devices()[0].compute_capability)  # '9.0'; AMD's are names
-    return not capability[0].isdigit() or float(capability) >= OLDEST
+        return True  # this process may compile for another machine
+    capability = str(jax.devices()[0].compute_capability)  # '9.0' on NVIDIA, a name on AMD
+    return not capability[0].isdigit() or float(capability) >= MIN_CAPABILITY
 
 
-class Tile(NamedTuple):
-    """What one program works on: `positions` of a map, `groups` of channels, `share` of each.
+class TileShape(NamedTuple):
+    """Size of the tile of one program: positions, groups, and channels per group.
 
-    All are powers of two, as the kernels' language wants; `share` may be more than there are.
+    All are powers of two, as Triton requires. `channels` is the group size, rounded up.
     """
 
     positions: int
     groups: int
-    share: int
+    channels: int
 
 
-def _tile(groups: int, share: int) -> Tile:
-    share = pl.next_power_of_2(share)
-    divisor = groups & -groups  # the largest power of two that divides them
-    width = max(1, min(divisor, CHANNELS // share))
-    return Tile(max(1, BLOCK // (width * share)), width, share)
+def _tile_shape(groups: int, group_size: int) -> TileShape:
+    channels = pl.next_power_of_2(group_size)
+    divisor = groups & -groups  # the largest power of two that divides `groups`
+    tile_groups = max(1, min(divisor, MAX_TILE_CHANNELS // channels))
+    return TileShape(max(1, TILE_ELEMENTS // (tile_groups * channels)), tile_groups, channels)
 
 
-class Places(NamedTuple):
-    """The positions and groups of one program, in maps that are lists of rows, `[B, H * W, ..]`.
+class Tile(NamedTuple):
+    """The part of a batch that one program computes, P positions by GB groups by S channels.
+
+    Maps are flattened to `[B, H * W, C]`.
 
     Args:
-      image: number of the map.
-      position: `[P, GB]`, the row's number.
-      group: `[P, GB]`.
-      exists: `[P, GB]`, whether the map has that position.
-      own: `[P, GB]`, coordinate along the axis.
-      step: rows from a place to the next along the axis.
-      length: of the axis.
-      tile: how many these are.
-      share: channels of a group.
+      image: index of the map in the batch.
+      position: `[P, GB]`, index of the row in the flattened map.
+      group: `[P, GB]`, index of the group.
+      exists: `[P, GB]`, whether the position is inside the map.
+      coordinate: `[P, GB]`, coordinate of the position along the axis.
+      step: distance, in rows, between neighbors along the axis.
+      length: length of the axis.
+      shape: P, GB and S.
+      group_size: channels per group, at most S.
     """
 
     image: jax.Array
     position: jax.Array
     group: jax.Array
     exists: jax.Array
-    own: jax.Array
+    coordinate: jax.Array
     step: int
     length: int
-    tile: Tile
-    share: int
+    shape: TileShape
+    group_size: int
 
     def offsets(self, offset: Any, distance: Any = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Floor and fraction `[P, GB]` of the offsets so many places further, and which exist."""
-        place = self.own + distance
-        exists = self.exists & (place >= 0) & (place < self.length)
-        at = offset.at[self.image, self.position + distance * self.step, self.group]
-        found = triton.load(at, mask=exists, other=0.0)
-        floor = jnp.floor(found)
-        return floor, found - floor, exists
+        """Floors and fractions `[P, GB]` of offsets `distance` pixels away, and which exist."""
+        coordinate = self.coordinate + distance
+        exists = self.exists & (coordinate >= 0) & (coordinate < self.length)
+        ref = offset.at[self.image, self.position + distance * self.step, self.group]
+        values = triton.load(ref, mask=exists, other=0.0)
+        floor = jnp.floor(values)
+        return floor, values - floor, exists
 
     def features(self, rows: Any, distance: Any, mask: jax.Array) -> jax.Array:
-        """`[P, GB, S]`, float32, of the rows so many places further; 0 where `mask` is not."""
-        at, mask = self.at(rows, distance, mask)
-        return triton.load(at, mask=mask, other=0).astype(jnp.float32)
+        """Features `[P, GB, S]`, float32, `distance` pixels away; 0 where `mask` is false."""
+        ref, mask = self.feature_refs(rows, distance, mask)
+        return triton.load(ref, mask=mask, other=0).astype(jnp.float32)
 
-    def at(self, rows: Any, distance: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
-        """Where those are, and which of them exist."""
-        shape = tuple(self.tile)
-        number = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    def feature_refs(self, rows: Any, distance: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
+        """References to features `distance` pixels away; `mask` by channel, without padding."""
+        shape = tuple(self.shape)
+        index = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
         row = (self.position + distance * self.step)[..., None]
-        channel = self.group[..., None] * self.share + number
+        channel = self.group[..., None] * self.group_size + index
         mask = jnp.broadcast_to(mask[..., None], shape)
-        if self.tile.share != self.share:
-            mask = mask & (number < self.share)
+        if self.shape.channels != self.group_size:
+            mask = mask & (index < self.group_size)
         return rows.at[self.image, jnp.broadcast_to(row, shape), channel], mask
 
 
-def _places(axis: str, tile: Tile, share: int, height: int, width: int) -> Places:
-    shape = (tile.positions, tile.groups)
-    position = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + pl.program_id(1) * tile.positions
-    group = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + pl.program_id(2) * tile.groups
-    own = position // width if axis == "h" else position % width
+def _program_tile(axis: str, shape: TileShape, group_size: int, height: int, width: int) -> Tile:
+    size = (shape.positions, shape.groups)
+    position = jax.lax.broadcasted_iota(jnp.int32, size, 0) + pl.program_id(1) * shape.positions
+    group = jax.lax.broadcasted_iota(jnp.int32, size, 1) + pl.program_id(2) * shape.groups
+    coordinate = position // width if axis == "h" else position % width
     step, length = (width, height) if axis == "h" else (1, width)
     exists = position < height * width
-    return Places(pl.program_id(0), position, group, exists, own, step, length, tile, share)
+    image = pl.program_id(0)
+    return Tile(image, position, group, exists, coordinate, step, length, shape, group_size)
 
 
-def _read(places: Places, x: Any, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Features left and right of the positions, `[P, GB, S]`."""
-    place = places.own.astype(jnp.float32) + floor
-    distance = first_index(place, places.length) - places.own
+def _read(tile: Tile, x: Any, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Features `[P, GB, S]` left and right of the positions; `floor` is of the offsets."""
+    index = tile.coordinate.astype(jnp.float32) + floor
+    distance = first_index(index, tile.length) - tile.coordinate
     left, right = (
-        places.features(
-            x, distance + k, places.exists & (place >= -k) & (place < places.length - k)
-        )
+        tile.features(x, distance + k, tile.exists & (index >= -k) & (index < tile.length - k))
         for k in (0, 1)
     )
     return left, right
 
 
-def _forward_kernel(places: Callable[[], Places], x: Any, offset: Any, out: Any) -> None:
-    here = places()
-    floor, fraction, _ = here.offsets(offset)
-    left, right = _read(here, x, floor)
+def _forward_kernel(make_tile: Callable[[], Tile], x: Any, offset: Any, out: Any) -> None:
+    tile = make_tile()
+    floor, fraction, _ = tile.offsets(offset)
+    left, right = _read(tile, x, floor)
     fraction = fraction[..., None]
-    at, mask = here.at(out, 0, here.exists)
-    triton.store(at, ((1 - fraction) * left + fraction * right).astype(out.dtype), mask=mask)
+    ref, mask = tile.feature_refs(out, 0, tile.exists)
+    triton.store(ref, ((1 - fraction) * left + fraction * right).astype(out.dtype), mask=mask)
 
 
 def _backward_kernel(
-    places: Callable[[], Places],
+    make_tile: Callable[[], Tile],
     x: Any,
     offset: Any,
     cotangent: Any,
@@ -143,34 +144,37 @@ def _backward_kernel(
     x_out: Any,
     offset_out: Any,
 ) -> None:
-    here = places()
-    floor, _, _ = here.offsets(offset)
-    left, right = _read(here, x, floor)
-    given = here.features(cotangent, 0, here.exists)
-    at = offset_out.at[here.image, here.position, here.group]
-    triton.store(at, (given * (right - left)).sum(-1), mask=here.exists)
+    tile = make_tile()
+    floor, _, _ = tile.offsets(offset)
+    left, right = _read(tile, x, floor)
+    own_cotangent = tile.features(cotangent, 0, tile.exists)
+    ref = offset_out.at[tile.image, tile.position, tile.group]
+    triton.store(ref, (own_cotangent * (right - left)).sum(-1), mask=tile.exists)
 
     def add(distance: jax.Array, total: jax.Array) -> jax.Array:
-        floor, fraction, exists = here.offsets(offset, distance)
-        # Where the position that far away reads: here, or one place before.
-        found = floor + distance.astype(jnp.float32)
-        touches = exists & ((found == 0) | (found == -1))
-        weight = jnp.where(touches, jnp.where(found == 0, 1 - fraction, fraction), 0.0)
-        return total + weight[..., None] * here.features(cotangent, distance, touches)
+        floor, fraction, exists = tile.offsets(offset, distance)
+        # Left of the two pixels that the position reads, relative to this feature: 0 if it is this
+        # feature, -1 if this feature is the right pixel.
+        left_pixel = floor + distance.astype(jnp.float32)
+        reads = exists & ((left_pixel == 0) | (left_pixel == -1))
+        weight = jnp.where(reads, jnp.where(left_pixel == 0, 1 - fraction, fraction), 0.0)
+        return total + weight[..., None] * tile.features(cotangent, distance, reads)
 
-    first, last = reach[here.image, 0], reach[here.image, 1]
-    total = jax.lax.fori_loop(first, last, add, jnp.zeros(here.tile, jnp.float32))
-    at, mask = here.at(x_out, 0, here.exists)
-    triton.store(at, total.astype(x_out.dtype), mask=mask)
+    first, end = reach[tile.image, 0], reach[tile.image, 1]
+    total = jax.lax.fori_loop(first, end, add, jnp.zeros(tile.shape, jnp.float32))
+    ref, mask = tile.feature_refs(x_out, 0, tile.exists)
+    triton.store(ref, total.astype(x_out.dtype), mask=mask)
 
 
 def _reach(offset: jax.Array, axis: str) -> jax.Array:
-    """`[B, 2]`: from where to before where positions lie, of an image, that read a feature."""
+    """Range `[B, 2]`, end excluded, of distances from a feature to the positions that read it."""
     dim = {"h": 1, "w": 2}[axis]
     length = offset.shape[dim]
-    place, _ = split_offset(offset, dim)
-    own = jax.lax.broadcasted_iota(jnp.int32, offset.shape, dim)
-    floor = jnp.where((place >= -1) & (place < length), place, own).astype(jnp.int32) - own
+    index, _ = split_offset(offset, dim)
+    coordinate = jax.lax.broadcasted_iota(jnp.int32, offset.shape, dim)
+    touches_map = (index >= -1) & (index < length)
+    # A position that reads nothing counts as if its offset were 0.
+    floor = jnp.where(touches_map, index, coordinate).astype(jnp.int32) - coordinate
     bounds = jnp.stack([-1 - floor.max((1, 2, 3)), 1 - floor.min((1, 2, 3))], axis=-1)
     return jnp.clip(bounds, 1 - length, length)
 
@@ -178,24 +182,17 @@ def _reach(offset: jax.Array, axis: str) -> jax.Array:
 def _call(
     kernel: Callable[..., None], axis: str, outs: list[int], *arrays: jax.Array
 ) -> list[jax.Array]:
-    """Run a kernel over tiles of maps.
-
-    Args:
-      kernel: that takes where it is, the arrays, and what it writes.
-      axis: the axis the offsets move along.
-      outs: of which arrays the results have shape and dtype.
-      arrays: `[B, H, W, ..]`, the maps and the offsets first; or less, which are left as they are.
-    """
+    """Run a kernel over tiles; results have the shape and dtype of `arrays[k]` for k in `outs`."""
     x, offset = arrays[:2]
     batch, height, width, channels = x.shape
     groups = offset.shape[-1]
-    share = channels // groups
-    tile = _tile(groups, share)
+    group_size = channels // groups
+    tile = _tile_shape(groups, group_size)
     rows = [a.reshape(batch, -1, a.shape[-1]) if a.ndim == 4 else a for a in arrays]
 
     def run(interpret: bool) -> Callable[..., Any]:
         return pl.pallas_call(
-            partial(kernel, partial(_places, axis, tile, share, height, width)),
+            partial(kernel, partial(_program_tile, axis, tile, group_size, height, width)),
             grid=(batch, pl.cdiv(height * width, tile.positions), groups // tile.groups),
             out_shape=[jax.ShapeDtypeStruct(rows[k].shape, rows[k].dtype) for k in outs],
             compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),

@@ -1,4 +1,4 @@
-"""What kernels need to be used as any function is."""
+"""Wrappers that let Pallas kernels run under `jax.vmap` and on several devices."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,23 +9,21 @@ import jax.numpy as jnp
 
 
 def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of batches of maps, for several devices and under `jax.vmap`.
-
-    The compiler cannot divide a kernel among devices. Where the program says for which mesh it is
-    (`jax.set_mesh`), each device takes its share of the batch.
-    """
+    """Let a function of batches run under `jax.vmap` and on several devices."""
 
     @jax.custom_batching.custom_vmap
     def run(*arrays: jax.Array) -> Any:
+        # XLA cannot partition a kernel, so each device of the mesh that `jax.set_mesh` names runs
+        # the kernel on its part of the batch.
         mesh = jax.sharding.get_abstract_mesh()
         is_automatic = all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
         if mesh.empty or not is_automatic or arrays[0].shape[0] % mesh.size:
             return function(*arrays)
-        rows = jax.P(mesh.axis_names)
-        return jax.shard_map(function, in_specs=rows, out_specs=rows, check_vma=False)(*arrays)
+        spec = jax.P(mesh.axis_names)
+        return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
     @run.def_vmap
-    def run_more(size: int, is_batched: Any, *arrays: jax.Array) -> Any:
+    def run_mapped(size: int, is_batched: Any, *arrays: jax.Array) -> Any:
         arrays = tuple(
             array if has_batch else jnp.broadcast_to(array, (size, *array.shape))
             for array, has_batch in zip(arrays, is_batched, strict=True)
@@ -34,29 +32,33 @@ def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
         split = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), merged)
         return split, jax.tree.map(lambda _: True, split)
 
-    return jax.jit(run)  # which traces a kernel once for all blocks of a shape
+    return jax.jit(run)  # traces a kernel once for all blocks of the same shape
 
 
 def as_form(
     forward: Callable[..., Any], backward: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two functions of a form, of batches, from kernels that take the axis first.
+    """Make the `forward` and `backward` of a form from kernels.
 
     Args:
-      forward: of an axis, maps and offsets.
-      backward: of an axis, maps, offsets and cotangents.
+      forward: takes the axis, maps and offsets; returns the sampled maps.
+      backward: takes the axis, maps, offsets and cotangents; returns the cotangents of the maps
+        and of the offsets.
+
+    Returns:
+      The two functions, as `activemlp_jax.ops` describes them.
     """
-    forwards, backwards = (
+    forward_by_axis, backward_by_axis = (
         {axis: _batched(partial(function, axis)) for axis in "hw"}
         for function in (forward, backward)
     )
 
     def run_forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
-        return forwards[axis](x, offset)
+        return forward_by_axis[axis](x, offset)
 
     def run_backward(
         x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str
     ) -> tuple[jax.Array, jax.Array]:
-        return backwards[axis](x, offset, cotangent)
+        return backward_by_axis[axis](x, offset, cotangent)
 
     return run_forward, run_backward

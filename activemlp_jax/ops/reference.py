@@ -1,7 +1,7 @@
-"""The operator's definition, which all other forms are held against.
+"""Definition of the operator, the reference that all other forms are tested against.
 
 Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3. The original computes it
-as `torchvision.ops.deform_conv2d` with a 1x1 kernel and one offset group a channel.
+as `torchvision.ops.deform_conv2d` with a 1x1 kernel and one offset group per channel.
 """
 
 import jax
@@ -9,36 +9,37 @@ import jax.numpy as jnp
 
 
 def split_offset(offset: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Integer and fractional part of own coordinate + offset along an axis of `offset`.
+    """Floor and fraction of the positions, coordinate + offset, along an axis of `offset`.
 
-    Coordinates are integers, so offset and position have the same fraction. Taken from the
-    offset it is exact: float32 would round 3 - 1e-8 to 3 and read on the wrong side of it.
+    Coordinates are integers, so a position has the same fraction as its offset. The fraction is
+    taken from the offset, where it is exact: a float32 position would round 3 - 1e-8 to 3 and read
+    on the wrong side of pixel 3.
     """
     floor = jnp.floor(offset)
-    own = jax.lax.broadcasted_iota(offset.dtype, offset.shape, axis)
-    return own + floor, offset - floor
+    coordinate = jax.lax.broadcasted_iota(offset.dtype, offset.shape, axis)
+    return coordinate + floor, offset - floor
 
 
 def first_index(floor: jax.Array, length: int) -> jax.Array:
-    """`floor` as an integer from -2 to `length` - 1.
+    """Convert floors of positions to integer indices, from -2 to `length` - 1.
 
-    Any place two or more pixels outside reads zeros twice; -2 stands for all of them and for NaN,
-    so that the cast to integers never overflows.
+    A position with floor -1 to `length` - 1 has a neighbor inside the map. All other floors, and
+    NaN, become -2: both neighbors are then outside, and the cast to integers never overflows.
     """
     touches_map = (floor >= -1) & (floor < length)
     return jnp.where(touches_map, floor, -2).astype(jnp.int32)
 
 
 def _read(line: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of `line` [L, S] at `index` [L]; zeros where the index is outside."""
+    """Rows of `line` `[L, S]` at `index` `[L]`, with zeros outside."""
     return line.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def sample_line(line: jax.Array, offset: jax.Array) -> jax.Array:
-    """Linear interpolation of `line` [L, S] at own coordinate + `offset` [L], zeros outside.
+    """Interpolate `line` `[L, S]` linearly at coordinate + `offset` `[L]`, with zeros outside.
 
-    The derivative by the offset is the right-hand difference `line[floor + 1] - line[floor]`, at
-    exact integers too, because `floor` has derivative zero.
+    The derivative with respect to the offset is the right-hand difference
+    `line[floor + 1] - line[floor]`, also at exact integers, because `floor` has derivative zero.
     """
     floor, fraction = split_offset(offset, 0)
     index, fraction = first_index(floor, len(line)), fraction[:, None]
@@ -46,8 +47,8 @@ def sample_line(line: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def sample(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
-    """`sample_line` for all lines of all maps `x` [B, H, W, C], moved by `offset` [B, H, W, G]."""
-    line_axis = 1 if axis == "h" else 0  # the other spatial axis, once the batch is mapped
+    """Apply `sample_line` to every row or column of `x` `[B, H, W, C]`, offsets `[B, H, W, G]`."""
+    line_axis = 1 if axis == "h" else 0  # the other spatial axis, after `vmap` over the batch
     over_groups = jax.vmap(sample_line, in_axes=(-2, -1), out_axes=-2)
     over_lines = jax.vmap(over_groups, in_axes=line_axis, out_axes=line_axis)
     grouped = x.reshape(*offset.shape, x.shape[-1] // offset.shape[-1])

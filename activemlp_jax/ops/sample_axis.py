@@ -1,7 +1,7 @@
 """The Active Token Mixer's operator: read features at learned positions along one axis.
 
-`sample_axis` is the only entry. What it computes is said by `sampling.definition`; the other
-forms in `sampling` compute the same in ways that suit a machine.
+`sample_axis` is the only public function. `reference` defines what it computes; the other modules
+of the package hold its forms, implementations that each suit one kind of platform.
 
 Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3.
 """
@@ -20,7 +20,7 @@ from activemlp_jax.ops import dense, gather, gpu, reference, tpu
 
 
 class Form(NamedTuple):
-    """A way to compute the operator and its derivatives; see `sampling` for what each takes."""
+    """One implementation of the operator; `activemlp_jax.ops` describes the two functions."""
 
     forward: Callable[[jax.Array, jax.Array, str], jax.Array]
     backward: Callable[[jax.Array, jax.Array, jax.Array, str], tuple[jax.Array, jax.Array]]
@@ -45,17 +45,16 @@ FORMS = {
 IMPLEMENTATIONS = ("definition", *FORMS)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))  # traces a shape once for all blocks
+@partial(jax.jit, static_argnums=(0, 1, 2))  # traces once for all blocks of the same shape
 def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
-    """`part` of the form `impl`, or of that of the platform which the program is compiled for.
-
-    On GPUs scattered additions have an order of chance, which would make runs differ in their last
-    digits: where kernels cannot be used there, the transpose is dense.
-    """
+    """Run the `part` 'forward' or 'backward' of a form; 'auto' selects the form by platform."""
     if impl != "auto":
         return getattr(FORMS[impl], part)(*arrays, axis)
+    # On GPUs a scatter-add is nondeterministic, so runs would differ in their last digits. Where a
+    # GPU cannot run the kernels, the backward pass is therefore a dense sum.
     names = {"cpu": "gather", "tpu": "dense", "default": "gather_dense"}
-    # A program for any batch size is one for several platforms too, which kernels are refused in.
+    # A program for any batch size is exported for several platforms at once. JAX lowers each branch
+    # for all of them, and Pallas cannot do that.
     if arrays[1].dtype == jnp.float32 and not is_symbolic_dim(arrays[0].shape[0]):
         names["tpu"] = "pallas_tpu"
         if gpu.runs_here():
@@ -83,26 +82,27 @@ _sample.defvjp(_sample_forward, _sample_backward)
 def sample_axis(x: ArrayLike, offset: ArrayLike, axis: str, impl: str = "auto") -> jax.Array:
     """Read features at positions shifted along one axis, by linear interpolation.
 
-    With `p = own coordinate + offset` and `f = p - floor(p)`, the result is
-    `(1 - f) * x[floor(p)] + f * x[floor(p) + 1]`; outside the map features are zero. Any finite
-    offset is safe; a NaN or infinite offset gives NaN where it stands and nowhere else. The
-    derivative by the offset is `x[floor(p) + 1] - x[floor(p)]`, at exact integers too.
+    With `p = coordinate + offset` and `f = p - floor(p)`, the result is
+    `(1 - f) * x[floor(p)] + f * x[floor(p) + 1]`; features outside the map are zero. Any finite
+    offset is safe. A NaN or infinite offset gives NaN at its own position and nowhere else. The
+    derivative with respect to the offset is `x[floor(p) + 1] - x[floor(p)]`, also at exact
+    integers.
 
     Args:
       x: `[B, H, W, C]`, floating.
-      offset: `[B, H, W, G]`, floating, in pixels; G divides C, and group g moves the channels
+      offset: `[B, H, W, G]`, floating, in pixels. G divides C, and group g shifts the channels
         `g*C/G` to `(g+1)*C/G - 1`.
-      axis: 'h' or 'w', the axis the offsets move along.
-      impl: 'auto', the form for the platform that the program is compiled for, or one of
-        'definition', 'gather', 'dense', 'gather_dense', 'pallas_tpu' and 'pallas_gpu'. Only
-        'definition' has derivatives in forward mode and second ones.
+      axis: 'h' or 'w', the axis to shift along.
+      impl: 'auto' selects an implementation for the platform that the program is compiled for. The
+        implementations are 'definition', 'gather', 'dense', 'gather_dense', 'pallas_tpu' and
+        'pallas_gpu'. Only 'definition' supports forward-mode and second derivatives.
 
     Returns:
-      `[B, H, W, C]`, dtype of `x`; offsets and interpolation are computed in float32 or wider.
+      `[B, H, W, C]` in the dtype of `x`. Offsets and interpolation use float32 or wider.
 
     Raises:
       ValueError: G does not divide C, the leading shapes differ, `axis` or `impl` is unknown, or
-        a kernel, 'pallas_tpu' or 'pallas_gpu', is to compute in float64.
+        `impl` is 'pallas_tpu' or 'pallas_gpu' and an input is float64.
 
     Source: Active Token Mixer, section 3.
     """

@@ -1,8 +1,9 @@
-"""The dense form as kernels for TPUs, which keep the weights of a line in registers.
+"""TPU form: the dense form as Pallas kernels, which keep the weights in registers.
 
-XLA writes parts of the dense form to memory, several times the map; these kernels read and write
-each map once. An offset stands for its channels by a product with a matrix of zeros and ones, so
-that nothing is moved between lanes. On other machines the kernels run interpreted.
+XLA materializes parts of the dense form, several times the size of the map. These kernels read and
+write each map once. They repeat the offsets for the channels of a group by a matmul with a matrix
+of zeros and ones, which moves nothing between lanes. On other platforms the kernels run in
+interpret mode.
 """
 
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from activemlp_jax.ops.kernels import as_form
 
-# Offsets are cut to +-FAR, which is outside any map; those that are not finite become NOT_FINITE,
-# as zero times NaN would spread in the product.
+# Finite offsets are clipped to +-FAR, which is outside any map. The others become NOT_FINITE,
+# because zero times NaN would spread NaN in the matmul.
 FAR, NOT_FINITE = 2.0**14, 2.0**16
 dot = partial(
     jax.lax.dot_general, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
@@ -25,54 +26,59 @@ dot = partial(
 Kernel = Callable[..., None]
 
 
-def _positions(offset: jax.Array, expand: jax.Array, own: jax.Array) -> tuple[jax.Array, ...]:
-    """Of offsets [N, G], for each channel [N, C]: offset, floor of the position, fraction."""
+def _positions(
+    offset: jax.Array, expand: jax.Array, coordinate: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Offset, floor of the position and fraction per channel, `[N, C]`, for offsets `[N, G]`."""
     offset = dot(offset, expand, (((1,), (0,)), ((), ())))
     floor = jnp.floor(offset)
-    return offset, own + floor, offset - floor
+    return offset, coordinate + floor, offset - floor
 
 
-def _weight(floor: jax.Array, fraction: jax.Array, place: jax.Array) -> jax.Array:
-    return jnp.where(floor == place, 1 - fraction, jnp.where(floor + 1 == place, fraction, 0.0))
+def _weight(floor: jax.Array, fraction: jax.Array, index: jax.Array) -> jax.Array:
+    """Weight of the pixel `index` in each sampled value."""
+    return jnp.where(floor == index, 1 - fraction, jnp.where(floor + 1 == index, fraction, 0.0))
 
 
-def _slope(floor: jax.Array, values: jax.Array, place: jax.Array) -> jax.Array:
-    return jnp.where(floor + 1 == place, values, jnp.where(floor == place, -values, 0.0))
+def _slope(floor: jax.Array, values: jax.Array, index: jax.Array) -> jax.Array:
+    """Share of the pixel `index` in the derivatives with respect to the offsets."""
+    return jnp.where(floor + 1 == index, values, jnp.where(floor == index, -values, 0.0))
 
 
-def _start(offset: jax.Array) -> jax.Array:
+def _initial_sum(offset: jax.Array) -> jax.Array:
+    """NaN where the offset was NaN or infinite, else zero."""
     return jnp.where(offset == NOT_FINITE, jnp.nan, 0.0)
 
 
-def _group(slope: jax.Array, expand: jax.Array) -> jax.Array:
-    """Sums [N, C] over the channels that share an offset, [N, G]."""
+def _sum_groups(slope: jax.Array, expand: jax.Array) -> jax.Array:
+    """Sum `[N, C]` over the channels that share an offset, to `[N, G]`."""
     return dot(slope, expand, (((1,), (1,)), ((), ())))
 
 
-def _each(count: int, body: Callable[[jax.Array], None]) -> None:
+def _for_each(count: int, body: Callable[[jax.Array], None]) -> None:
     jax.lax.fori_loop(0, count, lambda i, _: body(i), None)
 
 
-def _own_along(shape: tuple[int, ...]) -> jax.Array:
+def _coordinates(shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, 0).astype(jnp.float32)
 
 
-# Along the height, a block is [H, some columns, C] and the loops go over pairs of rows. Along the
-# width it is [some rows, W, C], and they go over rows and the places of a row.
+# Along the height, a block is [H, some columns, C], and the kernels loop over all pairs of rows.
+# Along the width, it is [some rows, W, C], and they loop over its rows and the pixels of each row.
 
 
 def _forward_h(x: Any, offset: Any, expand: Any, out: Any) -> None:
     def one_row(i: jax.Array) -> None:
-        moved, floor, fraction = _positions(offset[i], expand[...], i.astype(jnp.float32))
+        repeated, floor, fraction = _positions(offset[i], expand[...], i.astype(jnp.float32))
 
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
             return total + _weight(floor, fraction, k.astype(jnp.float32)) * x[k].astype(
                 jnp.float32
             )
 
-        out[i] = jax.lax.fori_loop(0, len(x), add, _start(moved)).astype(out.dtype)
+        out[i] = jax.lax.fori_loop(0, len(x), add, _initial_sum(repeated)).astype(out.dtype)
 
-    _each(len(x), one_row)
+    _for_each(len(x), one_row)
 
 
 def _backward_h(
@@ -82,31 +88,31 @@ def _backward_h(
 
     def one_row(i: jax.Array) -> None:
         _, floor, fraction = _positions(offset[i], expand[...], i.astype(jnp.float32))
-        given = cotangent[i].astype(jnp.float32)
+        row_cotangent = cotangent[i].astype(jnp.float32)
 
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
-            place = k.astype(jnp.float32)
-            sums[k] += _weight(floor, fraction, place) * given
-            return total + _slope(floor, x[k].astype(jnp.float32), place)
+            index = k.astype(jnp.float32)
+            sums[k] += _weight(floor, fraction, index) * row_cotangent
+            return total + _slope(floor, x[k].astype(jnp.float32), index)
 
         total = jax.lax.fori_loop(0, len(x), add, jnp.zeros_like(floor))
-        offset_out[i] = _group(given * total, expand[...])
+        offset_out[i] = _sum_groups(row_cotangent * total, expand[...])
 
-    _each(len(x), one_row)
+    _for_each(len(x), one_row)
     x_out[...] = sums[...].astype(x_out.dtype)
 
 
 def _forward_w(x: Any, offset: Any, expand: Any, out: Any, row: Any) -> None:
     def one_row(i: jax.Array) -> None:
-        moved, floor, fraction = _positions(offset[i], expand[...], _own_along(row.shape))
+        repeated, floor, fraction = _positions(offset[i], expand[...], _coordinates(row.shape))
         row[...] = x[i].astype(jnp.float32)
 
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
             return total + _weight(floor, fraction, k.astype(jnp.float32)) * row[pl.ds(k, 1)]
 
-        out[i] = jax.lax.fori_loop(0, len(row), add, _start(moved)).astype(out.dtype)
+        out[i] = jax.lax.fori_loop(0, len(row), add, _initial_sum(repeated)).astype(out.dtype)
 
-    _each(len(x), one_row)
+    _for_each(len(x), one_row)
 
 
 def _backward_w(
@@ -120,40 +126,33 @@ def _backward_w(
     sums: Any,
 ) -> None:
     def one_row(i: jax.Array) -> None:
-        _, floor, fraction = _positions(offset[i], expand[...], _own_along(row.shape))
-        given = cotangent[i].astype(jnp.float32)
+        _, floor, fraction = _positions(offset[i], expand[...], _coordinates(row.shape))
+        row_cotangent = cotangent[i].astype(jnp.float32)
         row[...] = x[i].astype(jnp.float32)
 
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
-            place = k.astype(jnp.float32)
-            weighted = _weight(floor, fraction, place) * given
+            index = k.astype(jnp.float32)
+            weighted = _weight(floor, fraction, index) * row_cotangent
             sums[pl.ds(k, 1)] = jnp.sum(weighted, axis=0, keepdims=True)
-            return total + _slope(floor, row[pl.ds(k, 1)], place)
+            return total + _slope(floor, row[pl.ds(k, 1)], index)
 
         total = jax.lax.fori_loop(0, len(row), add, jnp.zeros_like(floor))
         x_out[i] = sums[...].astype(x_out.dtype)
-        offset_out[i] = _group(given * total, expand[...])
+        offset_out[i] = _sum_groups(row_cotangent * total, expand[...])
 
-    _each(len(x), one_row)
+    _for_each(len(x), one_row)
 
 
-def _call(kernel: Kernel, scratch: int, axis: str, outs: list[int], *arrays: jax.Array) -> Any:
-    """Run a kernel over blocks of maps.
-
-    Args:
-      kernel: that takes a block of each array, the matrix of zeros and ones, blocks for results
-        and float32 scratch.
-      scratch: how many arrays of scratch, each as large as what a sum goes over.
-      axis: the axis the offsets move along.
-      outs: of which arrays the results have shape and dtype.
-      arrays: `[B, H, W, ..]`, the maps and the offsets first.
-    """
+def _call(
+    kernel: Kernel, scratch_count: int, axis: str, outs: list[int], *arrays: jax.Array
+) -> Any:
+    """Run a kernel over blocks; results have the shape and dtype of `arrays[k]` for k in `outs`."""
     x, offset = arrays[:2]
     batch, height, width, channels = x.shape
     expand = jnp.repeat(
         jnp.eye(offset.shape[-1], dtype=jnp.float32), channels // offset.shape[-1], axis=1
     )
-    rows = 8 * 4 // x.dtype.itemsize  # of a tile in memory
+    rows = 8 * 4 // x.dtype.itemsize  # of one tile of TPU memory
 
     def block(array: jax.ShapeDtypeStruct) -> pl.BlockSpec:
         if axis == "h":
@@ -162,7 +161,7 @@ def _call(kernel: Kernel, scratch: int, axis: str, outs: list[int], *arrays: jax
         shape = (None, min(rows, height), width, array.shape[-1])
         return pl.BlockSpec(shape, lambda b, i: (b, i, 0, 0))
 
-    sums = (height, min(rows, width), channels) if axis == "h" else (width, channels)
+    scratch_shape = (height, min(rows, width), channels) if axis == "h" else (width, channels)
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
 
     def run(interpret: bool) -> Callable[..., Any]:
@@ -173,9 +172,9 @@ def _call(kernel: Kernel, scratch: int, axis: str, outs: list[int], *arrays: jax
                 *map(block, shapes),
                 pl.BlockSpec(expand.shape, lambda *_: (0, 0)),
             ],
-            out_specs=[block(shapes[number]) for number in outs],
-            out_shape=[shapes[number] for number in outs],
-            scratch_shapes=[pltpu.VMEM(sums, jnp.float32)] * scratch,
+            out_specs=[block(shapes[k]) for k in outs],
+            out_shape=[shapes[k] for k in outs],
+            scratch_shapes=[pltpu.VMEM(scratch_shape, jnp.float32)] * scratch_count,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
             interpret=interpret,
         )

@@ -1,4 +1,4 @@
-"""Pictures: training curves, confusion matrix, overlays of label maps, pages of offsets.
+"""Pictures: training curves, confusion matrices, label map overlays and pages of offsets.
 
 Imports `inference`, `data` and `utils`.
 """

@@ -1,4 +1,4 @@
-"""Where the Active Token Mixer looks, as a page for people."""
+"""Page that shows where the Active Token Mixer looks."""
 
 import math
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from activemlp_jax.utils.errors import UserError
 Color = tuple[int, int, int]
 Point = tuple[float, float]
 
-TOKENS: tuple[Point, ...] = ((0.2, 0.3), (0.5, 0.75), (0.8, 0.5))
+DEFAULT_TOKENS: tuple[Point, ...] = ((0.2, 0.3), (0.5, 0.75), (0.8, 0.5))
 COLORS = {"row": (226, 88, 0), "column": (16, 90, 220), "own": (255, 255, 255)}
 INK, FAINT = (32, 33, 36), (95, 99, 104)
 
 WIDTH, MARGIN = 1100, 24
-PANEL = 384  # the longer side of a picture
-BAND = 21  # around a picture with dots, for those outside the map
+PANEL = 384  # longer side of a picture
+BAND = 21  # white border of the picture with dots, for reads outside the map
 GAP = 42  # between rows
-TEXT, TEXT_HEIGHT = WIDTH - 2 * PANEL - 4 * MARGIN, 320  # of a stage's figures
-SIZE, LINE = 16, 22  # of letters and lines
-FINER = 3  # dots are drawn so much larger and made smaller, for smooth edges
-RADIUS = 9.0  # of a dot that had all weight, in pixels of the page
-HEAT = 0.75  # opacity of the heat map
+TEXT_WIDTH, TEXT_HEIGHT = WIDTH - 2 * PANEL - 4 * MARGIN, 320  # of a stage's statistics
+FONT_SIZE, LINE_HEIGHT = 16, 22
+SUPERSAMPLING = 3  # dots are drawn at this scale and then reduced, for smooth edges
+DOT_RADIUS = 9.0  # of a dot with a mixing weight of 1, in pixels of the page
+HEAT_OPACITY = 0.75
 COLORMAP = "inferno"
 
 TITLE = "Where the Active Token Mixer looks"
@@ -36,8 +36,8 @@ EXPLANATION = (
     "the picture, and every group of channels has a place of its own: a dot, larger the more it "
     "counts."
 )
-SHARES_AT = 0, 74, 168  # where they are written
-# Marks, by what they are of and whether it is outside the map; and what they mean.
+SHARE_LABELS_X = 0, 74, 168
+# Marks and their meaning. A mark is a key of `COLORS`, and whether it lies outside the map.
 LEGEND: tuple[tuple[tuple[tuple[str, bool], ...], str], ...] = (
     ((("own", False),), "the token itself"),
     ((("row", False),), "read in its row"),
@@ -48,32 +48,32 @@ HEADINGS = ("Where the marked tokens read", "Mean reach in row and column, by to
 
 
 class Stage(NamedTuple):
-    """What a row of the page shows: `shown` has the dots, all `blocks` the map and the figures."""
+    """Blocks in a row of the page: dots show `dot_block`, map and statistics average `blocks`."""
 
-    shown: BlockOffsets
+    dot_block: BlockOffsets
     blocks: list[BlockOffsets]
 
 
 class Reads(NamedTuple):
-    """Where the groups of a block read for one token, as fractions of the picture.
+    """Positions that the groups of a block read for one token, in fractions of the picture.
 
-    `places` `[2, G, 2]` are (x, y) in the token's row, then in its column; `own` is the token's.
-    `weights` `[G, 3]` are those of `group_weights`. `outside` `[G, 2]` says for row and column
-    which places read zero, as they are outside the map.
+    `positions` `[2, G, 2]` are (x, y), first in the token's row, then in its column. `own` is the
+    position of the token. `weights` `[G, 3]` come from `group_weights`. `outside` `[G, 2]` tells
+    for row and column whether the position lies outside the map, where zero is read.
     """
 
-    places: np.ndarray
+    positions: np.ndarray
     own: np.ndarray
     weights: np.ndarray
     outside: np.ndarray
 
 
-class Figures(NamedTuple):
+class Statistics(NamedTuple):
     """Means over the tokens and blocks of a stage.
 
-    `reach` is how far away in its row and in its column a token reads, in pixels of the input;
-    groups count by their mixing weights. `shares` are the mixing weights of (w, h, own), and
-    `outside` is the share of places, in rows and columns, that are outside the map.
+    `reach` is the distance at which a token reads in its row and in its column, in pixels of the
+    input; groups are weighted by their mixing weights. `shares` are the mixing weights of
+    (w, h, own). `outside` is the share of reads, in rows and columns, that lie outside the map.
     """
 
     reach: tuple[float, float]
@@ -81,18 +81,18 @@ class Figures(NamedTuple):
     outside: float
 
 
-def figures(blocks: Sequence[BlockOffsets]) -> Figures:
-    """What the page says of the first image in numbers; `blocks` are of one stage."""
+def stage_statistics(blocks: Sequence[BlockOffsets]) -> Statistics:
+    """Compute the statistics of the first image over `blocks`, which belong to one stage."""
     weights = np.stack([group_weights(block)[0] for block in blocks])
     offsets = [(block.offset_w[:1], block.offset_h[:1]) for block in blocks]
     distance = np.array([[np.abs(o).mean((0, 1, 2)) for o in pair] for pair in offsets])
-    of_source = weights[..., :2].swapaxes(1, 2)  # [blocks, 2, G], as `distance` is
-    reach = blocks[0].stride * (of_source * distance).sum((0, 2)) / of_source.sum((0, 2))
+    read_weights = weights[..., :2].swapaxes(1, 2)  # [blocks, 2, G], like `distance`
+    reach = blocks[0].stride * (read_weights * distance).sum((0, 2)) / read_weights.sum((0, 2))
     outside = [
         is_outside(pair[0], 2).mean() / 2 + is_outside(pair[1], 1).mean() / 2 for pair in offsets
     ]
     w, h, own = weights.mean((0, 1))
-    return Figures(
+    return Statistics(
         (float(reach[0]), float(reach[1])),
         (float(w), float(h), float(own)),
         float(np.mean(outside)),
@@ -100,31 +100,31 @@ def figures(blocks: Sequence[BlockOffsets]) -> Figures:
 
 
 def token_at(token: Point, height: int, width: int) -> tuple[int, int]:
-    """The (row, column) of the token at (x, y), in fractions of the picture."""
+    """Find the (row, column) of the token at `token` (x, y), in fractions of the picture."""
     x, y = token
     return min(int(y * height), height - 1), min(int(x * width), width - 1)
 
 
 def is_outside(offset: np.ndarray, axis: int) -> np.ndarray:
-    """Where `offset` `[B, H, W, G]` along `axis` 1 or 2 leads out of the map, and zero is read."""
+    """Find where `offset` `[B, H, W, G]` along `axis` 1 or 2 leaves the map, so zero is read."""
     shape = [1, 1, 1, 1]
     shape[axis] = length = offset.shape[axis]
-    place = offset + np.arange(length).reshape(shape)
-    return (place <= -1) | (place >= length)
+    position = offset + np.arange(length).reshape(shape)
+    return (position <= -1) | (position >= length)
 
 
 def token_reads(block: BlockOffsets, row: int, column: int) -> Reads:
-    """Where the token at (`row`, `column`) of the first image reads."""
+    """Compute where the token at (`row`, `column`) of the first image reads."""
     _, height, width, groups = block.offset_w.shape
     own = np.array([(column + 0.5) / width, (row + 0.5) / height])
-    places = np.tile(own, (2, groups, 1))
-    places[0, :, 0] += block.offset_w[0, row, column] / width
-    places[1, :, 1] += block.offset_h[0, row, column] / height
+    positions = np.tile(own, (2, groups, 1))
+    positions[0, :, 0] += block.offset_w[0, row, column] / width
+    positions[1, :, 1] += block.offset_h[0, row, column] / height
     outside = [
         is_outside(offset, axis)[0, row, column]
         for offset, axis in ((block.offset_w, 2), (block.offset_h, 1))
     ]
-    return Reads(places, own, group_weights(block)[0], np.stack(outside, -1))
+    return Reads(positions, own, group_weights(block)[0], np.stack(outside, -1))
 
 
 def draw_offsets(
@@ -132,28 +132,28 @@ def draw_offsets(
     blocks: Sequence[BlockOffsets],
     tokens: Sequence[Point] | None = None,
 ) -> Image.Image:
-    """A page with a row for each stage: where tokens read, how far all of them do, and figures.
+    """Draw a page with one row per stage: where some tokens read, how far all read, and statistics.
 
     Args:
-      image: `[H, W, 3]` uint8, or a PIL image, as the model saw it:
-        `activemlp_jax.inference.offsets.show_to_model` gives it of a photo.
-      blocks: what `inspect_offsets` found of this one image.
-      tokens: the places to show, each (x, y) in fractions of the picture from its top left; None
-        for three that are well apart.
+      image: `[H, W, 3]` uint8, or a PIL image, as the model saw it;
+        `activemlp_jax.inference.offsets.show_to_model` prepares a photo in this way.
+      blocks: result of `inspect_offsets` for this one image.
+      tokens: positions of the tokens to show, each (x, y) in fractions of the picture from its top
+        left; None shows three that are well apart.
 
     Returns:
-      An RGB image, 1100 pixels wide and as high as its stages need. Dots are of the last block of
-      the stage that makes offsets; the map and the figures are means over the stage's blocks, the
-      map's over row and column as well, with distances in pixels of `image`.
+      An RGB image, 1100 pixels wide; its height depends on the number of stages. Dots show the last
+      block of the stage that computes offsets of its own. The map and the statistics are means over
+      the stage's blocks, and the map also over row and column. Distances are in pixels of `image`.
 
     Raises:
-      UserError: a token outside the picture, an image that the blocks are not of, blocks of many
-        images, or offsets that are not finite.
+      UserError: if a token lies outside the picture, the blocks belong to another image or to
+        several, or offsets are not finite.
     """
-    tokens = check_tokens(TOKENS if tokens is None else tokens)
+    tokens = check_tokens(DEFAULT_TOKENS if tokens is None else tokens)
     photo = _as_picture(image)
     stages = _by_stage(blocks, photo)
-    panel = _fitted(photo)
+    panel = _fit_to_panel(photo)
     header = _header()
     row_height = max(panel.height, TEXT_HEIGHT) + GAP
     page = Image.new("RGB", (WIDTH, header.height + len(stages) * row_height), "white")
@@ -161,75 +161,82 @@ def draw_offsets(
     for number, stage in enumerate(stages):
         y = header.height + number * row_height
         reach = np.mean([mean_reach(block)[0] for block in stage.blocks], axis=0)
-        page.paste(draw_reads(panel, stage.shown, tokens), (MARGIN - BAND, y - BAND))
+        page.paste(draw_reads(panel, stage.dot_block, tokens), (MARGIN - BAND, y - BAND))
         page.paste(draw_reach(panel, reach), (2 * MARGIN + PANEL, y))
-        page.paste(_figures(stage, reach), (3 * MARGIN + 2 * PANEL, y))
+        page.paste(_draw_statistics(stage, reach), (3 * MARGIN + 2 * PANEL, y))
     return page
 
 
 def check_tokens(tokens: Sequence[Point]) -> list[Point]:
-    """The tokens as pairs of floats; UserError if one is no place of the picture."""
+    """Return the tokens as pairs of floats; raise UserError if one is outside the picture."""
     checked = []
     for token in tokens:
-        place = np.asarray(token, np.float64)
-        if place.shape != (2,) or not ((place >= 0) & (place <= 1)).all():
+        position = np.asarray(token, np.float64)
+        if position.shape != (2,) or not ((position >= 0) & (position <= 1)).all():
             raise UserError(
-                f"token {token} is no place in the picture, expected x and y from 0 to 1"
+                f"token {token} is not a place in the picture, expected x and y from 0 to 1"
             )
-        checked.append((float(place[0]), float(place[1])))
+        checked.append((float(position[0]), float(position[1])))
     return checked
 
 
 def draw_reads(panel: Image.Image, block: BlockOffsets, tokens: Sequence[Point]) -> Image.Image:
-    """The places that `block` reads for `tokens` as dots on `panel`, made grey and light.
+    """Draw where `block` reads for `tokens`, as dots on `panel` in light grays.
 
-    Around it is a white band, `BAND` pixels wide, for the places outside the map.
+    A white border, `BAND` pixels wide, holds the reads outside the map.
     """
     _, height, width, _ = block.offset_w.shape
     page = Image.new("RGB", (panel.width + 2 * BAND, panel.height + 2 * BAND), "white")
     page.paste(_pale(panel), (BAND, BAND))
-    page = page.resize((page.width * FINER, page.height * FINER), Image.Resampling.NEAREST)
+    page = page.resize(
+        (page.width * SUPERSAMPLING, page.height * SUPERSAMPLING), Image.Resampling.NEAREST
+    )
     draw = ImageDraw.Draw(page, "RGBA")
-    start, side = BAND * FINER, np.array(panel.size) * FINER
-    spots = dict.fromkeys(token_at(token, height, width) for token in tokens)
-    reads = [token_reads(block, row, column) for row, column in spots]
+    start, side = BAND * SUPERSAMPLING, np.array(panel.size) * SUPERSAMPLING
+    distinct = dict.fromkeys(token_at(token, height, width) for token in tokens)
+    reads = [token_reads(block, row, column) for row, column in distinct]
     for read in reads:
         x, y = start + read.own * side
-        draw.line((start, y, start + side[0], y), fill=(*INK, 70), width=FINER)
-        draw.line((x, start, x, start + side[1]), fill=(*INK, 70), width=FINER)
+        draw.line((start, y, start + side[0], y), fill=(*INK, 70), width=SUPERSAMPLING)
+        draw.line((x, start, x, start + side[1]), fill=(*INK, 70), width=SUPERSAMPLING)
     for read in reads:
         for number, source in enumerate(("row", "column")):
             weights, outside = read.weights[:, number], read.outside[:, number]
-            for place, weight, is_out in zip(read.places[number], weights, outside, strict=True):
-                beyond = 10 * FINER if is_out else 0
-                center = start + np.clip(place * side, -beyond, side + beyond)
+            points = zip(read.positions[number], weights, outside, strict=True)
+            for position, weight, is_out in points:
+                beyond = 10 * SUPERSAMPLING if is_out else 0
+                center = start + np.clip(position * side, -beyond, side + beyond)
                 _dot(draw, center, weight, COLORS[source], bool(is_out))
     for read in reads:
         _square(draw, start + read.own * side, read.weights[:, 2].mean())
-    return page.resize((page.width // FINER, page.height // FINER), Image.Resampling.BOX)
+    return page.resize(
+        (page.width // SUPERSAMPLING, page.height // SUPERSAMPLING), Image.Resampling.BOX
+    )
 
 
 def draw_reach(panel: Image.Image, reach: np.ndarray) -> Image.Image:
-    """`reach` `[H, W]`, in pixels, as colours from its least to its most over `panel`."""
-    heat = Image.fromarray(_heat_colors(_stretched(reach)))
-    return Image.blend(_pale(panel), heat.resize(panel.size, Image.Resampling.NEAREST), HEAT)
+    """Draw `reach` `[H, W]`, in pixels, over `panel`; the color map spans its range."""
+    heat = Image.fromarray(_heat_colors(_min_max_scaled(reach)))
+    return Image.blend(
+        _pale(panel), heat.resize(panel.size, Image.Resampling.NEAREST), HEAT_OPACITY
+    )
 
 
 def _pale(panel: Image.Image) -> Image.Image:
-    """`panel` in light greys, on which colours stand out."""
+    """Convert `panel` to light grays, on which colors stand out."""
     white = Image.new("RGB", panel.size, "white")
     return Image.blend(panel.convert("L").convert("RGB"), white, 0.4)
 
 
-def _stretched(values: np.ndarray) -> np.ndarray:
-    """`values` to 0 to 1, from the least to the most; equal ones to the middle."""
-    least, most = values.min(), values.max()
-    return (values - least) / (most - least) if most > least else np.full(values.shape, 0.5)
+def _min_max_scaled(values: np.ndarray) -> np.ndarray:
+    """Scale `values` linearly to the range 0 to 1; equal values become 0.5."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else np.full(values.shape, 0.5)
 
 
 def _heat_colors(values: np.ndarray) -> np.ndarray:
-    """Colours `[..., 3]` uint8 of `values` 0 to 1."""
-    import matplotlib  # here, as it takes long to import
+    """Map `values` from 0 to 1 to colors `[..., 3]` uint8."""
+    import matplotlib  # slow to import
 
     return matplotlib.colormaps[COLORMAP](values, bytes=True)[..., :3]
 
@@ -237,19 +244,19 @@ def _heat_colors(values: np.ndarray) -> np.ndarray:
 def _dot(
     draw: ImageDraw.ImageDraw, center: Sequence[float], weight: float, color: Color, outside: bool
 ) -> None:
-    """A dot whose area and opacity grow with `weight`; a ring if `outside`."""
-    radius = FINER * RADIUS * math.sqrt(weight)
+    """Draw a dot whose area and opacity grow with `weight`, or a ring if `outside`."""
+    radius = SUPERSAMPLING * DOT_RADIUS * math.sqrt(weight)
     box = tuple(side + sign * radius for sign in (-1, 1) for side in center)
     if outside:
-        draw.ellipse(box, outline=(*color, 200), width=FINER)
+        draw.ellipse(box, outline=(*color, 200), width=SUPERSAMPLING)
     else:
         draw.ellipse(box, fill=(*color, round(90 + 165 * weight)), outline=(255, 255, 255, 150))
 
 
 def _square(draw: ImageDraw.ImageDraw, center: Sequence[float], weight: float) -> None:
-    """The mark of a token, of the area of a dot of this `weight`."""
-    half = FINER * RADIUS * math.sqrt(weight * math.pi) / 2
-    (x, y), edge = center, 2 * FINER
+    """Draw the mark of a token, with the area of a dot of this `weight`."""
+    half = SUPERSAMPLING * DOT_RADIUS * math.sqrt(weight * math.pi) / 2
+    (x, y), edge = center, 2 * SUPERSAMPLING
     draw.rectangle(
         (x - half - edge, y - half - edge, x + half + edge, y + half + edge), fill=(*INK, 255)
     )
@@ -268,16 +275,16 @@ def _as_picture(image: Image.Image | np.ndarray) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _fitted(photo: Image.Image) -> Image.Image:
-    """`photo` with a longer side of `PANEL`; the pixels of small ones stay visible."""
+def _fit_to_panel(photo: Image.Image) -> Image.Image:
+    """Resize `photo` to a longer side of `PANEL`; pixels of small photos stay sharp squares."""
     factor = PANEL / max(photo.size)
     size = tuple(max(1, round(side * factor)) for side in photo.size)
-    way = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
-    return photo.resize((size[0], size[1]), way)
+    resampling = Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS
+    return photo.resize((size[0], size[1]), resampling)
 
 
 def _by_stage(blocks: Sequence[BlockOffsets], photo: Image.Image) -> list[Stage]:
-    """The blocks by stage; UserError if they are not of this one image or not finite."""
+    """Group the blocks by stage; raise UserError if they are not finite or not of this image."""
     if not blocks:
         raise UserError("there are no blocks to draw, expected those of inspect_offsets")
     for block in blocks:
@@ -292,16 +299,18 @@ def _by_stage(blocks: Sequence[BlockOffsets], photo: Image.Image) -> list[Stage]
                 "model saw it"
             )
         if not (np.isfinite(block.offset_w).all() and np.isfinite(block.offset_h).all()):
-            raise UserError(f"block {block.block} of stage {block.stage} has offsets not finite")
+            raise UserError(
+                f"block {block.block} of stage {block.stage} has offsets that are not finite"
+            )
     stages = []
     for number in sorted({block.stage for block in blocks}):
-        own = [block for block in blocks if block.stage == number]
-        shown = own[0]
-        for block in own[1:]:
-            pairs = (block.offset_w, shown.offset_w), (block.offset_h, shown.offset_h)
+        in_stage = [block for block in blocks if block.stage == number]
+        dot_block = in_stage[0]
+        for block in in_stage[1:]:
+            pairs = (block.offset_w, dot_block.offset_w), (block.offset_h, dot_block.offset_h)
             if not all(np.array_equal(*pair) for pair in pairs):
-                shown = block
-        stages.append(Stage(shown, own))
+                dot_block = block
+        stages.append(Stage(dot_block, in_stage))
     return stages
 
 
@@ -310,7 +319,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrapped(text: str, width: int, size: int) -> list[str]:
-    """`text` in lines of at most `width` pixels."""
+    """Break `text` into lines of at most `width` pixels."""
     font, lines = _font(size), [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -322,73 +331,74 @@ def _wrapped(text: str, width: int, size: int) -> list[str]:
 
 
 def _header() -> Image.Image:
-    """Title, explanation, legend, and what the columns are."""
-    lines = _wrapped(EXPLANATION, WIDTH - 2 * MARGIN, SIZE)
-    legend_y = 58 + len(lines) * LINE + 12
+    """Draw the title, the explanation, the legend and the headings of the columns."""
+    lines = _wrapped(EXPLANATION, WIDTH - 2 * MARGIN, FONT_SIZE)
+    legend_y = 58 + len(lines) * LINE_HEIGHT + 12
     page = Image.new("RGB", (WIDTH, legend_y + 90), "white")
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, 14), TITLE, fill=INK, font=_font(26))
     for number, line in enumerate(lines):
-        draw.text((MARGIN, 58 + number * LINE), line, fill=INK, font=_font(SIZE))
+        draw.text((MARGIN, 58 + number * LINE_HEIGHT), line, fill=INK, font=_font(FONT_SIZE))
     x = MARGIN
     for marks, text in LEGEND:
         for kind, outside in marks:
             page.paste(_mark(kind, outside), (x, legend_y))
             x += 20
-        draw.text((x + 6, legend_y), text, fill=INK, font=_font(SIZE))
-        x += 6 + round(_font(SIZE).getlength(text)) + 32
+        draw.text((x + 6, legend_y), text, fill=INK, font=_font(FONT_SIZE))
+        x += 6 + round(_font(FONT_SIZE).getlength(text)) + 32
     for column, text in enumerate(HEADINGS):
-        place = MARGIN + column * (PANEL + MARGIN), legend_y + 46
-        draw.text(place, text, fill=INK, font=_font(18))
+        corner = MARGIN + column * (PANEL + MARGIN), legend_y + 46
+        draw.text(corner, text, fill=INK, font=_font(18))
     return page
 
 
 def _mark(kind: str, outside: bool = False) -> Image.Image:
-    """A mark of the legend, 20 by 20 pixels."""
-    page = Image.new("RGB", (20 * FINER, 20 * FINER), "white")
-    draw, middle = ImageDraw.Draw(page, "RGBA"), (10 * FINER, 10 * FINER)
+    """Draw a mark of the legend, 20 by 20 pixels."""
+    page = Image.new("RGB", (20 * SUPERSAMPLING, 20 * SUPERSAMPLING), "white")
+    draw, center = ImageDraw.Draw(page, "RGBA"), (10 * SUPERSAMPLING, 10 * SUPERSAMPLING)
     if kind == "own":
-        _square(draw, middle, 0.6)
+        _square(draw, center, 0.6)
     else:
-        _dot(draw, middle, 0.6, COLORS[kind], outside)
+        _dot(draw, center, 0.6, COLORS[kind], outside)
     return page.resize((20, 20), Image.Resampling.BOX)
 
 
-def _figures(stage: Stage, reach: np.ndarray) -> Image.Image:
-    """What there is to say of a stage in numbers, `TEXT` by `TEXT_HEIGHT` pixels."""
-    page = Image.new("RGB", (TEXT, TEXT_HEIGHT), "white")
+def _draw_statistics(stage: Stage, reach: np.ndarray) -> Image.Image:
+    """Draw the statistics of a stage, `TEXT_WIDTH` by `TEXT_HEIGHT` pixels."""
+    page = Image.new("RGB", (TEXT_WIDTH, TEXT_HEIGHT), "white")
     draw = ImageDraw.Draw(page)
-    shown = stage.shown
-    _, height, width, _ = shown.offset_w.shape
-    numbers = figures(stage.blocks)
+    dot_block = stage.dot_block
+    _, height, width, _ = dot_block.offset_w.shape
+    statistics = stage_statistics(stage.blocks)
 
-    def write(y: int, text: str, size: int = SIZE - 1, color: Color = INK, x: int = 0) -> None:
+    def write(y: int, text: str, size: int = FONT_SIZE - 1, color: Color = INK, x: int = 0) -> None:
         draw.text((x, y), text, fill=color, font=_font(size))
 
-    write(-4, f"Stage {shown.stage}", 22)
-    write(28, f"{width} by {height} tokens, {shown.stride} pixels apart", color=FAINT)
-    write(48, f"{len(stage.blocks)} blocks; dots: block {shown.block}", color=FAINT)
+    write(-4, f"Stage {dot_block.stage}", 22)
+    write(28, f"{width} by {height} tokens, {dot_block.stride} pixels apart", color=FAINT)
+    write(48, f"{len(stage.blocks)} blocks; dots: block {dot_block.block}", color=FAINT)
 
-    write(80, "Mean reach", SIZE + 1)
+    write(80, "Mean reach", FONT_SIZE + 1)
     for number, source in enumerate(("row", "column")):
-        y = 104 + number * LINE
+        y = 104 + number * LINE_HEIGHT
         page.paste(_mark(source), (0, y - 1))
-        write(y, f"{source} {numbers.reach[number]:.1f} pixels", x=26)
+        write(y, f"{source} {statistics.reach[number]:.1f} pixels", x=26)
 
-    write(158, "Share in the mix", SIZE + 1)
+    write(158, "Share in the mix", FONT_SIZE + 1)
     left = 0.0
-    for number, (source, share) in enumerate(zip(COLORS, numbers.shares, strict=True)):
-        right = left + share * (TEXT - 1)
+    for number, (source, share) in enumerate(zip(COLORS, statistics.shares, strict=True)):
+        right = left + share * (TEXT_WIDTH - 1)
         draw.rectangle((left, 184, right, 199), fill=COLORS[source], outline=INK)
-        write(203, f"{source} {100 * share:.0f}%", SIZE - 2, x=SHARES_AT[number])
+        write(203, f"{source} {100 * share:.0f}%", FONT_SIZE - 2, x=SHARE_LABELS_X[number])
         left = right
-    write(223, f"{100 * numbers.outside:.0f}% of the reads are outside", color=FAINT)
+    write(223, f"{100 * statistics.outside:.0f}% of the reads are outside", color=FAINT)
 
-    write(255, "Colours of the map", SIZE + 1)
-    grey, scale = Image.new("RGB", (TEXT, 16), "grey"), np.linspace(reach.min(), reach.max(), TEXT)
-    page.paste(draw_reach(grey, scale[None]), (0, 281))
-    most = f"{reach.max():.1f} pixels"
+    write(255, "Colors of the map", FONT_SIZE + 1)
+    gray = Image.new("RGB", (TEXT_WIDTH, 16), "gray")
+    scale = np.linspace(reach.min(), reach.max(), TEXT_WIDTH)
+    page.paste(draw_reach(gray, scale[None]), (0, 281))
+    maximum = f"{reach.max():.1f} pixels"
     if reach.max() > reach.min():
         write(300, f"{reach.min():.1f}")
-    write(300, most, x=TEXT - math.ceil(_font(SIZE - 1).getlength(most)))
+    write(300, maximum, x=TEXT_WIDTH - math.ceil(_font(FONT_SIZE - 1).getlength(maximum)))
     return page

@@ -1,4 +1,4 @@
-"""Pictures of a run, for its workdir."""
+"""Training curves and confusion matrix of a run, as files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,25 +10,26 @@ from matplotlib.figure import Figure
 
 from activemlp_jax.utils.types import Record
 
-COLOURS = {"train": "#9aa0a6", "test": "#1a73e8", "ema": "#e8710a"}
-RIGHT, WRONG = colormaps["Blues"], colormaps["Reds"]
-PALEST = 0.2  # of a color map, so that one mistake among hundreds can be seen
-MOST_NAMED_CLASSES = 40
-LONGEST_NAME = 24  # letters
-CELL = 0.3  # inches, at least, so that names and four digits can be read
-MOST_WRITTEN_OUT = 10_000  # of pixels there are millions
+COLORS = {"train": "#9aa0a6", "test": "#1a73e8", "ema": "#e8710a"}
+CORRECT_COLORS, MISTAKE_COLORS = colormaps["Blues"], colormaps["Reds"]
+MIN_SHADE = 0.2  # of the color maps, so that one mistake among hundreds is visible
+MAX_NAMED_CLASSES = 40
+MAX_NAME_LENGTH = 24  # characters
+MIN_CELL = 0.3  # inches; makes names and four digits readable
+PERCENT_FROM = 10_000  # counts; pixels are counted in millions
 
 
 def draw_curves(records: Sequence[Record], score: str, score_name: str, path: Path) -> None:
-    """Loss, `score` and learning rate over the epochs of `metrics.jsonl`."""
+    """Draw loss, `score` and learning rate over the epochs of `metrics.jsonl`."""
     figure = Figure(figsize=(12, 3.4), dpi=110, layout="constrained")
     loss, scores, rate = figure.subplots(1, 3)
 
-    def line(axes: Axes, key: str, label: str, colour: str) -> None:
-        there = [record for record in records if key in record]  # not all epochs are tested
-        if there:
-            epochs, values = zip(*((record["epoch"], record[key]) for record in there), strict=True)
-            axes.plot(epochs, values, label=label, color=COLOURS[colour])
+    def line(axes: Axes, key: str, label: str, color: str) -> None:
+        # Not every epoch is tested.
+        points = [(record["epoch"], record[key]) for record in records if key in record]
+        if points:
+            epochs, values = zip(*points, strict=True)
+            axes.plot(epochs, values, label=label, color=COLORS[color])
 
     line(loss, "train_loss", "train", "train")
     line(loss, "test_loss", "test", "test")
@@ -51,30 +52,34 @@ def draw_confusion(
 ) -> None:
     """Draw the confusion matrix `[K, K]`, label by prediction.
 
-    Cells on the diagonal are blue, mistakes red, darker for larger shares of the row; cells with
-    nothing in them are white.
-    Up to `MOST_NAMED_CLASSES` have their names, long ones cut, in a picture that grows with their
-    number; more are numbered. Single counts are written as they are, shares of many in percent.
+    Cells on the diagonal are blue and mistakes red, darker for larger shares of the row; empty
+    cells are white.
+
+    Up to `MAX_NAMED_CLASSES` classes are named, with long names shortened, and the picture grows
+    with their number; their cells show counts, or percentages of the row (at least 0.5%) if any
+    count reaches `PERCENT_FROM`. More classes are only numbered.
     """
     classes = len(class_names)
     totals = confusion.sum(axis=1, keepdims=True)
     shares = confusion / np.maximum(totals, 1)
     figure = Figure(figsize=(6, 5.6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    shades = PALEST + (1 - PALEST) * shares
-    cells = np.where(np.eye(classes, dtype=bool)[..., None], RIGHT(shades), WRONG(shades))
+    shades = MIN_SHADE + (1 - MIN_SHADE) * shares
+    cells = np.where(
+        np.eye(classes, dtype=bool)[..., None], CORRECT_COLORS(shades), MISTAKE_COLORS(shades)
+    )
     cells[confusion == 0] = 1
     axes.imshow(cells)
-    if classes <= MOST_NAMED_CLASSES:
+    if classes <= MAX_NAMED_CLASSES:
         names = [_shortened(name) for name in class_names]
         axes.set_yticks(range(classes), names, parse_math=False)
         pixels = max(label.get_window_extent().width for label in axes.get_yticklabels())
-        width, cell = pixels / figure.dpi, max(5 / classes, CELL)
-        turned = 90 if width > 0.9 * cell else 0
-        axes.set_xticks(range(classes), names, rotation=turned, parse_math=False)
+        width, cell = pixels / figure.dpi, max(5 / classes, MIN_CELL)
+        rotation = 90 if width > 0.9 * cell else 0
+        axes.set_xticks(range(classes), names, rotation=rotation, parse_math=False)
         side = cell * classes + width
         figure.set_size_inches(side + 0.6, side + 0.9)
-        in_percent = confusion.max() >= MOST_WRITTEN_OUT
+        in_percent = confusion.max() >= PERCENT_FROM
         for label, prediction in np.argwhere(confusion):
             share, count = 100 * shares[label, prediction], confusion[label, prediction]
             if in_percent and share < 0.5:
@@ -90,4 +95,4 @@ def draw_confusion(
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"

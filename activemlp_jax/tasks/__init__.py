@@ -1,4 +1,4 @@
-"""What differs between classification and segmentation: inputs, loss, evaluation, metrics.
+"""Tasks: the inputs, loss, evaluation and metrics of classification and segmentation.
 
 Imports `plots`, `inference`, `distributed`, `data`, `weights`, `models` and `utils`.
 """

@@ -1,4 +1,4 @@
-"""The interface of a task: everything that differs between the things a model is trained for."""
+"""The interface of a task: all parts of training and inference that differ between tasks."""
 
 import abc
 import argparse
@@ -20,42 +20,42 @@ from activemlp_jax.utils.types import Batch, Variables
 from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.model_directory import ARCHITECTURE, ModelCard, backbone
 
-Sums = dict[str, np.ndarray]  # of a dataset, from which metrics are computed
+Sums = dict[str, np.ndarray]  # totals over a dataset, from which metrics are computed
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of each array of a batch
-Draw = Callable[[Sequence[tuple[str, ...]]], list[Any]]  # random subtrees of variables, by path
-Options = Mapping[str, Any]  # of a command line, by name
-Record = dict[str, Any]  # what a command found, as JSON takes it
+Draw = Callable[[Sequence[tuple[str, ...]]], list[Any]]  # paths -> random subtrees of variables
+Options = Mapping[str, Any]  # command-line options by name
+Record = dict[str, Any]  # a command's result, which JSON can represent
 Test = Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
 
 
-def same(variables: Variables) -> Variables:
-    """The variables as they are."""
+def identity(variables: Variables) -> Variables:
+    """Return the variables unchanged."""
     return variables
 
 
 class Task(abc.ABC):
     """A task with its model and preprocessing.
 
-    Everything else asks the task; nothing else asks which task it is. A new task is a subclass and
-    its line in `registry.TASKS`.
+    The rest of the package calls these methods and never asks which task it has. To add a task,
+    write a subclass and add it to `registry.TASKS`.
 
     Attributes:
-      name: the value of `config.task`, and of `task` in model directories.
-      score: the metric, in percent, that compares the states of a run.
-      score_name: the same, as people know it.
+      name: value of `config.task`, and of `task` in model directories.
+      score: name of the metric, in percent, that compares the states of a run.
+      score_name: name of that metric in messages and plots.
       counted: what the confusion matrix counts, such as 'images'.
-      model_type: the class of its models.
-      dataset: images, classes and name of the dataset that the original trained on.
-      hub_name: the task's name in model hubs.
-      does: what a model of it does to images, for model cards.
-      noun: what its models are called in messages.
-      evaluate_options: names of the options of `evaluate` that are for this task alone.
-      predict_options: the same of `predict`.
-      default_batch_size: of `evaluate`.
-      written: endings of the files that `predict` writes, which it does not take for images.
-      model: the model, which gives logits.
-      preprocessing: of the images that it is tested on.
-      config: the whole config of a run; None where nothing is trained.
+      model_type: class of the models.
+      dataset: number of images, number of classes and name of the original's training set.
+      hub_name: name of the task on model hubs.
+      does: what a model does with images, as a phrase for model cards.
+      noun: what messages call a model.
+      evaluate_options: names of the options of `evaluate` for this task only.
+      predict_options: names of the options of `predict` for this task only.
+      default_batch_size: default batch size of `evaluate`.
+      written: endings of the files that `predict` writes, so that it does not read them as images.
+      model: the model, which returns logits.
+      preprocessing: preprocessing of images in evaluation.
+      config: the whole config of a run; None if the task is not for training.
     """
 
     name: ClassVar[str]
@@ -78,8 +78,8 @@ class Task(abc.ABC):
 
     @property
     def settings(self) -> ConfigDict:
-        """The config of a run."""
-        assert self.config is not None, "a task without a config is not trained"
+        """The config; only a task that is for training has one."""
+        assert self.config is not None, "a task without a config is not for training"
         return self.config
 
     # Config and data
@@ -87,40 +87,40 @@ class Task(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def from_config(cls, config: ConfigDict, num_classes: int) -> "Task":
-        """The task of a run; UserError for settings that fit no model or preprocessing."""
+        """Make the task of a run; raise UserError for an invalid model or preprocessing."""
 
     @classmethod
     @abc.abstractmethod
     def from_card(cls, card: ModelCard, options: Options) -> "Task":
-        """The task of a model directory; UserError for options that are not for it."""
+        """Make the task of a model directory; raise UserError for invalid options."""
 
     @staticmethod
     def check_config(config: ConfigDict) -> None:
-        """Raises UserError for settings that this task cannot work with."""
+        """Raise UserError for settings that this task does not support."""
         del config
 
     @staticmethod
     def check_packages(config: ConfigDict) -> None:
-        """Raises UserError if a package is missing that training needs."""
+        """Raise UserError if a package that training needs is not installed."""
         del config
 
     @staticmethod
     @abc.abstractmethod
     def open_data(name: str, split: str | None) -> Source:
-        """A split of a dataset; None for the split to evaluate on. UserError if unreadable."""
+        """Open a split of a dataset, by default the one for evaluation; UserError if unreadable."""
 
     @staticmethod
     @abc.abstractmethod
     def transform(
         example: Example, rng: np.random.Generator, data: ConfigDict
     ) -> dict[str, np.ndarray]:
-        """The arrays of one training sample, on the host; `data` is `config.data`."""
+        """Make the arrays of one training sample, on the host; `data` is `config.data`."""
 
     # Weights to start from
 
     @staticmethod
     def adopt(config: ConfigDict, card: ModelCard) -> None:
-        """Take over the architecture of a model directory to start from, into `config`."""
+        """Copy the architecture of the model directory to start from into `config`."""
         for field in ARCHITECTURE:
             value = getattr(backbone(card.model), field)
             is_ratio = field == "mlp_ratios"
@@ -130,7 +130,16 @@ class Task(abc.ABC):
     def start_from(
         self, card: ModelCard, variables: Variables, draw: Draw
     ) -> tuple[Variables, str]:
-        """Variables of this model from those of a model directory, and what became of the head."""
+        """Make initial variables of this task's model from those of a model directory.
+
+        Args:
+          card: the card of the model directory.
+          variables: its variables.
+          draw: makes random subtrees of this model's variables, given their paths.
+
+        Returns:
+          The variables, and a phrase that says what became of the head.
+        """
 
     # Training
 
@@ -140,13 +149,13 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def inputs(self, batch: Batch, key: jax.Array) -> Any:
-        """What a step trains on, made of a batch on the device."""
+        """Prepare the inputs of `loss` from a batch, on the device; `key` is for augmentation."""
 
     @abc.abstractmethod
     def loss(
         self, variables: Variables, inputs: Any, key: jax.Array
     ) -> tuple[jax.Array, Variables]:
-        """The mean loss, and the collections other than `params` that have changed."""
+        """Compute the mean loss, and the updated collections other than `params`."""
 
     # Evaluation
 
@@ -156,28 +165,31 @@ class Task(abc.ABC):
         mesh: Mesh,
         batch_size: int,
         num_threads: int,
-        gather: Callable[[Variables], Variables] = same,
+        gather: Callable[[Variables], Variables] = identity,
         show_progress: bool = False,
     ) -> Test:
-        """The function from variables by name and a dataset to sums for `metrics`, by name.
+        """Make the function that evaluates variables on a dataset.
 
         Args:
-          mesh: of all devices.
-          batch_size: images at a time over all devices.
-          num_threads: that read images on each host.
-          gather: variables as they are kept to what the model needs on each device.
-          show_progress: whether to draw a progress bar on standard error.
+          mesh: mesh of all devices.
+          batch_size: images per batch, over all devices.
+          num_threads: threads that read images, on each host.
+          gather: turns variables as the caller keeps them into whole copies on every device.
+          show_progress: whether to show a progress bar on standard error.
+
+        Returns:
+          A function from variables by name and a dataset to the sums for `metrics`, by name.
         """
 
     @staticmethod
     @abc.abstractmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:
-        """The metrics of a dataset, `score` among them."""
+        """Compute the metrics of a dataset from its sums; `score` is one of them."""
 
     def draw_examples(
         self, variables: Variables, source: Source, class_names: Sequence[str]
     ) -> Image.Image | None:
-        """Some examples beside the model's answers, where a picture can show them."""
+        """Draw examples with the model's predictions; None if the task has no such picture."""
         del variables, source, class_names
         return None
 
@@ -185,48 +197,63 @@ class Task(abc.ABC):
 
     @staticmethod
     def add_evaluate_options(parser: argparse._ArgumentGroup) -> None:
-        """Add `evaluate_options`; not given, each is None or False."""
+        """Add `evaluate_options`; the default of each is None or False."""
         del parser
 
     @abc.abstractmethod
     def report(
-        self, found: Mapping[str, Sums], images: int, class_names: Sequence[str]
+        self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """What `evaluate` prints of sums by kind of weights, and the JSON record of it."""
+        """Describe the results of `evaluate`.
+
+        Args:
+          results: sums by kind of weights.
+          images: number of images in the dataset.
+          class_names: class names by label.
+
+        Returns:
+          What to print, a line of text or a `rich` renderable each, and the record for JSON.
+        """
 
     @staticmethod
     def add_predict_options(parser: argparse._ArgumentGroup) -> None:
-        """Add `predict_options`; not given, each is None or False."""
+        """Add `predict_options`; the default of each is None or False."""
         del parser
 
     @abc.abstractmethod
     def plan_predict(
         self, card: ModelCard, files: Sequence[ImageFile], options: Options
     ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
-        """Check what `predict` is asked for, before any work, and return what does it.
+        """Check the arguments of `predict` before any work, and make the function that runs it.
 
-        The function takes variables and a list, and yields a record for each file that can be
-        read; it adds the others to the list.
+        Args:
+          card: the card of the model directory.
+          files: the images.
+          options: the options of the command.
+
+        Returns:
+          A function from variables and a list to an iterator over records, one for each file that
+          can be read. It adds the other files to the list.
 
         Raises:
-          UserError: options that cannot work, or files that would be lost.
+          UserError: invalid options, or existing files that would be overwritten.
         """
 
     @staticmethod
     @abc.abstractmethod
     def print_records(records: Iterator[Record]) -> None:
-        """Print the records of `predict` for people."""
+        """Print the records of `predict` in readable form."""
 
 
 def build_model(make: Callable[..., Model], key: str, /, *args: Any, **fields: Any) -> Model:
-    """A model from the fields of a config; UserError, naming `key`, for fields that fit none."""
+    """Make a model from config values; raise UserError, naming `key`, for invalid ones."""
     try:
         return make(*args, **fields)
     except ValueError as error:
         raise UserError(f"{key}: {error}") from error
 
 
-# Parts of a tree of variables whose shapes depend on the number of classes.
+# Paths of the variables whose shapes depend on the number of classes.
 CLASSIFIERS = (
     ("params", "head"),
     ("params", "decode_head", "classifier"),
@@ -237,18 +264,24 @@ CLASSIFIERS = (
 def redraw_heads(
     model: Model, card: ModelCard, variables: Variables, draw: Draw
 ) -> tuple[Variables, str]:
-    """Variables with random `CLASSIFIERS` where `model` has another number of classes.
+    """Reinitialize `CLASSIFIERS` in place if `model` has another number of classes than `card`.
+
+    Args:
+      model: the model to start.
+      card: the card of the model directory that the variables come from.
+      variables: variables of the same architecture.
+      draw: makes random subtrees of the model's variables, given their paths.
 
     Returns:
-      The variables, and what became of the head, for people.
+      The variables, and a phrase that says what became of the head.
     """
-    there, here = card.model.num_classes, model.num_classes
-    if there == here:
-        return variables, f"head kept, {here} classes"
+    old, new = card.model.num_classes, model.num_classes
+    if old == new:
+        return variables, f"head kept, {new} classes"
     paths = [path for path in CLASSIFIERS if _has(variables, path)]
     for path, drawn in zip(paths, draw(paths), strict=True):
         reduce(getitem, path[:-1], variables)[path[-1]] = drawn
-    return variables, f"head re-initialised, {there} classes there and {here} here"
+    return variables, f"head re-initialized, {old} classes there and {new} here"
 
 
 def _has(tree: Any, path: Sequence[str]) -> bool:

@@ -21,7 +21,7 @@ from activemlp_jax.data.batch_transforms import (
     group_size,
     mix,
     mixes,
-    normalise,
+    normalize,
     random_erasing,
 )
 from activemlp_jax.data.image_transforms import train_transform
@@ -41,25 +41,25 @@ from activemlp_jax.tasks.base import (
     Task,
     Test,
     build_model,
+    identity,
     redraw_heads,
-    same,
 )
 from activemlp_jax.tasks.evaluation import evaluate
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Batch, Variables
 from activemlp_jax.weights.model_directory import ModelCard
 
-HARDEST = 5
+NUM_HARDEST = 5
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean over the batch of the cross entropy of `logits` `[B, K]` to probabilities `[B, K]`."""
+    """Mean cross entropy of `logits` `[B, K]` with target probabilities `targets` `[B, K]`."""
     return optax.losses.softmax_cross_entropy(logits, targets).mean()
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """One label an image."""
+    """One label per image."""
 
     model: ActiveMLP
     preprocessing: Preprocessing
@@ -78,22 +78,22 @@ class Classification(Task):
 
     @classmethod
     def from_config(cls, config: ConfigDict, num_classes: int) -> "Classification":
-        """The task of a run."""
+        """Make the task of a run."""
         data = config.data
         model = build_model(ActiveMLP, "config.model", **config.model, num_classes=num_classes)
-        assert isinstance(model, ActiveMLP), "as asked for"
+        assert isinstance(model, ActiveMLP), "made by build_model"
         try:
-            shown = Preprocessing(data.image_size, data.resize_factor, data.mean, data.std)
+            preprocessing = Preprocessing(data.image_size, data.resize_factor, data.mean, data.std)
         except ValueError as error:
             raise UserError(f"config.data.{error}") from error
-        return cls(model, shown, config)
+        return cls(model, preprocessing, config)
 
     @classmethod
     def from_card(cls, card: ModelCard, options: Options) -> "Classification":
-        """The task of a model directory, at `options['image_size']` if that is given."""
-        assert isinstance(card.model, ActiveMLP), "as the registry checks"
+        """Make the task of a model directory; `options['image_size']` replaces its image size."""
+        assert isinstance(card.model, ActiveMLP), "checked by the registry"
         preprocessing = card.preprocessing
-        assert isinstance(preprocessing, Preprocessing), "as every classifier's"
+        assert isinstance(preprocessing, Preprocessing), "every classifier has this type"
         if (side := options.get("image_size")) is not None:
             try:
                 preprocessing = dataclasses.replace(preprocessing, image_size=side)
@@ -103,20 +103,20 @@ class Classification(Task):
 
     @staticmethod
     def open_data(name: str, split: str | None) -> Source:
-        """A split of a dataset of labeled images."""
+        """Open a split of a dataset of labeled images."""
         return open_source(name, split)
 
     @staticmethod
     def transform(
         example: Example, rng: np.random.Generator, data: ConfigDict
     ) -> dict[str, np.ndarray]:
-        """`image` `[S, S, 3]` uint8 and `label`, an int32."""
+        """Make `image` `[S, S, 3]` uint8 and `label`, an int32 scalar."""
         image = train_transform(example.image, rng, data)
         return {"image": image, "label": np.asarray(example.label, np.int32)}
 
     @staticmethod
     def adopt(config: ConfigDict, card: ModelCard) -> None:
-        """Take over the architecture of a classifier; UserError for another model."""
+        """Copy a classifier's architecture into `config`; raise UserError for another model."""
         if not isinstance(card.model, ActiveMLP):
             raise UserError(
                 f"config.init_from is {config.init_from}, a segmentation model, and config.task is "
@@ -127,7 +127,7 @@ class Classification(Task):
     def start_from(
         self, card: ModelCard, variables: Variables, draw: Draw
     ) -> tuple[Variables, str]:
-        """The variables of a classifier, with a random head for another number of classes."""
+        """Use a classifier's variables, with a random head if the number of classes differs."""
         return redraw_heads(self.model, card, variables, draw)
 
     def batch_shapes(self) -> Shapes:
@@ -135,20 +135,20 @@ class Classification(Task):
         batch, size = self.settings.batch_size, self.settings.data.image_size
         return {"image": ((batch, size, size, 3), "uint8"), "label": ((batch,), "int32")}
 
-    def _normalise(self, images: jax.Array) -> jax.Array:
-        return normalise(images, self.preprocessing.mean, self.preprocessing.std)
+    def _normalize(self, images: jax.Array) -> jax.Array:
+        return normalize(images, self.preprocessing.mean, self.preprocessing.std)
 
     def _logits(self, variables: Variables, images: jax.Array, **kwargs: Any) -> jax.Array:
         return jnp.asarray(self.model.apply(variables, images, **kwargs))
 
     def inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What a step trains on: images `[B, H, W, 3]` and targets `[B, K]`, float32.
+        """Prepare images `[B, H, W, 3]` and targets `[B, K]`, both float32.
 
-        Images are normalized, then erased in, then mixed, as are the smoothed labels.
+        Images are normalized, randomly erased and mixed; labels are smoothed and mixed.
         """
         config, batch_size = self.settings, len(batch["label"])
         erasing_key, mixing_key = jax.random.split(key)
-        images = self._normalise(batch["image"])
+        images = self._normalize(batch["image"])
         if config.random_erasing:
             images = random_erasing(erasing_key, images, config.random_erasing)
         labels = jax.nn.one_hot(batch["label"], self.model.num_classes)
@@ -168,18 +168,22 @@ class Classification(Task):
     def loss(
         self, variables: Variables, inputs: tuple[jax.Array, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, Variables]:
-        """Cross entropy to the smoothed and mixed labels of `inputs`, with drop path on."""
+        """Compute the mean cross entropy, with drop path on."""
         images, targets = inputs
         logits = self._logits(variables, images, train=True, rngs={"dropout": key})
         return soft_cross_entropy(logits, targets), {}
 
     def count(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over the examples of a batch, without its padding; `metrics` makes means of them.
+        """Sum losses and counts over the examples of a batch, without its padding.
+
+        Args:
+          variables: variables of the model.
+          batch: `image` `[B, S, S, 3]` uint8, `label` `[B]` int32 and `mask` `[B]` float32.
 
         Returns:
-          `loss`, `top5` and `examples`, scalars, and `confusion` `[K, K]`, label by prediction.
+          The scalars `loss`, `top5` and `examples`, and `confusion` `[K, K]`, label by prediction.
         """
-        logits = self._logits(variables, self._normalise(batch["image"]))
+        logits = self._logits(variables, self._normalize(batch["image"]))
         labels, mask = batch["label"], batch["mask"]
         loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
         classes = self.model.num_classes
@@ -197,10 +201,10 @@ class Classification(Task):
         mesh: Mesh,
         batch_size: int,
         num_threads: int,
-        gather: Callable[[Variables], Variables] = same,
+        gather: Callable[[Variables], Variables] = identity,
         show_progress: bool = False,
     ) -> Test:
-        """The function from variables by name and a dataset to sums for `metrics`, by name."""
+        """Make the function from variables by name and a dataset to sums by name."""
 
         def count_batch(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
             return self.count(gather(variables), batch)
@@ -218,7 +222,7 @@ class Classification(Task):
                 **sharding.this_host(),
             )
             console = Console(stderr=True)
-            shown = track(
+            tracked = track(
                 batches,
                 "evaluating",
                 total=-(-len(source) // batch_size),
@@ -227,13 +231,13 @@ class Classification(Task):
                 disable=not (show_progress and console.is_terminal),
             )
             with contextlib.closing(batches):
-                return evaluate(count, weights, shown, mesh)
+                return evaluate(count, weights, tracked, mesh)
 
         return test
 
     @staticmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:
-        """Means over a dataset: `loss`, and `accuracy` and `accuracy_top5` in percent."""
+        """Compute the mean `loss`, and `accuracy` and `accuracy_top5` in percent."""
         examples = float(sums["examples"])
         return {
             "loss": float(sums["loss"]) / examples,
@@ -247,11 +251,11 @@ class Classification(Task):
         parser.add_argument("--image-size", type=int, help="side in pixels (the model's)")
 
     def report(
-        self, found: Mapping[str, Sums], images: int, class_names: Sequence[str]
+        self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Accuracy of each kind of weights, and the classes that are hardest for the first."""
+        """Report the accuracy of each kind of weights, and the hardest classes of the first."""
         lines, record = list[Any](), Record()
-        for kind, sums in found.items():
+        for kind, sums in results.items():
             values = self.metrics(sums)
             acc1, acc5 = values["accuracy"], values["accuracy_top5"]
             among_five = f" | {acc5:.3f}% acc@5" if len(class_names) > 5 else ""
@@ -261,19 +265,19 @@ class Classification(Task):
             hardest = hardest_classes(sums["confusion"], class_names)
             accuracies = {"acc1": acc1} | ({"acc5": acc5} if among_five else {})
             record[kind] = {**accuracies, "loss": values["loss"], "hardest": hardest}
-        kind = next(iter(found))
-        shown = [
+        kind = next(iter(results))
+        hardest_texts = [
             f"{row['class']} ({row['accuracy']:.1f}% of {row['images']}, else {row['taken_for']})"
             for row in record[kind]["hardest"]
         ]
-        if shown:
-            lines.append(one_line(f"[{kind}] hardest classes: {', '.join(shown)}"))
+        if hardest_texts:
+            lines.append(one_line(f"[{kind}] hardest classes: {', '.join(hardest_texts)}"))
         return lines, record
 
     def plan_predict(
         self, card: ModelCard, files: Sequence[ImageFile], options: Options
     ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
-        """What yields the most probable `classes` of each `image`."""
+        """Make the function that yields the most probable `classes` of each `image`."""
         del options
         return classified_files.plan(card, files)
 
@@ -284,21 +288,21 @@ class Classification(Task):
 
 
 def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """The `HARDEST` classes of lowest accuracy among those with mistakes, the lowest first.
+    """Find the classes with the lowest accuracy, without those that have no mistakes.
 
     Args:
-      confusion: counts `[K, K]`, label by prediction.
-      class_names: by label.
+      confusion: image counts `[K, K]`, label by prediction.
+      class_names: class names by label.
 
     Returns:
-      For each `class`, its `accuracy` in percent, `images`, and the class it is most often
-      `taken_for`.
+      At most `NUM_HARDEST` dicts, lowest accuracy first: the `class`, its `accuracy` in percent,
+      its number of `images`, and the class that it is most often `taken_for`.
     """
     confusion = np.asarray(confusion, np.float64)
     images = confusion.sum(1)
-    right = np.diag(confusion)
-    wrong = confusion - np.diag(right)
-    accuracy = 100 * right / np.maximum(images, 1)
+    correct = np.diag(confusion)
+    wrong = confusion - np.diag(correct)
+    accuracy = 100 * correct / np.maximum(images, 1)
     labels = [label for label in np.argsort(accuracy, kind="stable") if wrong[label].any()]
     return [
         {
@@ -307,5 +311,5 @@ def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[d
             "images": int(images[label]),
             "taken_for": class_names[wrong[label].argmax()],
         }
-        for label in labels[:HARDEST]
+        for label in labels[:NUM_HARDEST]
     ]

@@ -1,4 +1,4 @@
-"""What `predict` does with a classifier: the most probable classes of image files."""
+"""The command `predict` for classifiers: the most probable classes of image files."""
 
 import functools
 import os
@@ -23,7 +23,7 @@ from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.model_directory import ModelCard
 
-SHOWN = 5  # classes an image
+TOP_CLASSES = 5  # per image
 
 Record = dict[str, Any]
 
@@ -31,10 +31,16 @@ Record = dict[str, Any]
 def plan(
     card: ModelCard, files: Sequence[ImageFile]
 ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
-    """The function that classifies the files, some at a time.
+    """Make the function that classifies the files in batches.
 
-    It yields, for each file that can be read, the name of `image` and the most probable `classes`.
-    It raises UserError for probabilities that are not finite.
+    Args:
+      card: the card of the classifier.
+      files: the images.
+
+    Returns:
+      A function from variables and a list to an iterator over records: for each file that can be
+      read, its path as `image` and the most probable `classes`. It adds the other files to the
+      list, and raises UserError for probabilities that are not finite.
     """
     classifier = make_classifier(card.model, card)
     names = readable_names(card.class_names, card.model.num_classes)
@@ -45,23 +51,23 @@ def plan(
         for file, row in ask(program, unbroken(read, broken), choose_batch_size(len(files))):
             if not np.isfinite(row).all():
                 raise UserError(f"the model gives {file.path} probabilities that are not finite")
-            classes = [found._asdict() for found in most_probable(row, names, SHOWN)]
-            yield {"image": file.path, "classes": classes}
+            top = most_probable(row, names, TOP_CLASSES)
+            yield {"image": file.path, "classes": [prediction._asdict() for prediction in top]}
 
     return run
 
 
 def print_table(records: Iterator[Record]) -> None:
-    """Print the classes of each image in a table, if there are any records."""
+    """Print a table of the classes of each image, if there are any records."""
     table = Table()
     table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right")
     for record in records:
-        for rank, found in enumerate(record["classes"]):
+        for rank, prediction in enumerate(record["classes"]):
             image = "" if rank else one_line(record["image"])
-            percent = f"{100 * found['probability']:.1f}%"
-            table.add_row(Text(image), Text(one_line(found["name"])), percent)
+            percent = f"{100 * prediction['probability']:.1f}%"
+            table.add_row(Text(image), Text(one_line(prediction["name"])), percent)
         table.add_section()
     if table.row_count:
         Console().print(table)

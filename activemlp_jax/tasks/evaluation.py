@@ -1,4 +1,4 @@
-"""Evaluation: the task's counts summed over a data set, each example once."""
+"""Evaluation: sums of a task's counts over a dataset, with each example counted once."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -19,13 +19,16 @@ def evaluate(
     batches: Iterable[Mapping[str, np.ndarray]],
     mesh: Mesh,
 ) -> dict[str, Sums]:
-    """Sums of `count` over `batches` for each of several weights; every batch is read once.
+    """Sum `count` over batches for several sets of variables, reading each batch once.
 
     Args:
-      count: a task's, jitted, with results on all devices.
+      count: jitted function from variables and a batch to sums, which it replicates on all devices.
       weights: variables by name.
-      batches: this host's, of `eval_batches`.
-      mesh: of all devices.
+      batches: this host's part of the batches of `eval_batches`.
+      mesh: mesh of all devices.
+
+    Returns:
+      The sums by name of the variables, as numpy arrays.
     """
     sums: dict[str, Sums] = {name: {} for name in weights}
     for batch in batches:

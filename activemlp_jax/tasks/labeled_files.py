@@ -1,4 +1,4 @@
-"""What `predict` does with a segmentation model: overlays and label maps of image files."""
+"""The command `predict` for segmentation models: overlays and label maps of image files."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,89 +13,106 @@ from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.model_directory import ModelCard
 
-OVERLAY, LABELS = "_overlay.png", "_labels.png"  # endings of what is written
-SHOWN = 5  # classes an image
+OVERLAY, LABELS = "_overlay.png", "_labels.png"  # endings of the files to write
+MAX_LISTED = 5  # classes per image
 OPACITY = 0.6
-MOST_LABELS = 2**16  # in a picture of 16 bits
+MAX_LABELS = 2**16  # in a 16-bit picture
 
 Record = dict[str, Any]
 
 
 class Targets(NamedTuple):
-    """The files to write for an image; `labels` is None where label maps are not asked for."""
+    """The files to write for an image; `labels` is None if no label map is requested."""
 
     overlay: Path
     labels: Path | None
 
 
 def name_targets(files: Sequence[ImageFile], output: Path | None, labels: bool) -> list[Targets]:
-    """What to write for each file: in the image's folder, or at its place in `output`.
+    """Name the files to write for each image.
+
+    Args:
+      files: the images.
+      output: folder to write to, with the same subfolders as the images; None to write next to
+        each image.
+      labels: whether to write label maps as well.
 
     Raises:
-      UserError: two files have the same name.
+      UserError: the overlays of two images would have the same path.
     """
     targets, seen = [], dict[Path, ImageFile]()
     for file in files:
-        source = Path() if file.path == STDIN else Path(file.path).parent
-        folder = output / file.inside.parent if output else source
+        image_folder = Path() if file.path == STDIN else Path(file.path).parent
+        folder = output / file.inside.parent if output else image_folder
         overlay = folder / f"{file.inside.stem}{OVERLAY}"
         if overlay in seen:
             raise UserError(
                 f"{seen[overlay].path} and {file.path} would both be written to {overlay}"
             )
         seen[overlay] = file
-        maps = folder / f"{file.inside.stem}{LABELS}" if labels else None
-        targets.append(Targets(overlay, maps))
+        label_map = folder / f"{file.inside.stem}{LABELS}" if labels else None
+        targets.append(Targets(overlay, label_map))
     return targets
 
 
 def plan(
     segmenter: Segmenter, card: ModelCard, files: Sequence[ImageFile], options: Mapping[str, Any]
 ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
-    """The function that writes the overlays one by one, after checking where they go.
+    """Check the files to write, and make the function that writes overlays and label maps.
 
-    It yields, for each file that can be read, the names of `image` and `overlay`, whether that
-    `replaced` an older one, and the `shares` of the pixels by name of the classes that occur, the
-    largest first.
+    Args:
+      segmenter: the segmentation model.
+      card: its card.
+      files: the images.
+      options: the options of the command.
+
+    Returns:
+      A function from variables and a list to an iterator over records: for each file that can be
+      read, the paths of `image` and `overlay`, whether the overlay `replaced` an older file, and
+      the `shares` of the pixels by name of the classes that occur, largest first. It adds the
+      other files to the list.
 
     Raises:
-      UserError: a file cannot be written or would be lost, or there are too many classes.
+      UserError: a file cannot be written or would be overwritten, or the model has too many
+        classes for label maps.
     """
-    number, labels = card.model.num_classes, options["labels"]
-    if labels and number > MOST_LABELS:
-        raise UserError(f"--labels is for at most {MOST_LABELS:,} classes, the model has {number}")
+    num_classes, labels = card.model.num_classes, options["labels"]
+    if labels and num_classes > MAX_LABELS:
+        raise UserError(
+            f"--labels is for at most {MAX_LABELS:,} classes, the model has {num_classes}"
+        )
     output = Path(options["output"]) if options["output"] else None
     targets = name_targets(files, output, labels)
-    for path in filter(None, (path for pair in targets for path in pair)):
+    for path in filter(None, (path for target in targets for path in target)):
         check_picture(path, options["overwrite"])
         if options["show_offsets"] and Path(options["show_offsets"]) == path:
             raise UserError(f"--show-offsets is {path}, where the labels of an image are written")
     opacity = OPACITY if options["opacity"] is None else options["opacity"]
-    names = card.class_names or tuple(map(str, range(number)))
+    names = card.class_names or tuple(map(str, range(num_classes)))
     by_file = dict(zip(files, targets, strict=True))
 
     def run(variables: Variables, broken: list[ImageFile]) -> Iterator[Record]:
         read = watched(read_images(files, lambda image: image, num_threads=0), len(files))
         for file, image in unbroken(read, broken):
-            found = segment_image(segmenter, variables, image)
+            label_map = segment_image(segmenter, variables, image)
             target = by_file[file]
             replaced = os.path.lexists(target.overlay)
-            save_picture(draw_overlay(image, found, names, opacity), target.overlay)
+            save_picture(draw_overlay(image, label_map, names, opacity), target.overlay)
             if target.labels:
-                save_picture(label_picture(found, number), target.labels)
+                save_picture(label_picture(label_map, num_classes), target.labels)
             yield {
                 "image": file.path,
                 "overlay": str(target.overlay),
                 "replaced": replaced,
-                "shares": {names[label]: share for label, share in class_shares(found)},
+                "shares": {names[label]: share for label, share in class_shares(label_map)},
             }
 
     return run
 
 
 def describe(record: Record) -> str:
-    """What was found in an image, for people."""
+    """Describe the record of an image in one readable line."""
     shares = [f"{name} {100 * share:.1f}%" for name, share in record["shares"].items()]
-    more = f" and {len(shares) - SHOWN} more" if len(shares) > SHOWN else ""
-    place = f"see {record['overlay']}{', replaced' * record['replaced']}"
-    return one_line(f"{record['image']}: {', '.join(shares[:SHOWN])}{more}; {place}")
+    more = f" and {len(shares) - MAX_LISTED} more" if len(shares) > MAX_LISTED else ""
+    location = f"see {record['overlay']}{', replaced' * record['replaced']}"
+    return one_line(f"{record['image']}: {', '.join(shares[:MAX_LISTED])}{more}; {location}")

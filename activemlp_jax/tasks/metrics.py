@@ -1,44 +1,49 @@
-"""The figures of segmentation, from pixels counted over a whole data set."""
+"""Segmentation metrics from a confusion matrix of pixels over a whole dataset."""
 
 import numpy as np
 
 
-def class_figures(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """For each class, its `iou` and `accuracy` in percent, NaN where it does not occur.
+def class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute the IoU and the accuracy of each class.
 
     Args:
-      confusion: pixels `[K, K]`, label by prediction.
+      confusion: pixel counts `[K, K]`, label by prediction.
 
     Returns:
-      `[K]` each. The union of a class that is predicted but never there is not empty, so its `iou`
-      is 0; its accuracy has no meaning, NaN.
+      `iou` and `accuracy`, `[K]` float64 each, in percent. Both are NaN for a class that is neither
+      in the labels nor in the predictions. A class that is predicted but not in the labels has IoU
+      0 and accuracy NaN.
 
     Source: mmsegmentation's intersect_and_union and mIoU.
     """
     confusion = np.asarray(confusion, np.float64)
-    right, there, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    correct, labeled, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
-            "iou": 100 * right / (there + predicted - right),
-            "accuracy": 100 * right / there,
+            "iou": 100 * correct / (labeled + predicted - correct),
+            "accuracy": 100 * correct / labeled,
         }
 
 
 def scene_metrics(confusion: np.ndarray) -> dict[str, float]:
-    """`mean_iou`, `mean_accuracy`, over classes that occur, and `pixel_accuracy`, in percent.
+    """Compute the segmentation metrics of a dataset.
 
     Args:
-      confusion: pixels `[K, K]`, label by prediction.
+      confusion: pixel counts `[K, K]`, label by prediction.
+
+    Returns:
+      `mean_iou`, `mean_accuracy` and `pixel_accuracy` in percent. The means skip classes
+      whose value is NaN; they are NaN if all are.
     """
-    figures = class_figures(confusion)
+    per_class = class_metrics(confusion)
     total = np.asarray(confusion).sum()
     return {
-        "mean_iou": _mean(figures["iou"]),
-        "mean_accuracy": _mean(figures["accuracy"]),
+        "mean_iou": _mean(per_class["iou"]),
+        "mean_accuracy": _mean(per_class["accuracy"]),
         "pixel_accuracy": float(100 * np.trace(confusion) / total) if total else float("nan"),
     }
 
 
 def _mean(values: np.ndarray) -> float:
-    there = values[~np.isnan(values)]
-    return float(there.mean()) if there.size else float("nan")
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")

@@ -1,4 +1,4 @@
-"""All tasks by name, and the task of a run or of a model directory."""
+"""The registry of tasks, and the task of a config or of a model directory."""
 
 from typing import Any
 
@@ -15,20 +15,24 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Seg
 
 
 def make_task(config: ConfigDict, num_classes: int) -> Task:
-    """The task of a config, with its model.
+    """Make the task of a config, with its model.
 
     Args:
       config: the whole config.
-      num_classes: of the dataset.
+      num_classes: number of classes in the dataset.
 
     Raises:
-      UserError: settings that fit no model.
+      UserError: invalid settings of the model or the preprocessing.
     """
     return TASKS[config.task].from_config(config, num_classes)
 
 
 def open_data(config: ConfigDict, split: str) -> Source:
-    """The split of a config's dataset.
+    """Open a split of a config's dataset.
+
+    Args:
+      config: the whole config.
+      split: name of the split.
 
     Raises:
       UserError: an unknown name or split, or a dataset that cannot be read.
@@ -37,10 +41,14 @@ def open_data(config: ConfigDict, split: str) -> Source:
 
 
 def task_type(card: ModelCard, directory: object) -> type[Task]:
-    """The type of the task of a model directory.
+    """Find the task of a model directory.
+
+    Args:
+      card: the card of the directory.
+      directory: path of the directory, for messages.
 
     Raises:
-      UserError: the task is unknown, or has other models than the directory.
+      UserError: the task is unknown, or does not go with the type of the model.
     """
     task = TASKS.get(card.task)
     if task is None:
@@ -54,12 +62,12 @@ def task_type(card: ModelCard, directory: object) -> type[Task]:
 
 
 def check_options(task: type[Task], directory: object, command: str, options: Options) -> None:
-    """Raises UserError for an option of `command` that is given and is for another task."""
-    own = getattr(task, f"{command}_options")
+    """Raise UserError if an option of `command` is set that is only for another task."""
+    own_options = getattr(task, f"{command}_options")
     for other in TASKS.values():
         for name in getattr(other, f"{command}_options"):
             value: Any = options[name]
-            if name not in own and value is not None and value is not False:
+            if name not in own_options and value is not None and value is not False:
                 raise UserError(
                     f"--{name.replace('_', '-')} is for {other.noun}s, but {directory} has a "
                     f"{task.noun}"

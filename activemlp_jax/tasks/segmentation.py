@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from activemlp_jax.data.base import Example, Source
-from activemlp_jax.data.batch_transforms import mixes, normalise
+from activemlp_jax.data.batch_transforms import mixes, normalize
 from activemlp_jax.data.preprocessing import ScenePreprocessing
 from activemlp_jax.data.segmentation_sources import open_scenes
 from activemlp_jax.data.segmentation_transforms import (
@@ -45,10 +45,10 @@ from activemlp_jax.tasks.base import (
     Task,
     Test,
     build_model,
+    identity,
     redraw_heads,
-    same,
 )
-from activemlp_jax.tasks.metrics import class_figures, scene_metrics
+from activemlp_jax.tasks.metrics import class_metrics, scene_metrics
 from activemlp_jax.tasks.segmentation_report import class_table, watch_parts
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Batch, Variables
@@ -60,13 +60,13 @@ EXAMPLES_DRAWN = 8
 
 
 def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean over all pixels of the cross entropy; those that are ignored count as zeros.
+    """Mean cross entropy over all pixels; ignored pixels count with a loss of 0.
 
     Args:
-      logits: `[B, h, w, K]`, resized to the labels.
+      logits: `[B, h, w, K]`; they are resized to the size of the labels.
       labels: `[B, H, W]`, classes or `IGNORED`.
 
-    Source: mmsegmentation's CrossEntropyLoss, which divides by the ignored pixels too.
+    Source: mmsegmentation's CrossEntropyLoss, whose mean also counts the ignored pixels.
     """
     logits = resize_bilinear(logits, *labels.shape[1:])
     known = labels != IGNORED
@@ -81,7 +81,7 @@ class Segmentation(Task):
     """A class for every pixel.
 
     Args:
-      protocol: how label maps are asked for.
+      protocol: protocol of evaluation and prediction.
     """
 
     model: ActiveSegmentor
@@ -105,7 +105,7 @@ class Segmentation(Task):
 
     @classmethod
     def from_config(cls, config: ConfigDict, num_classes: int) -> "Segmentation":
-        """The task of a run."""
+        """Make the task of a run."""
         head, data = config.head, config.data
         build_model(ActiveMLP, "config.model", **config.model, num_classes=num_classes)
         model = build_model(
@@ -119,29 +119,30 @@ class Segmentation(Task):
             head.neck_channels,
             head.dropout_rate,
         )
-        assert isinstance(model, ActiveSegmentor), "as asked for"
+        assert isinstance(model, ActiveSegmentor), "made by build_model"
         sides = data.scene.long_side, data.scene.short_side
         try:
-            shown = ScenePreprocessing(*sides, data.image_size, data.mean, data.std)
+            preprocessing = ScenePreprocessing(*sides, data.image_size, data.mean, data.std)
         except ValueError as error:
             raise UserError(f"config.data.{error}") from error
-        return cls(model, shown, config, Protocol(size_multiple=config.test.size_multiple))
+        protocol = Protocol(size_multiple=config.test.size_multiple)
+        return cls(model, preprocessing, config, protocol)
 
     @classmethod
     def from_card(cls, card: ModelCard, options: Options) -> "Segmentation":
-        """The task of a model directory; UserError if OpenCV is needed and missing."""
-        assert isinstance(card.model, ActiveSegmentor), "as the registry checks"
-        assert isinstance(card.preprocessing, ScenePreprocessing), "as every segmentation model's"
+        """Make the task of a model directory; raise UserError if OpenCV is needed but missing."""
+        assert isinstance(card.model, ActiveSegmentor), "checked by the registry"
+        assert isinstance(card.preprocessing, ScenePreprocessing), "every segmentor has this type"
         protocol = make_protocol(
             options["multi_scale"], options["slide"], options.get("size_multiple")
         )
         if card.preprocessing.long_side or protocol.scales != (1.0,) or protocol.size_multiple > 1:
-            load_opencv()  # to resize by; better missed now than at the first image
+            load_opencv()  # to resize images; raises now, not at the first image
         return cls(card.model, card.preprocessing, protocol=protocol)
 
     @staticmethod
     def check_config(config: ConfigDict) -> None:
-        """Raises UserError for settings that are for classification alone."""
+        """Raise UserError for settings that are only for classification."""
         if mixes(config) or config.random_erasing:
             raise UserError("config.mix and config.random_erasing are for classification alone")
         if config.accumulation != 1:
@@ -157,26 +158,26 @@ class Segmentation(Task):
 
     @staticmethod
     def check_packages(config: ConfigDict) -> None:
-        """Raises UserError if OpenCV is needed and missing."""
+        """Raise UserError if OpenCV is needed but missing."""
         if config.data.scene.long_side or config.data.scene.photometric:
             load_opencv()
 
     @staticmethod
     def open_data(name: str, split: str | None) -> Source:
-        """A split of a dataset of images with masks."""
+        """Open a split of a dataset of images with masks."""
         return open_scenes(name, split)
 
     @staticmethod
     def transform(
         example: Example, rng: np.random.Generator, data: ConfigDict
     ) -> dict[str, np.ndarray]:
-        """`image` `[S, S, 3]` and `label` `[S, S]` uint8, and `extent`, the part not padding."""
+        """Make uint8 `image` `[S, S, 3]` and `label` `[S, S]`, and `extent`, the unpadded size."""
         image, label, extent = scene_train_transform(example.image, example.label, rng, data)
         return {"image": image, "label": label, "extent": extent}
 
     @staticmethod
     def adopt(config: ConfigDict, card: ModelCard) -> None:
-        """Take over the backbone, and the head of a segmentation model."""
+        """Copy the architecture of the backbone, and that of a segmentation head, into `config`."""
         Task.adopt(config, card)
         if isinstance(card.model, ActiveSegmentor):
             for field in HEAD:
@@ -185,17 +186,17 @@ class Segmentation(Task):
     def start_from(
         self, card: ModelCard, variables: Variables, draw: Draw
     ) -> tuple[Variables, str]:
-        """A segmentation model's variables, or a classifier's backbone under a random head."""
+        """Use a segmentation model's variables, or a classifier's backbone with a random head."""
         if isinstance(card.model, ActiveSegmentor):
             return redraw_heads(self.model, card, variables, draw)
         shapes = variable_shapes(self.model)
         names = {path[2] for path in shapes if path[1] == BACKBONE}
         paths = sorted({path[:2] for path in shapes} - {("params", BACKBONE)})
-        new: Variables = {"params": {}, "batch_stats": {}}
+        initial: Variables = {"params": {}, "batch_stats": {}}
         for (collection, name), drawn in zip(paths, draw(paths), strict=True):
-            new[collection][name] = drawn
-        new["params"][BACKBONE] = {name: variables["params"][name] for name in names}
-        return new, "the backbone, under a new head"
+            initial[collection][name] = drawn
+        initial["params"][BACKBONE] = {name: variables["params"][name] for name in names}
+        return initial, "the backbone, under a new head"
 
     @property
     def _segmenter(self) -> Segmenter:
@@ -211,25 +212,27 @@ class Segmentation(Task):
         }
 
     def inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What a step trains on: images `[B, S, S, 3]` float32 and labels `[B, S, S]`.
+        """Prepare images `[B, S, S, 3]` float32 and labels `[B, S, S]` uint8.
 
-        Padding, which is what lies beyond the `extent` (height, width) of an image, becomes 0
-        after normalising.
+        Padding, the pixels beyond an image's `extent` (height, width), is 0 after normalization.
         """
         del key
-        images = normalise(batch["image"], self.preprocessing.mean, self.preprocessing.std)
-        place = jnp.arange(images.shape[1])[None]
-        rows, columns = (place < batch["extent"][:, axis, None] for axis in (0, 1))
+        images = normalize(batch["image"], self.preprocessing.mean, self.preprocessing.std)
+        index = jnp.arange(images.shape[1])[None]
+        rows, columns = (index < batch["extent"][:, axis, None] for axis in (0, 1))
         inside = rows[:, :, None] & columns[:, None, :]
         return jnp.where(inside[..., None], images, 0), batch["label"]
 
     def loss(
         self, variables: Variables, inputs: tuple[jax.Array, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, Variables]:
-        """Cross entropy, and the moved statistics; UperNet's auxiliary head counts as well."""
+        """Compute the cross entropy and the updated batch statistics.
+
+        With UperNet, the loss of the auxiliary head is added with weight `AUXILIARY_WEIGHT`.
+        """
         images, labels = inputs
         has_aux = self.model.head == "upernet"
-        applied: Any = self.model.apply(
+        output: Any = self.model.apply(
             variables,
             images,
             train=True,
@@ -237,41 +240,41 @@ class Segmentation(Task):
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        logits, moved = applied
+        logits, updated = output
         if not has_aux:
-            return pixel_cross_entropy(logits, labels), moved
+            return pixel_cross_entropy(logits, labels), updated
         logits, auxiliary = logits
         loss = pixel_cross_entropy(logits, labels)
-        return loss + AUXILIARY_WEIGHT * pixel_cross_entropy(auxiliary, labels), moved
+        return loss + AUXILIARY_WEIGHT * pixel_cross_entropy(auxiliary, labels), updated
 
     def make_test(
         self,
         mesh: Mesh,
         batch_size: int,
         num_threads: int,
-        gather: Callable[[Variables], Variables] = same,
+        gather: Callable[[Variables], Variables] = identity,
         show_progress: bool = False,
     ) -> Test:
-        """The function from variables by name and a dataset to sums for `metrics`, by name."""
-        shows = show_progress and sharding.is_first_host()
-        settings = Settings(batch_size, num_threads, watch_parts if shows else iter)
+        """Make the function from variables by name and a dataset to sums by name."""
+        has_bar = show_progress and sharding.is_first_host()
+        settings = Settings(batch_size, num_threads, watch_parts if has_bar else iter)
         return make_evaluation(self._segmenter, mesh, settings, gather)
 
     @staticmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:
-        """`mean_iou`, `mean_accuracy` and `pixel_accuracy` in percent."""
+        """Compute `mean_iou`, `mean_accuracy` and `pixel_accuracy` in percent."""
         return scene_metrics(sums["confusion"])
 
     def draw_examples(
         self, variables: Variables, source: Source, class_names: Sequence[str]
     ) -> Image.Image:
-        """The first examples, with their labels and the model's."""
+        """Draw the first examples with their labels and the model's predictions."""
         examples = map(source.__getitem__, range(min(EXAMPLES_DRAWN, len(source))))
-        shown = [
+        rows = [
             (example.image, example.label, segment_image(self._segmenter, variables, example.image))
             for example in examples
         ]
-        return draw_comparison(shown, class_names)
+        return draw_comparison(rows, class_names)
 
     @staticmethod
     def add_evaluate_options(parser: argparse._ArgumentGroup) -> None:
@@ -289,30 +292,30 @@ class Segmentation(Task):
         parser.add_argument(
             "--size-multiple",
             type=int,
-            help="round the sides of resized images to multiples of so many pixels, such as 32: "
-            "fewer sizes to compile, and not quite the published protocol",
+            help="round the sides of resized images to multiples of this many pixels, such as 32: "
+            "fewer sizes to compile, but not quite the published protocol",
         )
 
     def report(
-        self, found: Mapping[str, Sums], images: int, class_names: Sequence[str]
+        self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """A table of the classes for the first kind of weights, and metrics for each."""
+        """Report a table of the classes for the first kind of weights, and metrics for each."""
         protocol = self.protocol.describe(self.preprocessing)
         lines, record = list[Any](), Record(protocol=protocol)
-        for kind, sums in found.items():
+        for kind, sums in results.items():
             values = self.metrics(sums)
             lines.append(
                 f"[{kind}] {images} test images, {protocol}: mIoU {values['mean_iou']:.2f}% | mAcc "
                 f"{values['mean_accuracy']:.2f}% | aAcc {values['pixel_accuracy']:.2f}%"
             )
-            figures = class_figures(sums["confusion"])
+            per_class = class_metrics(sums["confusion"])
             record[kind] = values | {
                 "iou": {
                     name: None if np.isnan(iou) else float(iou)
-                    for name, iou in zip(class_names, figures["iou"], strict=True)
+                    for name, iou in zip(class_names, per_class["iou"], strict=True)
                 }
             }
-        first = next(iter(found.values()))
+        first = next(iter(results.values()))
         return [class_table(first["confusion"], class_names), *lines], record
 
     @staticmethod
@@ -339,7 +342,7 @@ class Segmentation(Task):
     def plan_predict(
         self, card: ModelCard, files: Sequence[ImageFile], options: Options
     ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
-        """What writes an overlay of each image, and a label map if asked for."""
+        """Make the function that writes an overlay of each image and, if requested, a label map."""
         return labeled_files.plan(self._segmenter, card, files, options)
 
     @staticmethod

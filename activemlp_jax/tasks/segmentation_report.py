@@ -1,4 +1,4 @@
-"""What `evaluate` shows of a segmentation model: progress, and a table of the classes."""
+"""The output of `evaluate` for segmentation models: progress and a table of the classes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,17 +10,17 @@ from rich.text import Text
 
 from activemlp_jax.inference.segmentation import Part
 from activemlp_jax.inference.tiling import Shape
-from activemlp_jax.tasks.metrics import class_figures
+from activemlp_jax.tasks.metrics import class_metrics
 from activemlp_jax.utils.errors import one_line
 
 
 def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
-    """The parts one by one, with a bar that counts images, and sizes that the network has seen."""
+    """Iterate over parts with a progress bar that counts images and compiled image sizes."""
     console = Console(stderr=True)
     images = sum(len(part.indices) for part in parts)
     sizes = len({shape for part in parts for shape, _ in part.key.views})
-    shown = not console.is_terminal
-    if shown:
+    no_terminal = not console.is_terminal
+    if no_terminal:
         console.print(f"{images:,} images; the network is compiled for {sizes} sizes")
     with Progress(
         TextColumn("evaluating"),
@@ -30,7 +30,7 @@ def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=shown,
+        disable=no_terminal,
     ) as progress:
         task = progress.add_task("", total=images, size=0)
         seen: set[Shape] = set()
@@ -42,14 +42,14 @@ def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
 
 
 def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
-    """The figures of each class, for people."""
-    figures = class_figures(confusion)
+    """Make a table of the metrics of each class; `confusion` `[K, K]` is label by prediction."""
+    metrics = class_metrics(confusion)
     table = Table("class", title="each class, in percent")
     for heading in ("IoU", "accuracy", "share of pixels"):
         table.add_column(heading, justify="right")
     shares = 100 * np.asarray(confusion).sum(1) / max(np.asarray(confusion).sum(), 1)
     for name, iou, accuracy, share in zip(
-        class_names, figures["iou"], figures["accuracy"], shares, strict=True
+        class_names, metrics["iou"], metrics["accuracy"], shares, strict=True
     ):
         table.add_row(
             Text(one_line(name)),

@@ -1,4 +1,4 @@
-"""The same networks in PyTorch, to compare with; needs the extra `torch`.
+"""PyTorch reference implementations of the flax models; need the extra `torch`.
 
-Imports no other room.
+Imports nothing else from `activemlp_jax`.
 """

@@ -1,7 +1,8 @@
-"""ActiveMLP in PyTorch, a second writing of the same function to check the first one by.
+"""ActiveMLP in PyTorch, an independent implementation to check the flax model against.
 
 Its state dict has the keys and shapes of the authors' releases. It shares no code with the flax
-model, so that an error would have to be made twice to go unseen. Needs the extra `torch`.
+model, so a mistake goes unnoticed only if both implementations make it. It has no drop path: use it
+for inference and gradients, not for training. Needs the extra `torch`.
 
 Source: Active Token Mixer, section 3, and the keys of the authors' released checkpoints.
 """
@@ -15,11 +16,11 @@ from torch.nn import functional
 
 
 def sample_axis(x: Tensor, offset: Tensor, dim: int) -> Tensor:
-    """Linear interpolation along `dim` at shifted positions, zeros outside the map.
+    """Interpolate `x` linearly along `dim` at shifted positions, with zeros outside the map.
 
     Args:
       x: `[B, H, W, C]`.
-      offset: `[B, H, W, G]`, finite, pixels; group g moves the channels `g*C/G` to
+      offset: `[B, H, W, G]`, finite, in pixels; group g shifts the channels from `g*C/G` to
         `(g+1)*C/G - 1`.
       dim: 1 for the height, 2 for the width.
 
@@ -27,20 +28,20 @@ def sample_axis(x: Tensor, offset: Tensor, dim: int) -> Tensor:
       `[B, H, W, C]`.
     """
     length = x.shape[dim]
-    own = torch.arange(length, dtype=offset.dtype, device=x.device)
-    position = own.view([-1 if d == dim else 1 for d in range(4)]) + offset
+    index = torch.arange(length, dtype=offset.dtype, device=x.device)
+    position = index.view([-1 if d == dim else 1 for d in range(4)]) + offset
     position = position.repeat_interleave(x.shape[-1] // offset.shape[-1], dim=-1)
     floor = position.floor()
     result = torch.zeros_like(x)
-    for place, weight in ((floor, 1 - (position - floor)), (floor + 1, position - floor)):
-        inside = (place >= 0) & (place < length)
-        value = x.gather(dim, place.clamp(0, length - 1).long())
+    for neighbor, weight in ((floor, 1 - (position - floor)), (floor + 1, position - floor)):
+        inside = (neighbor >= 0) & (neighbor < length)
+        value = x.gather(dim, neighbor.clamp(0, length - 1).long())
         result = result + weight * torch.where(inside, value, 0)
     return result
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, Linear."""
+    """A two-layer MLP with exact GELU."""
 
     def __init__(self, features: int, hidden: int, out: int):
         super().__init__()
@@ -48,12 +49,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., features]` to `[..., out]`."""
+        """Map `[..., features]` to `[..., out]`."""
         return self.fc2(functional.gelu(self.fc1(x)))
 
 
 class Convolution(nn.Module):
-    """A convolution of NHWC maps, under the name `proj`."""
+    """A convolution of NHWC maps; its parameters are named `proj.*`."""
 
     def __init__(
         self, features: int, out: int, size: int, stride: int = 1, padding: int = 0, groups: int = 1
@@ -62,12 +63,12 @@ class Convolution(nn.Module):
         self.proj = nn.Conv2d(features, out, size, stride, padding, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, H, W, Cin]` to `[B, H', W', Cout]`."""
+        """Map `[B, H, W, features]` to `[B, H', W', out]`."""
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class ActiveTokenMixer(nn.Module):
-    """The ATM layer."""
+    """The Active Token Mixer (ATM)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -78,7 +79,7 @@ class ActiveTokenMixer(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """`x` `[B, H, W, C]`, `offset` `[B, H, W, 2G]` to `[B, H, W, C]`."""
+        """Map `x` `[B, H, W, C]` and `offset` `[B, H, W, 2G]` to `[B, H, W, C]`."""
         offset_w, offset_h = offset.chunk(2, dim=-1)
         sampled = (sample_axis(x, offset_w, 2), sample_axis(x, offset_h, 1))
         w, h = (
@@ -92,7 +93,7 @@ class ActiveTokenMixer(nn.Module):
 
 
 class Block(nn.Module):
-    """ATM and MLP; some blocks hold the layer that makes offsets, some the downsampling."""
+    """An ATM and an MLP; some blocks also hold an offset layer or a downsampling layer."""
 
     def __init__(self, dim: int, hidden: int, offsets: int, downsampled_dim: int):
         super().__init__()
@@ -108,13 +109,13 @@ class Block(nn.Module):
             self.downsample = Convolution(dim, downsampled_dim, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, offset: Tensor) -> Tensor:
-        """`[B, H, W, C]` to the same."""
+        """Apply the ATM and the MLP; `x` and the result are `[B, H, W, C]`."""
         x = x + self.atm(self.norm1(x), offset)
         return x + self.mlp(self.norm2(x))
 
 
 class TorchBackbone(nn.Module):
-    """ActiveMLP without its head, for inference and gradients; fields as of flax's `ActiveMLP`."""
+    """ActiveMLP without its head; takes the architecture fields of the flax `ActiveMLP`."""
 
     def __init__(
         self,
@@ -146,10 +147,14 @@ class TorchBackbone(nn.Module):
                 )
             self.blocks.append(blocks)
 
-    def taps(self, images: Tensor) -> list[Tensor]:
-        """Images `[B, H, W, 3]`, normalised, to each stage's map before it is made smaller.
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Compute the output map of each stage, before downsampling.
 
-        Four of them, `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32.
+        Args:
+          images: `[B, H, W, 3]`, normalized.
+
+        Returns:
+          Four maps, `[B, H / s, W / s, embed_dims[i]]` for the strides s = 4, 8, 16 and 32.
         """
         x = self.patch_embed(images)
         maps = []
@@ -162,13 +167,13 @@ class TorchBackbone(nn.Module):
                 x = block(x, offset)
                 downsample = block.downsample
             maps.append(x)
-            if downsample is not None:  # of the stage's last block
+            if downsample is not None:  # from the stage's last block
                 x = downsample(x)
         return maps
 
 
 class TorchActiveMLP(TorchBackbone):
-    """ActiveMLP for inference and gradients; fields as those of the flax `ActiveMLP`."""
+    """ActiveMLP with its head; takes the architecture fields of the flax `ActiveMLP`."""
 
     def __init__(self, *, embed_dims: Sequence[int], num_classes: int = 1000, **fields: Any):
         super().__init__(embed_dims=embed_dims, **fields)
@@ -176,5 +181,5 @@ class TorchActiveMLP(TorchBackbone):
         self.head = nn.Linear(embed_dims[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images `[B, H, W, 3]`, normalised, to logits `[B, num_classes]`."""
-        return self.head(self.norm(self.taps(images)[-1]).mean(dim=(1, 2)))
+        """Map normalized images `[B, H, W, 3]` to logits `[B, num_classes]`."""
+        return self.head(self.norm(self.stage_maps(images)[-1]).mean(dim=(1, 2)))

@@ -1,10 +1,10 @@
-"""The segmentation models in PyTorch, a second writing to check the first one by.
+"""The segmentation models in PyTorch, independent implementations to check the flax ones against.
 
-Their state dicts have the keys and shapes of the authors' mmsegmentation checkpoints. It shares no
-code with the flax models. For inference only. Needs the extra `torch`.
+Their state dicts have the keys and shapes of the authors' mmsegmentation checkpoints. They share no
+code with the flax models and are for inference only. They need the extra `torch`.
 
-Source: Active Token Mixer, section 4; UperNet and Semantic FPN as mmsegmentation 0.11 has them; the
-keys of the authors' checkpoints.
+Source: Active Token Mixer, section 4; UperNet and Semantic FPN of mmsegmentation 0.11; the keys of
+the authors' checkpoints.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,16 @@ from torch.nn import functional
 
 from activemlp_jax.torch_reference.active_mlp import TorchBackbone
 
-# Inside this file maps are `[B, C, H, W]`.
+# Maps in this file are `[B, C, H, W]`.
 
 
-def _resized(x: Tensor, like: Tensor) -> Tensor:
-    return functional.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+def _resize_to(x: Tensor, target: Tensor) -> Tensor:
+    """Resize `x` bilinearly to the height and width of `target`."""
+    return functional.interpolate(x, target.shape[2:], mode="bilinear", align_corners=False)
 
 
 class ConvModule(nn.Module):
-    """A convolution that keeps the size; batch norm and ReLU, or with a bias and neither."""
+    """A same-size convolution with batch norm and ReLU; if `plain`, with a bias instead."""
 
     def __init__(self, features: int, out: int, size: int, plain: bool = False):
         super().__init__()
@@ -32,13 +33,13 @@ class ConvModule(nn.Module):
         self.bn = None if plain else nn.BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, features, H, W]` to `[B, out, H, W]`."""
+        """Map `[B, features, H, W]` to `[B, out, H, W]`."""
         x = self.conv(x)
         return x if self.bn is None else self.bn(x).relu()
 
 
-class Taps(TorchBackbone):
-    """The backbone as segmentation has it: a norm for each stage, no head."""
+class SegmentationBackbone(TorchBackbone):
+    """The backbone for segmentation: a layer norm for each stage, no head."""
 
     def __init__(self, **fields: Any):
         super().__init__(**fields)
@@ -46,13 +47,13 @@ class Taps(TorchBackbone):
             self.add_module(f"norm_{i}", nn.LayerNorm(dim))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images `[B, H, W, 3]` to four maps `[B, C, H / s, W / s]`."""
-        maps = self.taps(images)
+        """Map images `[B, H, W, 3]` to four maps `[B, C, H / s, W / s]`, s = 4, 8, 16 and 32."""
+        maps = self.stage_maps(images)
         return [self.get_submodule(f"norm_{i}")(x).movedim(3, 1) for i, x in enumerate(maps)]
 
 
 class UperNet(nn.Module):
-    """Pyramid pooling of the last map, then a pyramid of all four."""
+    """UperNet's head: pyramid pooling of the last map, then a feature pyramid of all four."""
 
     def __init__(self, dims: list[int], channels: int, num_classes: int):
         super().__init__()
@@ -67,15 +68,15 @@ class UperNet(nn.Module):
         self.fpn_bottleneck = ConvModule(4 * channels, channels, 3)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Four maps to logits at the first one's resolution."""
+        """Map the four stage maps to logits at the resolution of the first."""
         last = maps[3]
-        context = [last, *(_resized(pool(last), last) for pool in self.psp_modules)]
-        above = self.bottleneck(torch.cat(context, dim=1))
-        pyramid = [above]
+        context = [last, *(_resize_to(pool(last), last) for pool in self.psp_modules)]
+        x = self.bottleneck(torch.cat(context, dim=1))
+        pyramid = [x]
         for i in (2, 1, 0):
-            above = self.lateral_convs[i](maps[i]) + _resized(above, maps[i])
-            pyramid.insert(0, self.fpn_convs[i](above))
-        fused = torch.cat([_resized(x, maps[0]) for x in pyramid], dim=1)
+            x = self.lateral_convs[i](maps[i]) + _resize_to(x, maps[i])
+            pyramid.insert(0, self.fpn_convs[i](x))
+        fused = torch.cat([_resize_to(level, maps[0]) for level in pyramid], dim=1)
         return self.conv_seg(self.fpn_bottleneck(fused))
 
 
@@ -88,12 +89,12 @@ class Fcn(nn.Module):
         self.convs = nn.Sequential(ConvModule(dim, channels, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map to logits at its resolution."""
+        """Map a stage map to logits at its resolution."""
         return self.conv_seg(self.convs(x))
 
 
 class Neck(nn.Module):
-    """A pyramid of one width; without norms."""
+    """Semantic FPN's neck: a feature pyramid with the same channels at every level, no norms."""
 
     def __init__(self, dims: list[int], channels: int):
         super().__init__()
@@ -101,20 +102,20 @@ class Neck(nn.Module):
         self.fpn_convs = nn.ModuleList(ConvModule(channels, channels, 3, plain=True) for _ in dims)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Four maps to four of the same sizes."""
+        """Map the four stage maps to four maps of the same sizes with `channels` channels."""
         pyramid: list[Tensor] = []
-        above: Tensor | None = None
+        coarser: Tensor | None = None
         for i in (3, 2, 1, 0):
-            own = self.lateral_convs[i](maps[i])
-            if above is not None:
-                own = own + functional.interpolate(above, own.shape[2:], mode="nearest")
-            above = own
-            pyramid.insert(0, self.fpn_convs[i](own))
+            x = self.lateral_convs[i](maps[i])
+            if coarser is not None:
+                x = x + functional.interpolate(coarser, x.shape[2:], mode="nearest")
+            coarser = x
+            pyramid.insert(0, self.fpn_convs[i](x))
         return pyramid
 
 
 class SemanticFpn(nn.Module):
-    """Each map doubled until it is as large as the first; their sum."""
+    """Semantic FPN's head: upsamples each map to the size of the first, and sums them."""
 
     def __init__(self, dim: int, channels: int, num_classes: int):
         super().__init__()
@@ -129,13 +130,13 @@ class SemanticFpn(nn.Module):
             self.scale_heads.append(nn.Sequential(*steps))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Four maps of one width to logits at the first one's resolution."""
+        """Map the neck's four maps to logits at the resolution of the first."""
         scaled = [head(x) for head, x in zip(self.scale_heads, maps, strict=True)]
-        return self.conv_seg(sum(_resized(x, maps[0]) for x in scaled))
+        return self.conv_seg(sum(_resize_to(x, maps[0]) for x in scaled))
 
 
 class TorchSegmentor(nn.Module):
-    """ActiveMLP under a head, in evaluation mode; fields as those of flax's `ActiveSegmentor`."""
+    """ActiveMLP under a segmentation head; takes the fields of the flax `ActiveSegmentor`."""
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class TorchSegmentor(nn.Module):
     ):
         super().__init__()
         dims = list(backbone["embed_dims"])
-        self.backbone = Taps(**backbone)
+        self.backbone = SegmentationBackbone(**backbone)
         self.neck: nn.Module | None = None
         self.auxiliary_head: nn.Module | None = None
         if head == "fpn":
@@ -160,14 +161,14 @@ class TorchSegmentor(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images to logits, in evaluation mode.
+        """Compute logits, in evaluation mode.
 
         Args:
-          images: `[B, H, W, 3]`, normalised.
+          images: `[B, H, W, 3]`, normalized.
 
         Returns:
-          Logits `[B, H / 4, W / 4, num_classes]`, and of UperNet the auxiliary head's as well, at
-          1 / 16.
+          The head's logits, `[B, H / 4, W / 4, num_classes]`. UperNet adds the logits of the
+          auxiliary head, `[B, H / 16, W / 16, num_classes]`.
         """
         maps = self.backbone(images)
         logits = [self.decode_head(maps if self.neck is None else self.neck(maps))]

@@ -1,4 +1,4 @@
 """The training program: config, recipes, optimizer, step, loop, checkpoints, reporting.
 
-Imports `tasks`, and all that these may import.
+Imports `tasks` and everything that `tasks` may import.
 """

@@ -1,7 +1,8 @@
-"""Checkpoints of the whole state by orbax: asynchronous, never half there, checked when read.
+"""Orbax checkpoints of the training state: saved asynchronously and atomically, checked when read.
 
-Each checkpoint also holds the digests of all its files. A marker file says that no checkpoint has
-been completed yet; an empty directory without it has lost its checkpoints.
+Each checkpoint holds the digests of all its files. A marker file says that the run has not
+completed a checkpoint yet; a directory with neither a checkpoint nor the marker has lost its
+checkpoints.
 """
 
 import contextlib
@@ -28,63 +29,65 @@ from activemlp_jax.utils.json_files import expect, read_json
 from activemlp_jax.utils.orbax_logs import without_tracebacks
 from activemlp_jax.weights.finite import describe_non_finite
 
-BEST_BY = "score"
+SCORE_KEY = "score"
 NOT_EVALUATED = -1.0  # below every score
-STEPS_BETWEEN_CLOCKS = 10
+CLOCK_INTERVAL = 10  # steps between checks of the clock if there are several hosts
 RESTORE_TIMEOUT = 3600  # seconds for the slowest host to check its part of a checkpoint
-NONE_YET = ".none_complete"
-RUN = Path("run", "metadata")  # where orbax writes these items of a checkpoint
-METRICS = Path("metrics", "metrics")
-TEMPORARY = ocp.path.atomicity_types.TMP_DIR_SUFFIX
+NONE_COMPLETE = ".none_complete"  # the marker file
+# Files in which Orbax stores the items `run` and `metrics` of a checkpoint.
+RUN_FILE = Path("run", "metadata")
+METRICS_FILE = Path("metrics", "metrics")
+TEMPORARY_SUFFIX = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 
 class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A checkpoint that has the digests of its files before it has its name.
+    """A checkpoint directory that gets the digests of its files before its final name.
 
-    orbax calls `finalize` on the first host, in the thread that writes, once all hosts have
-    written; for the items of a checkpoint, too.
+    Orbax calls `finalize` on the first host, in the thread that writes, when all hosts have
+    written: for a checkpoint and for each of its items.
     """
 
     _final_path: Any
 
     async def finalize(self) -> None:
-        """Give the directory its name."""
+        """Rename the directory to its final name; write the digests first if it is a checkpoint."""
         final = self._final_path
         if not final.name.isdecimal():
             await super().finalize()
             return
-        # What orbax still writes is to have a digest, too; by this name, it clears up after kills.
-        self._final_path = final.with_name(f"{final.name}.written{TEMPORARY}")
+        # Orbax writes more files while it finalizes, and they need digests as well: let it finalize
+        # to another name first. It removes directories with this suffix after a kill.
+        self._final_path = final.with_name(f"{final.name}.written{TEMPORARY_SUFFIX}")
         await super().finalize()
         write_digests(Path(self._final_path))
         os.rename(self._final_path, final)
         self._final_path = final
-        Path(final.parent, NONE_YET).unlink(missing_ok=True)
+        Path(final.parent, NONE_COMPLETE).unlink(missing_ok=True)
 
 
 class Restored(NamedTuple):
-    """A restored state, and the `losses` of the steps of its unfinished epoch."""
+    """A restored state, and the `losses` of the steps of its epoch so far."""
 
     state: TrainState
     losses: list[float]
 
 
 class Best(NamedTuple):
-    """The step and the score, in percent, of the best checkpoint."""
+    """The best checkpoint: its step, and its score in percent."""
 
     step: int
     score: float
 
 
 class Checkpoints:
-    """The states of a run in one directory; used as a context, which waits for pending saves.
+    """Context manager for the checkpoints of a run; waits for pending saves at the end.
 
-    All hosts save and restore together, in a directory that they share. The newest are kept,
-    and the one of the highest score among those that were evaluated.
+    All hosts save and restore together, in a directory that they share. The newest checkpoints are
+    kept, and the one with the highest score among those that were evaluated.
 
     Args:
-      directory: made if need be.
-      config: the whole config; it is saved along, and compared with on the way back.
+      directory: directory of the checkpoints, created if needed.
+      config: the whole config; it is saved in each checkpoint and compared when one is restored.
 
     Raises:
       UserError: the score of a checkpoint cannot be read.
@@ -97,7 +100,7 @@ class Checkpoints:
         self._restores = 0
         self._directory = directory.absolute()
         for step in _steps(self._directory):
-            with self._named(step):
+            with self._reading(step):
                 _check_score(self.path(step))
         best = BestN(get_metric_fn=_score, n=1)
         options = ocp.CheckpointManagerOptions(
@@ -124,67 +127,68 @@ class Checkpoints:
         if kind is None or issubclass(kind, Interrupted):
             self.wait()
             self._manager.close()
-        elif jax.process_count() == 1:  # one of many would wait for those that failed
+        elif jax.process_count() == 1:  # else it would wait for the hosts that failed
             with contextlib.suppress(Exception):
                 self._manager.close()
 
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint."""
+        """Step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def newest(self, below: int) -> Path | None:
-        """The newest checkpoint of a step less than `below` that is whole."""
-        with contextlib.suppress(Exception):  # a save that fails now leaves nothing
+        """Path of the newest complete checkpoint of a step less than `below`, or None."""
+        with contextlib.suppress(Exception):  # a failed save leaves no checkpoint
             self._manager.wait_until_finished()
         steps = [step for step in _steps(self._directory) if step < below]
         return self.path(max(steps)) if steps else None
 
     def best(self) -> Best | None:
-        """The best of those that were evaluated."""
+        """The best checkpoint among those that were evaluated; None if none was."""
         step = self._manager.best_step()
         score = NOT_EVALUATED if step is None else _score(self._manager.metrics(step))
         return None if score == NOT_EVALUATED else Best(step, score)
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
+        """Directory of the checkpoint of a step."""
         return self._directory / str(step)
 
     def begin(self, has_records: bool) -> None:
-        """Begin a run that has no checkpoint; the first host calls it.
+        """Write the marker of a run without checkpoints; called by the first host only.
 
         Args:
-          has_records: whether the run has taken steps before.
+          has_records: whether the run has records of steps.
 
         Raises:
-          UserError: it has, and there was a checkpoint then.
+          UserError: the run has records but not the marker, so its checkpoints are lost; or the
+            marker cannot be written.
         """
-        mark = self._directory / NONE_YET
-        if has_records and not mark.exists():
+        marker = self._directory / NONE_COMPLETE
+        if has_records and not marker.exists():
             raise UserError(
                 f"{self._directory.parent} has the records of a run, but {self._directory} has "
                 "lost its checkpoints; is its disk mounted? To begin again remove metrics.jsonl "
                 "and steps.jsonl, or give another --workdir"
             )
         try:
-            with write_aside(mark) as aside:
+            with write_aside(marker) as aside:
                 aside.write_text("no checkpoint has been complete here yet\n")
         except OSError as error:
-            raise UserError(f"{mark} cannot be written: {error.strerror or error}") from error
+            raise UserError(f"{marker} cannot be written: {error.strerror or error}") from error
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
-        """A state as it was saved, on whatever devices it is wanted now.
+        """Restore a checkpoint onto the current devices.
 
         Args:
-          like: a state of shapes with their shardings.
-          step: of the checkpoint; None for the newest, for which the others are checked as well,
-            so that a run does not end at one that it needs later.
+          like: the state's shapes and shardings, as `jax.ShapeDtypeStruct`.
+          step: step of the checkpoint. None for the newest; the other checkpoints are then checked
+            as well, because the run may need them later.
 
         Returns:
-          What was saved, or None where there is none.
+          The saved state and losses, or None if there is no checkpoint.
 
         Raises:
-          UserError: it cannot be read, is not as it was written, has weights that are not finite,
-            or is of a run with other settings, each named.
+          UserError: a checkpoint cannot be read, is damaged, has weights that are not finite, or
+            belongs to a run with other settings, which the error names.
         """
         steps = _steps(self._directory)
         wanted = max(steps, default=None) if step is None else step
@@ -193,20 +197,20 @@ class Checkpoints:
         host, hosts = sharding.this_host().values()
         for other in sorted(steps) if step is None else []:
             if other != wanted:
-                with self._named(other):
-                    # A kill may have cut short the removal of an old checkpoint.
+                with self._reading(other):
+                    # A run may have been killed while it removed an old checkpoint.
                     _read(self.path(other), host, hosts, may_lack_files=True)
-        with self._named(wanted):
+        with self._reading(wanted):
             run = _read(self.path(wanted), host, hosts)
         self._restores += 1
-        # Not a collective operation: hosts with slow disks may take long to read their part.
+        # A barrier, not a collective operation: hosts with slow disks may take long to read.
         sharding.check_same(f"the checkpoints, reading {self._restores}", {}, RESTORE_TIMEOUT)
         differences = differing_keys(self._config, run["config"])
         if differences:
             raise UserError(
                 f"{self.path(wanted)} is of a run with other settings: {'; '.join(differences)}"
             )
-        with self._named(wanted):
+        with self._reading(wanted):
             args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
             state = self._manager.restore(wanted, args=args)["state"]
             if broken := describe_non_finite({"variables": state.variables, "ema": state.ema}):
@@ -214,20 +218,20 @@ class Checkpoints:
         return Restored(state, run["losses"])
 
     @contextlib.contextmanager
-    def _named(self, step: int) -> Iterator[None]:
-        """Report any error inside as a damaged checkpoint, and name the one to go on from."""
+    def _reading(self, step: int) -> Iterator[None]:
+        """Report errors as a damaged checkpoint, and name the checkpoint to resume from."""
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise
-        except Exception as error:  # orbax and its parts raise many kinds
+        except Exception as error:  # Orbax and its dependencies raise many types
             raise UserError(
                 f"{self.path(step)} cannot be read: {_reason(error)}; remove it to go on from "
                 f"{self._newest_good(step)}"
             ) from error
 
     def _newest_good(self, without: int) -> str:
-        """The newest checkpoint, but for one, whose files are as they were written."""
+        """Newest undamaged checkpoint other than `without`, for messages."""
         for step in sorted(_steps(self._directory) - {without}, reverse=True):
             with contextlib.suppress(UserError):
                 _read(self.path(step))
@@ -237,16 +241,16 @@ class Checkpoints:
     def save(
         self, state: TrainState, step: int, losses: list[float], score: float | None = None
     ) -> None:
-        """Begin to save `state`; training may go on.
+        """Start to save a state; training may continue meanwhile.
 
         Args:
-          state: to save.
+          state: the state to save.
           step: its step.
-          losses: of the steps of the current epoch so far.
-          score: the task's, in percent, if it was evaluated.
+          losses: losses of the steps of the current epoch so far.
+          score: the task's score in percent; None if the state was not evaluated.
 
         Raises:
-          UserError: this or the save before failed.
+          UserError: this save or the previous one failed.
         """
         if step == self.latest_step():
             return
@@ -256,39 +260,40 @@ class Checkpoints:
         )
         self._last_save = time.monotonic()
         evaluated = score is not None and math.isfinite(score)
-        metrics = {BEST_BY: score if evaluated else NOT_EVALUATED}
-        with self._guard():  # the save before may be what fails here
+        metrics = {SCORE_KEY: score if evaluated else NOT_EVALUATED}
+        with self._writing():  # an error may also come from the previous save
             self._manager.save(step, args=args, metrics=metrics)
 
     def wait(self) -> None:
-        """Until what was begun is saved; raises UserError if it is not."""
-        with self._guard():
+        """Wait for pending saves; raise UserError if one fails."""
+        with self._writing():
             self._manager.wait_until_finished()
 
     def check(self) -> None:
-        """Raises UserError if a save in the background has failed."""
-        with self._guard():
+        """Raise UserError if a save in the background has failed."""
+        with self._writing():
             self._manager.check_for_errors()
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after `step` by number or by the clock; the same on all hosts.
+        """Whether to save after `step`, by its number or by the clock; the same on all hosts.
 
-        Where there are many, the clock is looked at now and then: it is one host's, and takes time
-        to ask for.
+        With several hosts, the clock is checked only every `CLOCK_INTERVAL` steps, because all use
+        the first host's clock, and asking for it takes time.
         """
         by_number = self._options.every_steps and step % self._options.every_steps == 0
         if by_number or not self._options.every_minutes:
             return bool(by_number)
-        if jax.process_count() > 1 and step % STEPS_BETWEEN_CLOCKS:
+        if jax.process_count() > 1 and step % CLOCK_INTERVAL:
             return False
         minutes = (time.monotonic() - self._last_save) / 60
         return sharding.first_host_says(minutes >= self._options.every_minutes)
 
     @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
+        """Report errors as a checkpoint that cannot be written, and name the newest whole one."""
         try:
             yield
-        except Exception as error:  # orbax and its parts raise many kinds
+        except Exception as error:  # Orbax and its dependencies raise many types
             steps = _steps(self._directory)
             kept = f"the newest whole one is {self.path(max(steps))}" if steps else "there is none"
             raise UserError(
@@ -297,23 +302,23 @@ class Checkpoints:
 
 
 def _score(metrics: dict[str, float]) -> float:
-    return metrics[BEST_BY]
+    return metrics[SCORE_KEY]
 
 
 def _steps(directory: Path) -> set[int]:
-    """Steps whose checkpoints are complete."""
+    """Steps with a complete checkpoint."""
     names = {path.name for path in directory.glob("*") if path.is_dir()}
     return {int(name) for name in names if name.isascii() and name.isdecimal()}
 
 
 def _check_score(checkpoint: Path) -> None:
-    """Raises UserError if a checkpoint has a score that cannot be read."""
-    path = checkpoint / METRICS
+    """Raise UserError if the score of a checkpoint cannot be read."""
+    path = checkpoint / METRICS_FILE
     if not path.exists():
         return
     metrics = read_json(path)
     try:
-        expect(metrics[BEST_BY], BEST_BY, (int, float), NOT_EVALUATED, 100)
+        expect(metrics[SCORE_KEY], SCORE_KEY, (int, float), NOT_EVALUATED, 100)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the score of a checkpoint: {_reason(error)}") from error
 
@@ -321,20 +326,20 @@ def _check_score(checkpoint: Path) -> None:
 def _read(
     checkpoint: Path, part: int = 0, parts: int = 1, may_lack_files: bool = False
 ) -> dict[str, Any]:
-    """Check the digests of a checkpoint's files, and read what was saved besides the state.
+    """Check the digests of a checkpoint's files, and read the config and losses.
 
     Args:
-      checkpoint: to read; earlier versions wrote no digests.
-      part: of the files to check; several hosts share them.
-      parts: hosts that share them.
-      may_lack_files: whether those that are missing do not matter.
+      checkpoint: directory of the checkpoint; those of earlier versions have no digests.
+      part: which of the `parts` of the files to check.
+      parts: number of hosts that share the check.
+      may_lack_files: whether to accept missing files.
 
     Raises:
-      UserError: a file is missing or not as it was written.
+      UserError: a file is missing or was changed.
     """
-    names = read_digests(checkpoint)
-    digests = dict(list(names.items())[part::parts])
-    path = checkpoint / RUN
+    all_digests = read_digests(checkpoint)
+    digests = dict(list(all_digests.items())[part::parts])
+    path = checkpoint / RUN_FILE
     if may_lack_files:
         digests = {name: digests[name] for name in digests if (checkpoint / name).exists()}
         if not path.exists():

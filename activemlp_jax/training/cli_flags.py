@@ -1,4 +1,4 @@
-"""Command lines with a config: flags in, one clear line out when they are wrong."""
+"""Command lines of programs that take a config, with one-line errors for wrong flags."""
 
 import difflib
 import os
@@ -37,10 +37,11 @@ HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
     ("timeout", int, 300, "Seconds the processes wait for each other to start."),
 )
 _HOST_NAMES = tuple(name for name, *_ in HOST_OPTIONS)
-HELP = ("help", "helpfull", "helpshort", "?")
+HELP_FLAGS = ("help", "helpfull", "helpshort", "?")
 
 
 def _keys(config: ConfigDict, prefix: str = "config.") -> list[str]:
+    """Names of all keys and groups of keys."""
     keys = []
     for key, value in config.items():
         keys += [
@@ -51,7 +52,7 @@ def _keys(config: ConfigDict, prefix: str = "config.") -> list[str]:
 
 
 def load_config(path: str) -> ConfigDict:
-    """What the config file at `path` gives; UserError if it gives none."""
+    """Load a config from a Python file; raise UserError if the file does not give one."""
     if not Path(path).is_file():
         raise UserError(f"there is no config file {path}")
     try:
@@ -67,8 +68,8 @@ def load_config(path: str) -> ConfigDict:
     return config
 
 
-def _named(argv: list[str], default_path: Path | None) -> tuple[str, list[str]]:
-    """The config file that the command line names, '' for none, and the keys that it changes."""
+def _find_config_flags(argv: list[str], default_path: Path | None) -> tuple[str, list[str]]:
+    """Find the path of the config file, '' if none is given, and the keys that flags override."""
     path, overrides = str(default_path or ""), []
     for position, argument in enumerate(argv):
         name, _, value = argument.lstrip("-").partition("=")
@@ -82,8 +83,8 @@ def _named(argv: list[str], default_path: Path | None) -> tuple[str, list[str]]:
 
 
 def _check_keys(argv: list[str], default_path: Path | None) -> None:
-    """Raises UserError for a config file that fails, or an override of a key it does not have."""
-    path, overrides = _named(argv, default_path)
+    """Raise UserError for a broken config file or an override of a key that it lacks."""
+    path, overrides = _find_config_flags(argv, default_path)
     if not path:
         raise UserError("--config is missing, expected a config file such as configs/digits.py")
     known = _keys(load_config(path))
@@ -95,11 +96,11 @@ def _check_keys(argv: list[str], default_path: Path | None) -> None:
 
 
 def describe_keys(config: ConfigDict) -> str:
-    """All keys with their values, a paragraph a group, for --help."""
+    """List all keys with their values for --help, one paragraph per group."""
     groups: dict[str, list[str]] = {}
     for key, value in flatten(config.to_dict()).items():
         group, _, name = key.rpartition(".")
-        # Not broken at the blanks of a tuple.
+        # No-break spaces, so that a line does not break inside a tuple.
         groups.setdefault(group, []).append(f"{name}={value!r}".replace(" ", "\N{NO-BREAK SPACE}"))
     paragraphs = [
         textwrap.fill(
@@ -116,8 +117,8 @@ def describe_keys(config: ConfigDict) -> str:
 
 
 def _print_keys(default_path: Path | None) -> None:
-    """Print the keys of the config file that the command line names, for --help."""
-    path, _ = _named(sys.argv[1:], default_path)
+    """Print the keys of the config file given on the command line, for --help."""
+    path, _ = _find_config_flags(sys.argv[1:], default_path)
     config = load_config(path) if path else default_config()
     print(f"\nKeys of {path or 'a config'}, changed by --config.KEY=VALUE:\n")
     print(describe_keys(config))
@@ -126,18 +127,18 @@ def _print_keys(default_path: Path | None) -> None:
 def start(
     main: Callable[[], None], own_flags: Sequence[str], default_path: Path | None = None
 ) -> NoReturn:
-    """Parse the flags of a command that takes a config, and run it; ends the process.
+    """Parse the flags of a command that takes a config, run it and exit the process.
 
-    A UserError, of the flags or of `main`, becomes its one line.
+    A UserError, from the flags or from `main`, is printed as one line.
 
     Args:
-      main: the command; it finds the config by `chosen_config`.
-      own_flags: names of the flags that --help shows beside the config; they are defined.
-      default_path: the config file where the command line names none; None where it must.
+      main: the command; it gets the config from `chosen_config`.
+      own_flags: names of other flags to show in --help; they must be defined already.
+      default_path: config file to use without --config; None if --config is required.
     """
     collect_garbage_rarely()
     asks_for_help = any(
-        argument.startswith("-") and argument.lstrip("-") in HELP for argument in sys.argv[1:]
+        argument.startswith("-") and argument.lstrip("-") in HELP_FLAGS for argument in sys.argv[1:]
     )
     if not asks_for_help:
         try:
@@ -150,13 +151,13 @@ def start(
         "Config file; --config.KEY=VALUE changes a key of it.",
     )
     for name in ("config", *own_flags):
-        # --help shows the flags of the program's own module
+        # --help shows the key flags of the main module.
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def parse(argv: list[str]) -> list[str]:
         try:
             rest = flags.FLAGS(argv)
-        except SystemExit:  # absl has printed the flags, and would exit with status 1
+        except SystemExit:  # absl has printed --help, and would exit with status 1
             with errors_in_one_line():
                 _print_keys(default_path)
             sys.exit(0)
@@ -165,11 +166,13 @@ def start(
         if len(rest) > 1:
             exit_with(f"unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
         if flags.FLAGS["verbosity"].using_default_value:
-            # absl would show every step of every checkpoint.
+            # By default, absl shows what Orbax logs about every checkpoint.
             flags.FLAGS["verbosity"].value = logging.WARNING
             flags.FLAGS["verbosity"].using_default_value = False
-            # orbax's advice at every save where epochs are short; saving so often is the config's.
-            logging.get_absl_logger().addFilter(lambda said: "previous save" not in str(said.msg))
+            # Drop Orbax's advice to save less often: that is up to the config.
+            logging.get_absl_logger().addFilter(
+                lambda record: "previous save" not in str(record.msg)
+            )
         return rest
 
     def run_main(argv: list[str]) -> None:
@@ -181,15 +184,15 @@ def start(
 
 
 def chosen_config() -> tuple[str, ConfigDict]:
-    """The path of the config file, and its config with the changes of the command line."""
+    """The path of the config file, and its config with the overrides of the command line."""
     return config_flags.get_config_filename(flags.FLAGS["config"]), flags.FLAGS.config
 
 
 def run(default_path: Path) -> NoReturn:
-    """Parse the flags of `train.py`, and train; ends the process.
+    """Parse the flags of `train.py`, train and exit the process.
 
     Args:
-      default_path: the config file where the command line names none.
+      default_path: config file to use without --config.
     """
     flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
     for name, kind, default, text in HOST_OPTIONS:
@@ -207,25 +210,25 @@ def _train() -> None:
     workdir = flags.FLAGS.workdir or f"runs/{name}"
     if "://" in workdir:
         raise UserError(f"--workdir is {workdir}, expected a directory of this machine")
-    chosen: dict[str, Any] = {name: flags.FLAGS[name].value for name in _HOST_NAMES}
-    place = Path(workdir).expanduser()
-    if not chosen["process_id"]:
-        # What follows takes seconds to import, and longer on a slow disk.
+    host_options: dict[str, Any] = {name: flags.FLAGS[name].value for name in _HOST_NAMES}
+    workdir_path = Path(workdir).expanduser()
+    if not host_options["process_id"]:
+        # Print before the imports below, which take seconds, and longer on a slow disk.
         print(one_line(f"starting: config {name}, workdir {workdir}"), flush=True)
-    from activemlp_jax.distributed import sharding  # here, as --help need not wait for them
+    from activemlp_jax.distributed import sharding  # slow; --help does not need it
     from activemlp_jax.training.loop import train
 
-    hosts = sharding.Hosts(**chosen)
+    hosts = sharding.Hosts(**host_options)
     try:
         with sharding.connected(hosts):
-            train(config, place, Console(), config_name=name, timeout=hosts.timeout)
+            train(config, workdir_path, Console(), config_name=name, timeout=hosts.timeout)
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"\n{_interrupted(str(error), place)}")
+        print(f"\n{_interrupted(str(error), workdir_path)}")
         sys.exit(getattr(error, "status", 130))
 
 
 def _interrupted(reason: str, workdir: Path) -> str:
-    """What an interruption has left, and how to go on."""
+    """Say what an interrupted run has saved and how to continue it."""
     reason, checkpoints = reason or "interrupted", workdir / "checkpoints"
     saved = checkpoints.is_dir() and any(name.isdigit() for name in os.listdir(checkpoints))
     if saved:

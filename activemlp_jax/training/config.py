@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default; configs change what differs from these."""
+"""All settings of a run with their defaults, and the check of a config."""
 
 import json
 from typing import Any
@@ -17,8 +17,8 @@ from activemlp_jax.training.limits import check_values
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.json_files import short
 
-# A run may be resumed with others of these. They do not change what it computes, but for rounding
-# and, with accumulation, which samples drop path drops.
+# Keys that may change when a run is resumed. They do not change what it computes, apart from
+# rounding and, for `accumulation`, the samples that drop path drops.
 FREE_TO_CHANGE = (
     "tensorboard",
     "log_every_steps",
@@ -40,79 +40,82 @@ FREE_TO_CHANGE = (
 
 
 def default_config() -> ConfigDict:
-    """The settings of a run on the digits, locked: keys can be changed, not added."""
+    """Default settings, for a run on the digits; the config is locked: no keys can be added."""
     config = ConfigDict()
     config.task = "classification"  # or segmentation
     config.seed = 0
     config.epochs = 30
-    config.steps = 0  # length of the run in place of epochs; 0: by epochs
-    config.batch_size = 128  # images a step, over all devices
-    config.accumulation = 1  # parts a batch is taken in, one after the other, to save memory
+    config.steps = 0  # length of the run, instead of epochs; 0: use epochs
+    config.batch_size = 128  # images per step, over all devices
+    config.accumulation = 1  # parts of a batch to process one after the other, to save memory
     config.eval_batch_size = 128
     config.label_smoothing = 0.1
-    config.ema_decay = 0.99996  # 0 keeps no average
-    config.ema_warmup = False  # of the decay, for short runs; see step.make_train_step
+    config.ema_decay = 0.99996  # 0: keep no average
+    config.ema_warmup = False  # smaller decay at first, for short runs; see step.update_average
     config.tensorboard = False
-    config.log_every_steps = 50  # of an epoch
-    config.profile = 0  # steps to trace, from the tenth of this process on, into WORKDIR/profile
-    # A model directory to start from: its weights, and its architecture in place of config.model's.
-    # Of a segmentation model, the backbone may come from a classifier's.
+    config.log_every_steps = 50  # counted from the start of each epoch
+    config.profile = 0  # steps to trace after the first ten of a process, into WORKDIR/profile
+    # Model directory to start from. Its architecture replaces that of config.model. A segmentation
+    # model may start from the backbone of a classifier.
     config.init_from = ""
-    config.init_weights = "auto"  # the directory's default; or ema, or model
+    config.init_weights = "auto"  # the default of the model directory; or ema, or model
 
-    config.model = ConfigDict()  # the fields of ActiveMLP; num_classes is the data set's
+    config.model = ConfigDict()  # fields of ActiveMLP; num_classes comes from the dataset
     config.model.depths = (2, 2, 2, 2)
     config.model.embed_dims = (32, 64, 96, 128)
     config.model.mlp_ratios = (4.0, 4.0, 4.0, 4.0)
     config.model.share_dims = (2, 4, 4, 8)
     config.model.offset_interval = 2
     config.model.drop_path_rate = 0.0
-    config.model.dtype = "float32"  # of the computation
-    config.model.remat_stages = ()  # whose blocks are computed again in the backward pass
+    config.model.dtype = "float32"  # of the computation; or bfloat16, or float64
+    config.model.remat_stages = ()  # stages whose blocks are recomputed in the backward pass
 
-    config.head = ConfigDict()  # of a segmentation model: the fields of ActiveSegmentor
+    config.head = ConfigDict()  # for segmentation: fields of ActiveSegmentor
     config.head.name = "upernet"  # or fpn
-    config.head.channels = 0  # 0: the original's
+    config.head.channels = 0  # 0: the original's number
     config.head.aux_channels = 256
     config.head.neck_channels = 256
     config.head.dropout_rate = 0.1
 
-    config.mesh = ConfigDict()  # devices; see sharding.make_mesh
-    config.mesh.data = -1  # that split the batch and each have the whole state; -1: all the others
-    config.mesh.fsdp = 1  # that split the batch and the state
+    config.mesh = ConfigDict()  # devices along each axis; see sharding.make_mesh
+    config.mesh.data = -1  # split the batch, replicate the state; -1: all devices that fsdp leaves
+    config.mesh.fsdp = 1  # split the batch and the state
 
     config.data = ConfigDict()
     config.data.name = "digits"  # or folder:PATH, or tfds:NAME; see sources.open_source
-    # For segmentation digit_scenes, ade20k:PATH, folder:PATH; see scene_sources.open_scenes
+    # For segmentation: digit_scenes, ade20k:PATH, folder:PATH; see segmentation_sources.open_scenes
     config.data.train_split = "train"
     config.data.test_split = "test"
     config.data.image_size = 32
-    config.data.resize_factor = 256 / 224  # of evaluation; see preprocessing.Preprocessing
+    config.data.resize_factor = 256 / 224  # for evaluation; see preprocessing.Preprocessing
     config.data.mean = IMAGENET_MEAN
     config.data.std = IMAGENET_STD
-    config.data.num_threads = 2  # that read and transform images, on each host
-    config.data.num_workers = 0  # processes to do so in place of the threads
-    config.data.on_error = "skip"  # a broken image: the next one in its place; or "raise"
-    config.data.max_skipped = 100  # broken images, before a run stops all the same
-    config.data.repeats = 1  # of each image in a row: repeated augmentation; see order.SampleOrder
+    config.data.num_threads = 2  # threads that read and transform images, on each host
+    config.data.num_workers = 0  # worker processes, instead of the threads
+    config.data.on_error = "skip"  # replace a broken image by the next one; or "raise"
+    config.data.max_skipped = 100  # stop after more broken images than this
+    config.data.repeats = 1  # copies of each image: repeated augmentation; see sampler.SampleOrder
 
-    config.data.augmentation = "warp"  # or random_resized_crop, which the next five are for
-    config.data.crop = ConfigDict()  # see transforms.draw_crop
+    # Or random_resized_crop, which uses crop, flip, randaugment and color_jitter.
+    config.data.augmentation = "warp"
+    config.data.crop = ConfigDict()  # see image_transforms.draw_crop
     config.data.crop.min_area = 0.08
     config.data.crop.max_area = 1.0
     config.data.crop.min_ratio = 3 / 4
     config.data.crop.max_ratio = 4 / 3
     config.data.flip = 0.5  # probability
     config.data.randaugment = ""  # such as rand-m9-mstd0.5-inc1; see randaugment
-    config.data.color_jitter = 0.0  # used where there is no RandAugment
-    config.data.scene = ConfigDict()  # for segmentation; see scene_transforms
-    config.data.scene.long_side = 0  # that scenes are fitted into, in training and in tests; 0:
-    config.data.scene.short_side = 512  # they are left as they are
-    config.data.scene.min_ratio = 0.5  # of that size, in training
+    config.data.color_jitter = 0.0  # used only without RandAugment
+    config.data.scene = ConfigDict()  # for segmentation; see segmentation_transforms
+    # In training and in tests, scenes are resized to fit into long_side x short_side pixels; with a
+    # long_side of 0, they keep their size.
+    config.data.scene.long_side = 0
+    config.data.scene.short_side = 512
+    config.data.scene.min_ratio = 0.5  # random scale of that size, in training
     config.data.scene.max_ratio = 2.0
-    config.data.scene.max_class_share = 0.75  # of one class in a crop of image_size
+    config.data.scene.max_class_share = 0.75  # largest share of one class in a crop
     config.data.scene.photometric = True
-    config.data.warp = ConfigDict()  # see transforms.random_warp
+    config.data.warp = ConfigDict()  # for warp; see warp.random_warp
     config.data.warp.degrees = 0.0
     config.data.warp.scale = 0.0
     config.data.warp.shear = 0.0
@@ -121,56 +124,56 @@ def default_config() -> ConfigDict:
 
     config.test = ConfigDict()
     config.test.every_epochs = 1
-    config.test.size_multiple = 1  # that sides of scenes are rounded to; see views.Protocol
+    config.test.size_multiple = 1  # round the sides of scenes to multiples; see tiling.Protocol
 
-    config.random_erasing = 0.0  # probability, for each image
-    config.mix = ConfigDict()  # see device.draw_mixing
-    config.mix.mixup_alpha = 0.0  # 0 for no mixup
-    config.mix.cutmix_alpha = 0.0  # 0 for no cutmix
-    config.mix.cutmix_probability = 0.5  # where there are both
-    config.mix.group_size = 128  # rows mixed alike and among themselves; a smaller batch is one
+    config.random_erasing = 0.0  # probability for each image
+    config.mix = ConfigDict()  # see batch_transforms.draw_mixing
+    config.mix.mixup_alpha = 0.0  # 0: no mixup
+    config.mix.cutmix_alpha = 0.0  # 0: no cutmix
+    config.mix.cutmix_probability = 0.5  # of cutmix rather than mixup, if both are on
+    config.mix.group_size = 128  # rows that share one mixing; a smaller batch is one group
 
     config.optimizer = ConfigDict()  # AdamW
-    config.optimizer.schedule = "steps"  # epochs or poly; see schedules.learning_rate_schedule
-    config.optimizer.learning_rate = 5e-4  # the highest, after the warm-up
-    config.optimizer.reference_batch_size = 0  # that it is for, to be scaled; 0: as it stands
+    config.optimizer.schedule = "steps"  # or epochs, or poly; see schedules.learning_rate_schedule
+    config.optimizer.learning_rate = 5e-4  # peak, after the warm-up
+    config.optimizer.reference_batch_size = 0  # images that learning_rate is for; 0: do not scale
     config.optimizer.warmup_learning_rate = 1e-6
     config.optimizer.final_learning_rate = 1e-5
     config.optimizer.warmup_epochs = 5
-    config.optimizer.warmup_steps = 1500  # of poly, in place of epochs
+    config.optimizer.warmup_steps = 1500  # for poly, instead of warmup_epochs
     config.optimizer.weight_decay = 0.05
     config.optimizer.not_decayed = "vectors"  # or norms; see optimizer.decay_mask
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
-    config.optimizer.clip_norm = 0.0  # of the whole gradient; 0 does not clip
-    config.optimizer.layer_decay = 1.0  # of the learning rate, from each block to the one before
+    config.optimizer.clip_norm = 0.0  # global norm of the gradient; 0: do not clip
+    config.optimizer.layer_decay = 1.0  # ratio of learning rates, a block to the next one
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
-    config.checkpoint.every_steps = 0  # of the run; 0: not by steps
-    config.checkpoint.every_minutes = 0.0  # since the last; 0: not by the clock
-    config.checkpoint.keep = 2  # the newest, and the best beside them
+    config.checkpoint.every_steps = 0  # 0: do not save by steps
+    config.checkpoint.every_minutes = 0.0  # since the last save; 0: do not save by the clock
+    config.checkpoint.keep = 2  # number of newest checkpoints; the best one is kept as well
     return config.lock()
 
 
 def check_config(config: ConfigDict) -> None:
-    """Raises UserError, naming the key, the value and what was expected, before any work."""
+    """Raise UserError for invalid settings, naming the key, the value and what was expected."""
     if config.task not in TASKS:
         raise UserError(f"config.task is {config.task!r}, expected one of {', '.join(TASKS)}")
     check_values(config)
-    for place, kind in (("crop", "area"), ("crop", "ratio"), ("scene", "ratio")):
-        low, high = (config.data[place][f"{end}_{kind}"] for end in ("min", "max"))
+    for group, kind in (("crop", "area"), ("crop", "ratio"), ("scene", "ratio")):
+        low, high = (config.data[group][f"{end}_{kind}"] for end in ("min", "max"))
         if low > high:
             raise UserError(
-                f"config.data.{place}.min_{kind} is {low!r}, expected at most max_{kind}, {high!r}"
+                f"config.data.{group}.min_{kind} is {low!r}, expected at most max_{kind}, {high!r}"
             )
     TASKS[config.task].check_config(config)
-    group = group_size(config)
-    if config.batch_size % group:
+    mixed_rows = group_size(config)
+    if config.batch_size % mixed_rows:
         raise UserError(
             f"config.batch_size is {config.batch_size}, expected a multiple of "
-            f"config.mix.group_size, {group}, or less than it"
+            f"config.mix.group_size, {mixed_rows}, or less than it"
         )
     if config.model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise UserError("config.model.dtype is float64, which needs JAX_ENABLE_X64=1 to be set")
@@ -183,7 +186,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of a nested dict by their keys joined with dots, each behind `prefix`."""
+    """Flatten a nested dict; keys are joined with dots and start with `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -192,14 +195,21 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Keys on which two runs' settings disagree in what the run computes, each with both values.
+    """Compare the settings of two runs in all keys but `FREE_TO_CHANGE`.
 
-    A run of an earlier version lacks some keys, whose defaults are what it computed.
+    Configs saved by earlier versions lack some keys; these count as their defaults.
+
+    Args:
+      ours: the config of this run, as a nested dict.
+      theirs: the other config, likewise.
+
+    Returns:
+      The keys that differ, each in a string with both values.
     """
     defaults = flatten(json.loads(default_config().to_json()))
-    a, b = defaults | flatten(ours), defaults | flatten(theirs)
+    here, there = defaults | flatten(ours), defaults | flatten(theirs)
     return [
-        f"{key} ({short(b.get(key, 'absent'))} there, {short(a.get(key, 'absent'))} here)"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key, "absent") != b.get(key, "absent") and key not in FREE_TO_CHANGE
+        f"{key} ({short(there.get(key, 'absent'))} there, {short(here.get(key, 'absent'))} here)"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key, "absent") != there.get(key, "absent") and key not in FREE_TO_CHANGE
     ]

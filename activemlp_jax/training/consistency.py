@@ -1,4 +1,4 @@
-"""What must be the same on every host for a run to be one run."""
+"""The settings, code, devices and data that all hosts of a run must agree on."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from activemlp_jax.training.config import flatten
 
 
 def code_version() -> str:
-    """A digest of the sources of this package."""
+    """Digest of this package's source files."""
     digest = hashlib.sha256()
     folder = Path(activemlp_jax.__file__).parent
     for path in sorted(folder.rglob("*.py")):
@@ -23,7 +23,7 @@ def code_version() -> str:
 
 
 def run_facts(config: ConfigDict, sources: Sequence[Source]) -> dict[str, Any]:
-    """By the name to show: settings, versions, sizes and classes of the data sets."""
+    """Facts that must match on every host, keyed by display name."""
     settings = {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
     return {
         **settings,

@@ -1,4 +1,4 @@
-"""The variables that a run starts from: random, or those of a model directory."""
+"""Initial variables of a run: random, or loaded from a model directory."""
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
@@ -19,12 +19,19 @@ from activemlp_jax.weights.torch_files import choose_kind
 
 
 def adopt_architecture(config: ConfigDict) -> ConfigDict:
-    """`config` with the architecture of the model directory `config.init_from`, if it names one.
+    """Copy the architecture of the model directory `config.init_from` into a config.
 
-    A segmentation model gives its head, too; under a classifier's backbone stays the config's head.
+    A segmentation model also replaces the head; with a classifier's backbone, the config's head
+    stays.
+
+    Args:
+      config: the whole config.
+
+    Returns:
+      A changed copy, or `config` itself if `init_from` is empty.
 
     Raises:
-      UserError: it is not a model directory, or not one that the task can start from.
+      UserError: `init_from` is not a model directory, or the task cannot start from its model.
     """
     if not config.init_from:
         return config
@@ -34,50 +41,53 @@ def adopt_architecture(config: ConfigDict) -> ConfigDict:
 
 
 def draw_variables(config: ConfigDict, model: Model) -> Variables:
-    """Random parameters, from `config.seed`, and for segmentation untouched statistics."""
+    """Initialize a model's variables randomly with `config.seed`."""
     images = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
     return dict(model.init(jax.random.key(config.seed), images))
 
 
-def initial_variables(config: ConfigDict, task: Task, say: Callable[[str], None]) -> Variables:
-    """The variables to start from: random, or those of the model directory `config.init_from`.
+def initial_variables(config: ConfigDict, task: Task, log: Callable[[str], None]) -> Variables:
+    """Initialize variables randomly, or load those of the model directory `config.init_from`.
 
-    They are numpy arrays: random ones are drawn on one device, so that one compiled program, once
-    in JAX's cache, serves any number of devices.
+    Random initialization runs on one device, so that one program in JAX's compilation cache serves
+    any number of devices.
 
-    What depends on the number of classes is drawn anew where there is another, and all but the
-    backbone where a classifier's weights are to segment.
+    If the loaded model has another number of classes, the layers that depend on it are initialized
+    randomly. A segmentation model takes only the backbone of a classifier.
 
     Args:
       config: the whole config, after `adopt_architecture`.
-      task: of the model to start.
-      say: told where the weights come from.
+      task: the task, with its model.
+      log: called with a line that says where the weights come from.
+
+    Returns:
+      The variables as numpy arrays; loaded ones are float32, apart from integers.
 
     Raises:
-      UserError: the directory is incomplete, or lacks the weights of `config.init_weights`.
+      UserError: the directory is incomplete or has no weights of kind `config.init_weights`.
     """
     model = task.model
     if not config.init_from:
         return jax.device_get(jax.jit(partial(draw_variables, config, model))())
 
     def draw(paths: Sequence[tuple[str, ...]]) -> list[Any]:
-        """Those subtrees alone, as XLA leaves the others out."""
+        """Initialize only some subtrees; XLA eliminates the code for the others."""
 
-        def parts() -> list[Any]:
+        def subtrees() -> list[Any]:
             variables = draw_variables(config, model)
             return [reduce(getitem, path, variables) for path in paths]
 
-        return jax.device_get(jax.jit(parts)())
+        return jax.device_get(jax.jit(subtrees)())
 
     card = read_card(config.init_from)
     kind = card.default_kind
     if config.init_weights != "auto":
         kind = choose_kind(card.kinds, config.init_weights, config.init_from)
-    variables = jax.tree.map(_single, read_weights(config.init_from, card, kind))
+    variables = jax.tree.map(_to_float32, read_weights(config.init_from, card, kind))
     variables, head = task.start_from(card, variables, draw)
-    say(f"starting from the {kind} weights in {config.init_from}: {head}")
+    log(f"starting from the {kind} weights in {config.init_from}: {head}")
     return variables
 
 
-def _single(leaf: np.ndarray) -> np.ndarray:
+def _to_float32(leaf: np.ndarray) -> np.ndarray:
     return leaf if leaf.dtype.kind == "i" else leaf.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Asked to stop: by Ctrl-C, by SIGTERM, by a cloud that takes its machines back."""
+"""Stopping a run early: on Ctrl-C, on SIGTERM, or when the cloud preempts its machines."""
 
 import signal
 from collections.abc import Callable
@@ -11,17 +11,17 @@ from activemlp_jax.distributed import sharding
 
 
 class Interruption:
-    """Notices that the run should save and stop; used as a context around the steps.
+    """Context manager that notices when the run should save its state and stop.
 
-    Ctrl-C and SIGTERM of any host, and what JAX's preemption service is told by other means, stop
-    all hosts after the same step. A second signal stops at once.
+    Ctrl-C or SIGTERM on any host, or a notice from JAX's preemption service, stops all hosts after
+    the same step. A second signal stops at once.
 
     Args:
-      say: told that the wish was understood.
+      log: called with a line to print when a signal arrives.
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self._say = say
+    def __init__(self, log: Callable[[str], None]):
+        self._log = log
         self._signal: int | None = None
 
     def __enter__(self) -> "Interruption":
@@ -40,16 +40,16 @@ class Interruption:
         if self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
-        self._say("stopping after this step; again stops at once")
+        self._log("stopping after this step; again stops at once")
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after `step`; the same on all hosts, which all ask after every step."""
-        wanted = self._signal is not None
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; the same on all hosts, which must all ask at every step."""
+        signaled = self._signal is not None
         if jax.process_count() == 1:
-            return wanted
-        return sharding.stop_is_agreed(wanted, step) or ocp.multihost.reached_preemption(step)
+            return signaled
+        return sharding.stop_is_agreed(signaled, step) or ocp.multihost.reached_preemption(step)
 
     @property
     def status(self) -> int:
-        """To exit with: 128 and the signal's number, as shells count."""
+        """Exit status by the shells' convention: 128 plus the signal's number."""
         return 128 + (self._signal or signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What the single values of a config may be, whatever the others are."""
+"""Allowed values of each config key on its own."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE
 from activemlp_jax.models.segmentor import HEADS
 from activemlp_jax.utils.errors import UserError
 
-# What a value must be to work: keys, condition, and the words for it. Types are ml_collections'.
+# Keys, a condition on their values, and its description. ml_collections checks the types.
 LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (
         (
@@ -42,7 +42,7 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         f"at least {MIN_IMAGE_SIDE}",
     ),
     (("mesh.data",), lambda value: value == -1 or value >= 1, "-1 or at least 1"),
-    # JAX's keys keep 32 bits of a seed.
+    # JAX's random keys use 32 bits of a seed.
     (("seed",), lambda value: 0 <= value < 2**32, "0 <= seed < 2**32"),
     (
         (
@@ -127,10 +127,10 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
 )
 
-# More than any run needs, and little enough that a slip of the finger is told at once.
-MOST: tuple[tuple[float, tuple[str, ...]], ...] = (
+# Upper limits far above what any run needs, to catch typing errors early.
+MAXIMA: tuple[tuple[float, tuple[str, ...]], ...] = (
     (
-        10**20,  # a run that diverges is stopped when a figure is not finite
+        10**20,  # a run that diverges stops when a metric is not finite
         (
             "optimizer.learning_rate",
             "optimizer.warmup_learning_rate",
@@ -220,16 +220,16 @@ MOST: tuple[tuple[float, tuple[str, ...]], ...] = (
 
 
 def check_values(config: ConfigDict) -> None:
-    """Raises UserError, naming the key, for a number or a choice that no run can have."""
-    for keys, holds, expected in LIMITS:
+    """Raise UserError, naming the key, for a value outside `LIMITS` or above `MAXIMA`."""
+    for keys, is_valid, expected in LIMITS:
         for key in keys:
             value = reduce(getitem, key.split("."), config)
             infinite = isinstance(value, float) and not math.isfinite(value)
-            if infinite or not holds(value):
+            if infinite or not is_valid(value):
                 raise UserError(f"config.{key} is {value!r}, expected {expected}")
-    for most, keys in MOST:
+    for maximum, keys in MAXIMA:
         for key in keys:
             value = reduce(getitem, key.split("."), config)
             numbers = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(number, int | float) and number > most for number in numbers):
-                raise UserError(f"config.{key} is {value!r}, expected at most {most:,}")
+            if any(isinstance(number, int | float) and number > maximum for number in numbers):
+                raise UserError(f"config.{key} is {value!r}, expected at most {maximum:,}")

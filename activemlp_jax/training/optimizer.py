@@ -1,4 +1,4 @@
-"""AdamW with the original's groups of decayed weights."""
+"""AdamW with the original's weight decay groups, gradient clipping and layer-wise decay."""
 
 import re
 from functools import partial
@@ -13,16 +13,19 @@ from activemlp_jax.weights.torch_names import BACKBONE
 
 
 def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
-    """True for the weights that decay.
+    """Mask of the parameters that weight decay applies to.
 
     Args:
       params: the tree of parameters.
-      not_decayed: 'vectors' keeps vectors, biases and position convolutions from decaying, as the
-        original does for classification; 'norms' the LayerNorms of blocks and of the maps for the
-        head, as it does for segmentation: but not those of the offset layers, nor batch norms,
-        biases or position convolutions.
+      not_decayed: which parameters to exclude. 'vectors': vectors, biases and position
+        convolutions, as the original does for classification. 'norms': the LayerNorms of the blocks
+        and of the feature maps for the head, as it does for segmentation, where the norms of offset
+        layers, batch norms, biases and position convolutions do decay.
 
-    Source: the original's parameter groups; for segmentation those whose names have 'norm' in them.
+    Returns:
+      A tree of bools like `params`.
+
+    Source: the original's parameter groups; for segmentation, names with 'norm' do not decay.
     """
 
     def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -35,13 +38,22 @@ def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
 
 
 def layer_scales(params: Any, model: Model, decay: float) -> Any:
-    """For each parameter, the share of the learning rate it gets: `decay` a block from the head.
+    """Scale of each parameter's learning rate under layer-wise decay.
 
-    The head and its norm get 1, the last block `decay`, the one before `decay ** 2` and so on down
-    to the stem. What a stage's blocks share, its position convolution, goes with its first block,
-    the downsampling after a stage with its last. Under a segmentation head, the backbone likewise.
+    The head and its norm have scale 1, the last block `decay`, the block before it `decay ** 2` and
+    so on down to the stem. A stage's position convolution counts with its first block, and the
+    downsampling after a stage with its last block. The backbone of a segmentation model is scaled
+    the same way.
 
-    Source: the layer-wise decay of BEiT and its successors' fine-tuning.
+    Args:
+      params: the tree of parameters.
+      model: the model, for the depths of its stages.
+      decay: ratio of the learning rates of a block and the next one.
+
+    Returns:
+      A tree of floats like `params`.
+
+    Source: the layer-wise decay in the fine-tuning of BEiT and its successors.
     """
     depths = backbone(model).depths
     starts = [sum(depths[:stage]) for stage in range(5)]
@@ -52,8 +64,8 @@ def layer_scales(params: Any, model: Model, decay: float) -> Any:
         top, inner, *_ = (*names, "")
         kind, _, number = top.partition("_")
         if kind == "stages":
-            within = inner.removeprefix("block_") if inner.startswith("block_") else 0
-            block = starts[int(number)] + int(within)
+            index = inner.removeprefix("block_") if inner.startswith("block_") else 0
+            block = starts[int(number)] + int(index)
         elif kind == "downsamples":
             block = starts[int(number) + 1] - 1
         else:
@@ -66,14 +78,14 @@ def layer_scales(params: Any, model: Model, decay: float) -> Any:
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, model: Model
 ) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay, and where asked for, clipping and layer-wise decay.
+    """Make AdamW with decoupled weight decay and, if configured, clipping and layer-wise decay.
 
     Args:
       config: `config.optimizer`.
-      schedule: of the learning rate.
-      model: whose parameters are trained.
+      schedule: learning rate by step.
+      model: the model to train.
     """
-    parts = [
+    transforms = [
         optax.adamw(
             schedule,
             b1=config.b1,
@@ -84,12 +96,12 @@ def make_optimizer(
         )
     ]
     if config.clip_norm:
-        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+        transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.layer_decay < 1:
 
-        def scaled(updates: Any, params: Any) -> Any:
+        def scale_updates(updates: Any, params: Any) -> Any:
             scales = layer_scales(params, model, config.layer_decay)
             return jax.tree.map(lambda update, scale: update * scale, updates, scales)
 
-        parts.append(optax.stateless(scaled))
-    return optax.chain(*parts) if len(parts) > 1 else parts[0]
+        transforms.append(optax.stateless(scale_updates))
+    return optax.chain(*transforms) if len(transforms) > 1 else transforms[0]

@@ -1,20 +1,20 @@
-"""A trace of a few steps, for TensorBoard's profiler, XProf or Perfetto."""
+"""Profiling: a trace of a few steps for TensorBoard's profiler, XProf or Perfetto."""
 
 from pathlib import Path
 
 import jax
 
-STEPS_BEFORE = 10  # so that what only happens at the start is over
+STEPS_BEFORE = 10  # steps to skip, since the first ones include one-time work
 
 
 class Trace:
-    """Traces some steps of a run; used as a context around them.
+    """Context manager that traces some steps of a run.
 
     Args:
-      directory: to write to.
-      first_step: of this process.
-      last_step: of the run.
-      steps: how many to trace; 0 for none.
+      directory: directory to write the trace to.
+      first_step: first step of this process.
+      last_step: last step of the run.
+      steps: number of steps to trace; 0 for none.
     """
 
     def __init__(self, directory: Path, first_step: int, last_step: int, steps: int):
@@ -31,13 +31,13 @@ class Trace:
             jax.profiler.stop_trace()
 
     def before(self, step: int) -> None:
-        """`step` is about to be handed out."""
+        """Start the trace if `step`, about to be dispatched, is the first one to trace."""
         if self._first <= step < self._end and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
     def after(self, step: int) -> None:
-        """`step` has ended."""
+        """Stop the trace if `step`, which has finished, is the last one to trace."""
         if self._running and step >= self._end - 1:
             jax.profiler.stop_trace()
             self._running = False

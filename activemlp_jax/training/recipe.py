@@ -1,4 +1,4 @@
-"""The original's recipes, for ImageNet and ADE20K: the one place that holds them."""
+"""The original's training recipes for ImageNet and ADE20K."""
 
 from ml_collections import ConfigDict
 
@@ -7,10 +7,13 @@ from activemlp_jax.training.config import default_config
 
 
 def imagenet_config(variant: str) -> ConfigDict:
-    """The config that trains `variant`, one of `list_models()`, from random weights on ImageNet.
+    """Config to train a variant on ImageNet from random weights.
 
-    Computes in bfloat16; the original ran in mixed precision with float16. 1,024 images a step, in
-    eight groups of 128, are its eight devices with 128 images each.
+    The run computes in bfloat16; the original used mixed precision with float16. The batch of 1,024
+    images has eight mixing groups of 128, as the original had eight devices with 128 images each.
+
+    Args:
+      variant: one of `list_models()`.
 
     Source: the authors' release; Active Token Mixer, section 4.
     """
@@ -26,7 +29,7 @@ def imagenet_config(variant: str) -> ConfigDict:
     config.mix.cutmix_probability = 0.5
     config.mix.group_size = 128
 
-    _choose(config, variant)
+    _set_architecture(config, variant)
     config.model.drop_path_rate = 0.1
     config.model.dtype = "bfloat16"
 
@@ -37,7 +40,7 @@ def imagenet_config(variant: str) -> ConfigDict:
     config.data.repeats = 3
     config.data.augmentation = "random_resized_crop"
     config.data.randaugment = "rand-m9-mstd0.5-inc1"
-    config.data.color_jitter = 0.4  # of use where RandAugment is switched off
+    config.data.color_jitter = 0.4  # applied only if RandAugment is turned off
 
     config.optimizer.schedule = "epochs"
     config.optimizer.learning_rate = 5e-4
@@ -50,15 +53,21 @@ def imagenet_config(variant: str) -> ConfigDict:
 
 
 def ade20k_config(variant: str, head: str) -> ConfigDict:
-    """The config that trains `variant` under `head`, 'upernet' or 'fpn', on ADE20K.
+    """Config to train a variant with a segmentation head on ADE20K.
 
-    It starts from the raw weights of a classifier in `models/VARIANT`, as the original does.
+    The run starts from the raw weights, not the averaged ones, of the classifier in
+    `models/VARIANT`, as the original does, and computes in bfloat16.
 
-    Of Semantic FPN the original published 40,000 iterations alone; the optimiser here is that of
-    its peers (PVT, PoolFormer): AdamW, 1e-4, weight decay 1e-4. A drop path rate was published for
-    active_large with UperNet only, 0.2, and is used for all. Computes in bfloat16. The tests while
-    training round sizes to multiples of 32, as every new size has to be compiled; the published
-    protocol is that of `python -m activemlp_jax.evaluate`.
+    For Semantic FPN, the original published only the number of iterations, 40,000; the optimizer is
+    that of comparable models (PVT, PoolFormer): AdamW, 1e-4, weight decay 1e-4. It published one
+    drop path rate, 0.2 for active_large with UperNet, which is used for all variants.
+
+    The tests during training round image sizes to multiples of 32, because every new size has to be
+    compiled. `python -m activemlp_jax.evaluate` follows the published protocol.
+
+    Args:
+      variant: one of `list_models()`.
+      head: 'upernet' or 'fpn'.
 
     Source: the authors' release; Active Token Mixer, section 4.
     """
@@ -70,7 +79,7 @@ def ade20k_config(variant: str, head: str) -> ConfigDict:
     config.init_from = f"models/{variant}"
     config.init_weights = "model"
 
-    _choose(config, variant)
+    _set_architecture(config, variant)
     config.model.drop_path_rate = 0.2
     config.model.dtype = "bfloat16"
     config.head.name = head
@@ -87,7 +96,7 @@ def ade20k_config(variant: str, head: str) -> ConfigDict:
     config.data.scene.max_class_share = 0.75
     config.data.flip = 0.5
 
-    config.test.every_epochs = 13  # of 1,263 steps: about 16,000, as the original's
+    config.test.every_epochs = 13  # of 1,263 steps each: about every 16,000 steps, as the original
     config.test.size_multiple = 32
     config.optimizer.schedule = "poly"
     config.optimizer.final_learning_rate = 0.0
@@ -106,6 +115,6 @@ def ade20k_config(variant: str, head: str) -> ConfigDict:
     return config
 
 
-def _choose(config: ConfigDict, variant: str) -> None:
+def _set_architecture(config: ConfigDict, variant: str) -> None:
     for field, value in VARIANTS[variant].items():
         config.model[field] = tuple(map(float, value)) if field == "mlp_ratios" else value

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or lines, JSON lines, TensorBoard, other trackers."""
+"""Reporting: a progress bar or log lines, JSON lines, TensorBoard and other trackers."""
 
 import datetime
 import math
@@ -18,13 +18,14 @@ from rich.progress import (
 )
 
 from activemlp_jax.training.schedules import peak_learning_rate, warmup_steps
-from activemlp_jax.training.workdir import EPOCHS, STEPS, append_record
+from activemlp_jax.training.workdir import EPOCHS_FILE, STEPS_FILE, append_record
 from activemlp_jax.utils.hardware import GIB, memory_in_use
 from activemlp_jax.utils.types import Record
 
 Tracker = Callable[[Record], None]
 
-PRINTED = (
+# Keys of an epoch's record that are printed, with their formats.
+EPOCH_FORMATS = (
     ("epoch", "epoch {:>3}"),
     ("train_loss", "loss {:.4f}"),
     ("test_loss", "test loss {:.4f}"),
@@ -35,30 +36,29 @@ PRINTED = (
     ("images_per_second", "{:.0f} images/s"),
 )
 
-
-LAG = 5.0  # percentage points by which an average that follows its weights is never worse
+MAX_LAG = 5.0  # percentage points; an average further behind its weights gets a warning
 
 
 def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str:
-    """How long a run is and the highest learning rate that its schedule aims at, in one line.
+    """Describe the length of a run and its peak learning rate in one line.
 
-    An epoch of a single step is a sign of a batch that is too large for the data, and the line says
-    what to lower.
+    The line also warns if the warm-up is longer than the run, or if an epoch is a single step, a
+    sign that the batch is too large for the dataset.
 
     Args:
-      config: of the run.
-      steps_per_epoch: of the run.
-      steps: of the whole run.
+      config: the whole config.
+      steps_per_epoch: number of steps per epoch.
+      steps: number of steps of the whole run.
 
     Returns:
-      Such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
+      The line, such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
     """
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     number = f"{steps_per_epoch:,} step{'s' * (steps_per_epoch > 1)} an epoch"
     length = f"{number}, {steps:,} in all, learning rate up to {peak:.1e}"
-    rising = warmup_steps(config.optimizer, steps_per_epoch)
-    if rising > steps:
-        length += f", but its warm-up takes {rising:,} steps, more than the run"
+    warmup = warmup_steps(config.optimizer, steps_per_epoch)
+    if warmup > steps:
+        length += f", but its warm-up takes {warmup:,} steps, more than the run"
     if steps_per_epoch == 1 and config.batch_size > 1:
         length += (
             f"; config.batch_size is {config.batch_size}, more than half of an epoch; lower it, "
@@ -68,33 +68,37 @@ def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str
 
 
 def lagging_average(config: ConfigDict, record: Record, score: str, images: int) -> str | None:
-    """What to say of a run whose averaged weights are far worse than those of the last step.
+    """Warn if the averaged weights are far worse than those of the last step.
 
     Args:
-      config: of the run.
-      record: of its last test.
-      score: the key of the figure in percent.
-      images: of the test; one of them more or less is no difference.
+      config: the whole config.
+      record: metrics of the last test.
+      score: name of the metric to compare, which is in percent.
+      images: number of test images; a difference of one image is ignored.
 
     Returns:
-      The line, or None where there is nothing to say.
+      A warning in one line, or None.
     """
     raw, averaged = record[f"test_{score}"], record.get(f"ema_test_{score}", math.inf)
-    if raw - averaged <= max(LAG, 100 / images):
+    if raw - averaged <= max(MAX_LAG, 100 / images):
         return None
-    warm = "" if config.ema_warmup else "set --config.ema_warmup=True, or "
+    warmup = "" if config.ema_warmup else "set --config.ema_warmup=True, or "
     return (
         f"the averaged weights lag behind: {averaged:.2f}%, those of the last step {raw:.2f}%; "
-        f"{warm}lower config.ema_decay, which is {config.ema_decay}, or train for longer"
+        f"{warmup}lower config.ema_decay, which is {config.ema_decay}, or train for longer"
     )
 
 
 class Work(NamedTuple):
-    """What a run has before it.
+    """The steps that a run has left and what each of them costs.
 
-    `first_step` to `last_step`, which is in the epoch numbered `epochs`, `batch_size` images and
-    `flops` a step, and `peak_flops`, what all devices can do a second, or None where that is not
-    known.
+    Attributes:
+      first_step: number of steps already done.
+      last_step: number of steps of the whole run.
+      epochs: number of epochs of the whole run.
+      batch_size: images per step.
+      flops: floating point operations per step.
+      peak_flops: peak floating point operations per second of all devices; None if unknown.
     """
 
     first_step: int
@@ -106,15 +110,16 @@ class Work(NamedTuple):
 
 
 class Reporter:
-    """Reports the steps and epochs of one run; used as a context.
+    """Context manager that reports the steps and epochs of a run.
 
     Args:
-      workdir: where `metrics.jsonl`, `steps.jsonl` and `tensorboard/` go; None for a host that
-        does not speak.
-      work: of the run.
-      config: the whole config: how many epochs there are, and what to record how often.
+      workdir: where to write `metrics.jsonl`, `steps.jsonl` and `tensorboard/`; None on hosts
+        that do not report.
+      work: the steps that the run has left.
+      config: the whole config; `log_every_steps` and `tensorboard` are read.
       console: where to print.
-      trackers: called with each record of a step or an epoch: numbers by name, `step` among them.
+      trackers: functions to call with the record of each logged step and of each epoch, a dict
+        from names to numbers that includes `step`.
     """
 
     def __init__(
@@ -141,7 +146,7 @@ class Reporter:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
@@ -149,10 +154,10 @@ class Reporter:
             disable=not console.is_terminal or workdir is None,
         )
         self._task = self._progress.add_task(
-            "", total=work.last_step, completed=work.first_step, epoch="-", figures="-"
+            "", total=work.last_step, completed=work.first_step, epoch="-", metrics="-"
         )
         self._epoch, self._epoch_start = "", 0
-        self._clock = time.perf_counter()
+        self._started = time.perf_counter()
         self._steps = 0
 
     def __enter__(self) -> "Reporter":
@@ -165,19 +170,19 @@ class Reporter:
             self._writer.close()
 
     def start_epoch(self, epoch: int, first_step: int) -> None:
-        """Begin to count images and seconds for `epoch`, whose first step this is."""
+        """Start to measure the speed of `epoch`, which begins at `first_step`."""
         self._epoch_start = first_step
-        self._clock = time.perf_counter()
+        self._started = time.perf_counter()
         self._steps = 0
         self._epoch = f"{epoch}/{self._epochs}"
         self._progress.update(self._task, epoch=self._epoch)
 
     def images_per_second(self) -> float:
-        """Since the epoch began."""
-        return self._steps * self._work.batch_size / (time.perf_counter() - self._clock)
+        """Average speed since the epoch began."""
+        return self._steps * self._work.batch_size / (time.perf_counter() - self._started)
 
     def _speed(self) -> Record:
-        """Images a second, the share of what the devices can do, the memory that was needed."""
+        """Images per second, model FLOPs utilization in percent, and memory in use in GiB."""
         rate = self.images_per_second()
         record = {"images_per_second": round(rate, 1)}
         if self._work.peak_flops:
@@ -186,33 +191,38 @@ class Reporter:
         record["memory_gib"] = round(memory_in_use() / GIB, 2)
         return record
 
-    def step(self, step: int, figures: Record) -> None:
-        """A step has ended: `step` are done now; `figures` are what it found."""
+    def step(self, step: int, metrics: Record) -> None:
+        """Report a finished step.
+
+        Args:
+          step: number of steps done, including this one.
+          metrics: metrics of the step, `loss` among them.
+        """
         self._steps += 1
-        record = {"step": step, **figures, **self._speed()}
-        shown = [f"loss {record['loss']:.4f}", f"{record['images_per_second']:.0f} images/s"]
+        record = {"step": step, **metrics, **self._speed()}
+        parts = [f"loss {record['loss']:.4f}", f"{record['images_per_second']:.0f} images/s"]
         if "mfu" in record:
-            shown.append(f"MFU {record['mfu']:.1f}%")
-        shown.append(f"{record['memory_gib']:.1f} GiB")
-        self._progress.update(self._task, completed=step, figures="  ".join(shown))
+            parts.append(f"MFU {record['mfu']:.1f}%")
+        parts.append(f"{record['memory_gib']:.1f} GiB")
+        self._progress.update(self._task, completed=step, metrics="  ".join(parts))
         if self._workdir is None or (step - self._epoch_start) % self._every_steps:
             return
-        append_record(self._workdir / STEPS, record)
+        append_record(self._workdir / STEPS_FILE, record)
         self._track(record)
         if self._progress.disable:
-            seconds = (time.perf_counter() - self._clock) / self._steps
+            seconds = (time.perf_counter() - self._started) / self._steps
             left = datetime.timedelta(seconds=round(seconds * (self._work.last_step - step)))
-            place = f"epoch {self._epoch}  step {step}/{self._work.last_step}"
-            self._print(f"{place}  {'  '.join(shown)}  {left} left")
+            position = f"epoch {self._epoch}  step {step}/{self._work.last_step}"
+            self._print(f"{position}  {'  '.join(parts)}  {left} left")
 
     def epoch(self, record: Record) -> None:
-        """An epoch was evaluated: write its record, print the main figures."""
+        """Report a finished epoch: write its record and print the main metrics."""
         if self._workdir is None:
             return
-        append_record(self._workdir / EPOCHS, record)
+        append_record(self._workdir / EPOCHS_FILE, record)
         self._track(record)
         self._print(
-            "  ".join(template.format(record[key]) for key, template in PRINTED if key in record)
+            "  ".join(text.format(record[key]) for key, text in EPOCH_FORMATS if key in record)
         )
 
     def _track(self, record: Record) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves at its end: model directories and pictures."""
+"""Results written at the end of a run: model directories and plots."""
 
 import math
 import pathlib
@@ -10,7 +10,7 @@ from activemlp_jax.distributed import sharding
 from activemlp_jax.tasks.base import Sums, Task
 from activemlp_jax.training.run import Run
 from activemlp_jax.training.step import TrainState
-from activemlp_jax.training.workdir import EPOCHS, read_records
+from activemlp_jax.training.workdir import EPOCHS_FILE, read_records
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.utils.types import Variables
@@ -19,19 +19,19 @@ from activemlp_jax.weights.model_directory import ModelCard, write_model
 CURVES, CONFUSION, EXAMPLES = "curves.png", "confusion_matrix.png", "scenes.png"
 
 
-def describe_source(run: Run, step: int, found: float) -> dict[str, Any]:
-    """What a model directory says of where its weights come from.
+def describe_source(run: Run, step: int, score: float) -> dict[str, Any]:
+    """Describe how weights were trained, for the model directory that holds them.
 
     Args:
-      run: of the weights.
-      step: of the run that they are of.
-      found: the task's score of the test images, in percent.
+      run: the run that trained the weights.
+      step: number of steps after which they were saved.
+      score: the task's score on the test images, in percent; left out if it is not finite.
 
     Returns:
-      As JSON takes it: `trained_on`, the name of the data set, with `train_images` of it; `epoch`
-      and `step` that the weights are of; `test_accuracy` or `test_mean_iou` in percent, of so many
-      `test_images` of `test_split`; and the recipe, each key where it holds: `config`, its name,
-      `epochs` or `steps` of the whole run, and `init_from`.
+      A dict that JSON can represent: `trained_on`, the name of the dataset, and the number of its
+      `train_images`; the `epoch` and `step` of the weights; the score, `test_accuracy` or
+      `test_mean_iou`, on `test_images` images of `test_split`; and, of the recipe, the keys that
+      apply: `config`, its name, the `epochs` or `steps` of the whole run, and `init_from`.
     """
     config = run.config
     recipe = {
@@ -44,7 +44,7 @@ def describe_source(run: Run, step: int, found: float) -> dict[str, Any]:
         "trained_on": config.data.name,
         "epoch": step // run.trainer.steps_per_epoch,
         "step": step,
-        **({f"test_{run.trainer.task.score}": found} if math.isfinite(found) else {}),
+        **({f"test_{run.trainer.task.score}": score} if math.isfinite(score) else {}),
         "train_images": len(run.train_source),
         "test_images": len(run.test_source),
         "test_split": config.data.test_split,
@@ -59,53 +59,60 @@ def write_result(
     class_names: tuple[str, ...],
     source: dict[str, Any],
 ) -> None:
-    """The end of a run as a model directory, in place of an older one; called by one host alone.
+    """Write a model directory, replacing an older one; call it on one host only.
 
     Args:
-      directory: to write.
-      task: with the model that was trained, and its preprocessing.
-      weights: numpy arrays by kind, 'ema' before 'model' where there is an average.
-      class_names: by label.
-      source: where the weights come from, as JSON takes it.
+      directory: directory to write.
+      task: the task, for its model and preprocessing.
+      weights: variables as numpy arrays, by kind: 'ema', if there is an average, then 'model'.
+      class_names: class names by label.
+      source: how the weights were trained; see `describe_source`.
 
     Raises:
-      UserError: it cannot be written, as on a full disk.
+      UserError: the directory cannot be written, for example because the disk is full.
     """
     kinds = tuple(weights)
     card = ModelCard(
         task.model, task.preprocessing, kinds, kinds[0], class_names, source, task.name
     )
     try:
-        with write_directory_aside(directory) as place:
-            write_model(place, card, weights)
+        with write_directory_aside(directory) as aside:
+            write_model(aside, card, weights)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
 
 
-def write_model_directory(run: Run, name: str, state: TrainState, found: float) -> None:
-    """A state as the model directory `name` in the workdir; all hosts call it, one writes.
+def write_model_directory(run: Run, name: str, state: TrainState, score: float) -> None:
+    """Write a state's weights to a model directory in the workdir; call it on all hosts.
 
     Args:
-      run: that the state is of.
-      name: of the directory.
-      state: to write the weights and their average of.
-      found: its score of the test images, in percent; see `describe_source`.
+      run: the run that the state belongs to.
+      name: name of the directory.
+      state: the state; its variables and their average are written.
+      score: the task's score on the test images, in percent.
     """
     weights = sharding.fetch(state.weights(), run.mesh)
     if sharding.is_first_host():
-        by_preference = {kind: weights[kind] for kind in sorted(weights)}
+        ema_first = {kind: weights[kind] for kind in sorted(weights)}
         write_result(
             run.workdir / name,
             run.trainer.task,
-            by_preference,
+            ema_first,
             run.class_names,
-            describe_source(run, int(state.step), found),
+            describe_source(run, int(state.step), score),
         )
 
 
 def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
-    """The curves of all epochs, the confusion matrix of `sums`, and some scenes where pixels are
-    labelled; the names of the files. All hosts call it, one draws.
+    """Draw training curves, the confusion matrix and example predictions; call it on all hosts.
+
+    Args:
+      run: the run to draw; its workdir gets the files.
+      state: the state for the example predictions.
+      sums: sums of the last test, for the confusion matrix.
+
+    Returns:
+      Names of the files in the workdir; none on hosts other than the first.
     """
     task, weights = run.trainer.task, state.weights()
     variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)
@@ -113,12 +120,12 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
         return []
     from activemlp_jax.plots.training import draw_confusion, draw_curves  # slow to import
 
-    records = read_records(run.workdir / EPOCHS)
-    if records:  # a finished run whose metrics.jsonl was taken away has none
+    records = read_records(run.workdir / EPOCHS_FILE)
+    if records:  # none if metrics.jsonl of a finished run was removed
         draw_curves(records, task.score, task.score_name, run.workdir / CURVES)
     confusion = sums["confusion"]
-    right, total = int(np.trace(confusion)), int(confusion.sum())
-    title = f"{right:,} of {total:,} test {task.counted} right ({100 * right / total:.2f}%)"
+    correct, total = int(np.trace(confusion)), int(confusion.sum())
+    title = f"{correct:,} of {total:,} test {task.counted} right ({100 * correct / total:.2f}%)"
     draw_confusion(confusion, run.class_names, title, run.workdir / CONFUSION)
     examples = task.draw_examples(variables, run.test_source, run.class_names)
     if examples is not None:

@@ -1,4 +1,4 @@
-"""What a run is made of, opened and checked: config, mesh, data, trainer."""
+"""Prepare a run: check its config, make the mesh, open the data and build the trainer."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from activemlp_jax.training.workdir import read_mark, write_mark
 
 
 class Run(NamedTuple):
-    """What does not change from the first step of a run to its last."""
+    """Everything about a run that stays fixed while it trains."""
 
     config: ConfigDict
     workdir: Path
@@ -25,30 +25,30 @@ class Run(NamedTuple):
     train_source: Source
     test_source: Source
     trainer: Trainer
-    config_name: str  # '' where the config is of no file
+    config_name: str  # '' if the config has no name
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By label."""
+        """Class names, by label."""
         return self.train_source.class_names
 
     @property
     def last_step(self) -> int:
-        """The number of steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.trainer.steps
 
 
 def prepare_run(config: ConfigDict, workdir: Path, timeout: float, config_name: str = "") -> Run:
-    """Open the data and build the trainer; the same on all hosts, which is checked.
+    """Open the data, build the trainer, and check that all hosts agree on the run.
 
     Args:
-      config: of `default_config`'s form.
-      workdir: of the run; it is not touched.
+      config: the whole config, with the keys of `default_config`.
+      workdir: directory of the run, not accessed here.
       timeout: seconds to wait for the other hosts.
-      config_name: what model directories call the config, such as 'digits'; '' for nothing.
+      config_name: name of the config to record in model directories, such as 'digits'; '' for none.
 
     Raises:
-      UserError: settings or data that cannot work, or hosts that differ.
+      UserError: invalid settings, unusable data, or hosts that differ.
     """
     config = adopt_architecture(config)
     check_config(config)
@@ -57,18 +57,18 @@ def prepare_run(config: ConfigDict, workdir: Path, timeout: float, config_name: 
     test_source = open_data(config, config.data.test_split)
     names = train_source.class_names
     check_same_classes(names, test_source.class_names, f"the test set of {config.data.name}")
-    TASKS[config.task].check_packages(config)  # better missed now than at the first image
+    TASKS[config.task].check_packages(config)  # now, not at the first image
     trainer = build_trainer(config, len(names), len(train_source), mesh)
     sharding.check_same("the run", run_facts(config, (train_source, test_source)), timeout)
     return Run(config, workdir, mesh, train_source, test_source, trainer, config_name)
 
 
 def check_shared(workdir: Path, timeout: float) -> None:
-    """Raises UserError if `workdir` is not one and the same directory for all hosts."""
+    """Raise UserError unless `workdir` is the same directory on all hosts."""
     if sharding.this_host()["processes"] == 1:
         return
     if sharding.is_first_host():
         write_mark(workdir)
-    sharding.check_same("the workdir", {}, timeout)  # waits until the mark is there
+    sharding.check_same("the workdir", {}, timeout)  # a barrier: wait until the mark is written
     name = f"the mark in {workdir}, which must be a directory that all hosts share,"
     sharding.check_same("the mark", {name: read_mark(workdir)}, timeout)

@@ -1,4 +1,4 @@
-"""The learning rate of a step."""
+"""Learning rate schedules."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 
 
 def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
-    """`learning_rate`, scaled to `batch_size` where `reference_batch_size` says what it is for."""
+    """Peak learning rate; if `reference_batch_size` is set, it scales with `batch_size`."""
     reference = config.reference_batch_size
     return config.learning_rate * (batch_size / reference if reference else 1.0)
 
 
 def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-    """Steps that the warm-up of `config.optimizer` takes."""
+    """Number of warm-up steps; `config` is `config.optimizer`."""
     if config.schedule == "poly":
         return config.warmup_steps
     return config.warmup_epochs * steps_per_epoch
@@ -25,34 +25,39 @@ def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 def learning_rate_schedule(
     config: ConfigDict, steps_per_epoch: int, steps: int, batch_size: int
 ) -> optax.Schedule:
-    """The learning rate that `config.schedule` names: 'steps', 'epochs' or 'poly'.
+    """Make the learning rate schedule that `config.schedule` names: 'steps', 'epochs' or 'poly'.
 
-    By steps, a linear warm-up and a cosine that counts from the beginning of the run; the warm-up
-    covers its first epochs.
+    'steps' is a linear warm-up and then a cosine decay. The cosine is counted from the start of the
+    run, not from the end of the warm-up.
 
-    By epochs is the original's way, exactly: the rate is constant within an epoch, and as the
-    original steps its scheduler after each epoch with that epoch's number, epoch e runs at the
-    rate of e - 1, and the first two at the warm-up's lowest.
+    'epochs' matches the original exactly: the rate is constant within an epoch. The original steps
+    its scheduler after each epoch with that epoch's number, so epoch e has the rate for e - 1, and
+    the first two epochs both have the lowest rate of the warm-up.
+
+    'poly' is a linear decay with a linear warm-up, for segmentation.
 
     Args:
       config: `config.optimizer`.
-      steps_per_epoch: of the run.
-      steps: length of the run.
-      batch_size: over all devices.
+      steps_per_epoch: number of steps per epoch.
+      steps: number of steps of the whole run.
+      batch_size: global batch size, over all devices.
+
+    Returns:
+      A function from the step to the learning rate.
     """
     peak = peak_learning_rate(config, batch_size)
     if config.schedule == "poly":
         return _poly_schedule(config, peak, steps)
     if config.schedule == "epochs":
         return _epoch_schedule(config, peak, steps_per_epoch, -(-steps // steps_per_epoch))
-    rising = warmup_steps(config, steps_per_epoch)
-    warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(rising, 1))
+    warmup_length = warmup_steps(config, steps_per_epoch)
+    warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_length, 1))
     cosine = optax.cosine_decay_schedule(peak, steps, alpha=config.final_learning_rate / peak)
-    return lambda step: jnp.where(step < rising, warmup(step), cosine(step))
+    return lambda step: jnp.where(step < warmup_length, warmup(step), cosine(step))
 
 
 def _poly_schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedule:
-    """A straight line to the final rate; in the warm-up it is multiplied by a factor that rises.
+    """Linear decay to the final rate, multiplied during the warm-up by a factor that rises to 1.
 
     Source: mmcv's PolyLrUpdaterHook with power 1 and a linear warm-up.
     """
@@ -61,9 +66,9 @@ def _poly_schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedul
 
     def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, float)
-        left = (steps - step) / steps  # 1 - step / steps would cancel near the end
+        remaining = (steps - step) / steps  # more exact near the end than 1 - step / steps
         factor = lowest + (1 - lowest) * step / max(warmup, 1)
-        return (final + (peak - final) * left) * jnp.where(step < warmup, factor, 1.0)
+        return (final + (peak - final) * remaining) * jnp.where(step < warmup, factor, 1.0)
 
     return rate
 
@@ -71,14 +76,14 @@ def _poly_schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedul
 def _epoch_schedule(
     config: ConfigDict, peak: float, steps_per_epoch: int, epochs: int
 ) -> optax.Schedule:
-    """A rate an epoch, looked up."""
+    """One rate per epoch, looked up in a table."""
     lowest, final, warmup = (
         config.warmup_learning_rate,
         config.final_learning_rate,
         config.warmup_epochs,
     )
-    counted = np.maximum(np.arange(epochs) - 1, 0)
-    rising = lowest + counted * (peak - lowest) / max(warmup, 1)
-    falling = final + (peak - final) * (1 + np.cos(np.pi * counted / epochs)) / 2
-    rates = np.where(counted < warmup, rising, falling)
+    scheduled = np.maximum(np.arange(epochs) - 1, 0)  # the original's scheduler is one epoch late
+    rising = lowest + scheduled * (peak - lowest) / max(warmup, 1)
+    falling = final + (peak - final) * (1 + np.cos(np.pi * scheduled / epochs)) / 2
+    rates = np.where(scheduled < warmup, rising, falling)
     return lambda step: jnp.asarray(rates)[jnp.minimum(step // steps_per_epoch, epochs - 1)]

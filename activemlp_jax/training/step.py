@@ -1,4 +1,4 @@
-"""The train step: gradient, update, average of the weights."""
+"""The train step: gradients, optimizer update and averaged weights."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -12,15 +12,19 @@ from ml_collections import ConfigDict
 
 from activemlp_jax.utils.types import Batch, Params, Variables
 
-# Variables, inputs and a key, to a scalar and those of the other collections that have moved.
+# (variables, inputs, key) -> (scalar loss, updated collections other than `params`)
 Loss = Callable[[Variables, Any, jax.Array], tuple[jax.Array, Variables]]
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run carries from step to step; `ema` is None where no average is kept.
+    """The state that a run carries from step to step.
 
-    `variables` is what the model's `apply` takes, `ema` the average of all of it.
+    Attributes:
+      step: number of steps done, an int32 scalar.
+      variables: what the model's `apply` takes: `params` and the other collections.
+      ema: exponential moving average of all of `variables`; None if the run keeps no average.
+      opt_state: state of the optimizer.
     """
 
     step: jax.Array
@@ -32,17 +36,17 @@ class TrainState(struct.PyTreeNode):
     def create(
         cls, variables: Variables, optimizer: optax.GradientTransformation, ema_decay: float
     ) -> "TrainState":
-        """The state before the first step; the average starts at the initial weights."""
+        """Create the state before the first step; the average starts at the initial variables."""
         ema = jax.tree.map(jnp.copy, variables) if ema_decay else None
         return cls(jnp.zeros((), jnp.int32), variables, ema, optimizer.init(variables["params"]))
 
     def weights(self) -> dict[str, Variables]:
-        """The variables and their average, if there is one, by kind."""
+        """The variables as 'model', and their average, if the run keeps one, as 'ema'."""
         return {"model": self.variables} | ({} if self.ema is None else {"ema": self.ema})
 
 
 def _total(parts: Sequence[jax.Array]) -> jax.Array:
-    """Their sum, by halves: along a chain of additions a compiler goes link by link."""
+    """Sum arrays as a balanced tree: XLA works through a chain of additions link by link."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2
@@ -50,26 +54,26 @@ def _total(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def norm_over_all(tree: Any) -> jax.Array:
-    """The Euclidean norm of all leaves together, as `optax.tree.norm`, with less to compile.
+    """Euclidean norm over all leaves, as `optax.tree.norm`, but faster to compile.
 
-    Squares of leaves of one shape are added up before they are summed: there are hundreds of
-    leaves, and a CPU's compiler makes three loops of every sum.
+    Squares of leaves with the same shape are added before they are summed: a model has hundreds of
+    leaves, and XLA on CPUs compiles every sum to three loops.
     """
     squares: dict[tuple[int, ...], list[jax.Array]] = defaultdict(list)
     for leaf in jax.tree.leaves(tree):
         squares[leaf.shape].append(jnp.square(leaf))
-    return jnp.sqrt(_total([_total(same).sum() for same in squares.values()]))
+    return jnp.sqrt(_total([_total(group).sum() for group in squares.values()]))
 
 
-def _same(tree: Any) -> Any:
+def _identity(tree: Any) -> Any:
     return tree
 
 
-def _split(inputs: Any, parts: int) -> Any:
-    """Arrays `[B, ...]` as `[parts, B / parts, ...]`.
+def _split_batch(inputs: Any, parts: int) -> Any:
+    """Reshape arrays from `[B, ...]` to `[parts, B / parts, ...]`.
 
-    Part k has the rows k, k + parts and so on, so that every device takes its share of each part
-    from the rows that it holds.
+    Part k has the rows k, k + parts and so on, so that every device finds its share of each part
+    among the rows that it already holds.
     """
 
     def split(rows: jax.Array) -> jax.Array:
@@ -84,41 +88,46 @@ def loss_and_gradients(
     inputs: Any,
     key: jax.Array,
     parts: int = 1,
-    shard: Callable[[Params], Params] = _same,
+    shard: Callable[[Params], Params] = _identity,
 ) -> tuple[jax.Array, Params, Variables]:
-    """The loss, its gradients by the parameters, and the other collections that have changed.
+    """Compute the loss and its gradients, over the whole batch or accumulated over parts of it.
 
     Args:
-      loss: a mean over the rows of its inputs.
-      variables: of the model.
-      inputs: of the loss, arrays whose first axis is the batch's.
-      key: of the loss's random numbers.
-      parts: equal parts to take the inputs in, one after the other; their mean gradient is that of
-        the whole batch. More than one is for models that change nothing but their parameters.
-      shard: gradients to where the state keeps the parameters.
+      loss: the loss function, a mean over the rows of its inputs.
+      variables: variables of the model.
+      inputs: inputs of the loss: a tree of arrays with the batch as their first axis.
+      key: random key for the loss.
+      parts: number of equal parts to process one after the other. The mean of their gradients is
+        the gradient of the whole batch. More than one requires a loss that updates no
+        collections, so no batch statistics.
+      shard: puts gradients where the state keeps the parameters.
+
+    Returns:
+      The loss, its gradients with respect to `params`, and the other collections that it updated.
     """
 
-    def of_part(inputs: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Variables]:
-        def of_params(params: Params) -> tuple[jax.Array, Variables]:
+    def part_gradients(inputs: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Variables]:
+        def loss_of_params(params: Params) -> tuple[jax.Array, Variables]:
             return loss({**variables, "params": params}, inputs, key)
 
-        (value, changed), gradients = jax.value_and_grad(of_params, has_aux=True)(
+        (value, updated), gradients = jax.value_and_grad(loss_of_params, has_aux=True)(
             variables["params"]
         )
-        return (value, shard(gradients)), changed
+        return (value, shard(gradients)), updated
 
     if parts == 1:
-        (value, gradients), changed = of_part(inputs, key)
-        return value, gradients, changed
+        (value, gradients), updated = part_gradients(inputs, key)
+        return value, gradients, updated
 
-    def add(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        found, changed = of_part(*part)
-        assert not changed, "statistics of a batch are not those of its parts"
-        return jax.tree.map(jnp.add, total, found), None
+    def add_part(total: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        result, updated = part_gradients(*part)
+        assert not updated, "statistics of a whole batch cannot be computed from its parts"
+        return jax.tree.map(jnp.add, total, result), None
 
-    shapes, _ = jax.eval_shape(of_part, inputs, key)
+    shapes, _ = jax.eval_shape(part_gradients, inputs, key)
     zeros = jax.tree.map(jnp.zeros_like, shapes)
-    total, _ = jax.lax.scan(add, zeros, (_split(inputs, parts), jax.random.split(key, parts)))
+    keys = jax.random.split(key, parts)
+    total, _ = jax.lax.scan(add_part, zeros, (_split_batch(inputs, parts), keys))
     value, gradients = jax.tree.map(lambda leaf: leaf / parts, total)
     return value, gradients, {}
 
@@ -126,10 +135,19 @@ def loss_and_gradients(
 def update_average(
     average: Variables | None, variables: Variables, step: jax.Array, config: ConfigDict
 ) -> Variables | None:
-    """The moving average of the variables after the step numbered `step`, from 0.
+    """Update the moving average of the variables after step number `step`, counted from 0.
 
-    With `config.ema_warmup` it decays by (1 + step) / (10 + step) where that is less than
-    `config.ema_decay`, so that it follows a short run, too.
+    With `config.ema_warmup`, the decay is (1 + step) / (10 + step) while that is less than
+    `config.ema_decay`, so that the average also follows the weights of a short run.
+
+    Args:
+      average: the average before the step; None if the run keeps none.
+      variables: the variables after the step.
+      step: number of the step, an integer scalar.
+      config: the whole config; `ema_decay` and `ema_warmup` are read.
+
+    Returns:
+      The new average with the dtypes of the old one, or None. Integers, such as counts, are copied.
 
     Source: `num_updates` of TensorFlow's ExponentialMovingAverage.
     """
@@ -142,7 +160,7 @@ def update_average(
     def average_leaf(new: jax.Array, old: jax.Array) -> jax.Array:
         if jnp.issubdtype(new.dtype, jnp.integer):  # a count
             return new
-        # The step size of a warm-up is an array, whose dtype may be wider than the weights'.
+        # With `ema_warmup`, `decay` is an array whose dtype may be wider than the weights'.
         return optax.incremental_update(new, old, 1 - decay).astype(old.dtype)
 
     return jax.tree.map(average_leaf, variables, average)
@@ -153,38 +171,39 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: ConfigDict,
-    replicate: Callable[[Variables], Variables] = _same,
-    shard: Callable[[Params], Params] = _same,
+    replicate: Callable[[Variables], Variables] = _identity,
+    shard: Callable[[Params], Params] = _identity,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function of one step: state and batch to the next state and metrics of this step.
+    """Make the function of one training step.
 
-    Random numbers come from `config.seed` and the state's step alone, so a resumed run draws the
-    same.
+    Its random numbers depend only on `config.seed` and the state's step, so a resumed run draws the
+    same ones.
 
     Args:
-      task: makes inputs of a batch, and the loss of inputs; see `Task`.
+      task: prepares the inputs from a batch and computes the loss; see `Task`.
       optimizer: turns gradients into updates.
-      schedule: the learning rate by step, for the metrics; the optimizer has it, too.
+      schedule: learning rate by step, only to report it; the optimizer already applies it.
       config: the whole config; `seed`, `accumulation`, `ema_decay` and `ema_warmup` are read.
-      replicate: variables as the state keeps them to what the loss needs on each device.
-      shard: gradients to where the state keeps the parameters.
+      replicate: gathers the variables, as the state keeps them, into whole copies on every device.
+      shard: puts gradients where the state keeps the parameters.
 
     Returns:
-      The function. Its metrics are `loss`, before the update, `learning_rate`, and the norms over
-      all parameters together `gradient_norm` and, after the update, `parameter_norm`.
+      A function from a state and a batch to the next state and the metrics of the step: `loss`
+      before the update, `learning_rate`, and the norms over all parameters, `gradient_norm` and,
+      after the update, `parameter_norm`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         inputs = task.inputs(batch, jax.random.fold_in(key, 1))
 
-        loss, gradients, changed = loss_and_gradients(
+        loss, gradients, updated = loss_and_gradients(
             task.loss, replicate(state.variables), inputs, key, config.accumulation, shard
         )
-        old = state.variables["params"]
-        updates, opt_state = optimizer.update(gradients, state.opt_state, old)
-        params = optax.apply_updates(old, updates)
-        variables = {**state.variables, **changed, "params": params}
+        old_params = state.variables["params"]
+        updates, opt_state = optimizer.update(gradients, state.opt_state, old_params)
+        params = optax.apply_updates(old_params, updates)
+        variables = {**state.variables, **updated, "params": params}
         ema = update_average(state.ema, variables, state.step, config)
 
         metrics = {

@@ -1,4 +1,4 @@
-"""The trainer of a config on a mesh: the model, the shapes of its state, the step and the test."""
+"""The trainer: task, state shapes, compiled train step and evaluation of a config on a mesh."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,12 +24,18 @@ from activemlp_jax.weights.architecture import Model
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """All that is compiled for a run; nothing in it holds arrays.
+    """The jitted functions of a run and the shapes they work on; holds no arrays.
 
-    `state` and `batch` are trees of `jax.ShapeDtypeStruct` that say where each array lies;
-    `first_state` makes a state from variables, `train_step` takes a state, whose buffers it uses
-    again, and a batch; both are jitted. `evaluate` takes variables by name and a `Source` of the
-    task, and gives sums by name.
+    Attributes:
+      task: the task, with its model.
+      steps_per_epoch: number of steps per epoch.
+      steps: number of steps of the whole run.
+      state: the training state as a tree of `jax.ShapeDtypeStruct` with shardings.
+      batch: a training batch, likewise.
+      first_state: jitted function from initial variables to the state before the first step.
+      train_step: jitted function from a state and a batch to the next state and the metrics; it
+        donates the buffers of the state.
+      evaluate: function from variables by name and a `Source` of the task to sums by name.
     """
 
     task: Task
@@ -43,7 +49,7 @@ class Trainer:
 
     @property
     def model(self) -> Model:
-        """The model of the task."""
+        """Model of the task."""
         return self.task.model
 
     @property
@@ -52,7 +58,12 @@ class Trainer:
         return -(-self.steps // self.steps_per_epoch)
 
     def test(self, state: TrainState, source: Source) -> tuple[Record, Sums]:
-        """Metrics of the weights and of their average, and the sums of the last of these."""
+        """Evaluate a state's variables and, if the run keeps one, their average.
+
+        Returns:
+          The metrics, with keys such as 'test_loss' and 'ema_test_loss', and the sums of the
+          average, or of the variables if there is no average.
+        """
         names = {"model": "test", "ema": "ema_test"}
         weights = {names[kind]: variables for kind, variables in state.weights().items()}
         sums = self.evaluate(weights, source)
@@ -64,21 +75,22 @@ class Trainer:
         return record, sums[list(weights)[-1]]
 
     def score(self, sums: Sums) -> float:
-        """The metric, in percent, by which states are compared."""
+        """The metric that compares states, in percent."""
         return self.task.metrics(sums)[self.task.score]
 
 
 def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mesh) -> Trainer:
-    """The trainer of a run.
+    """Build the trainer of a run.
 
     Args:
-      config: the whole config, checked.
-      num_classes: of the data set.
-      examples: of its training part.
-      mesh: to run on, or to compile for.
+      config: the whole config, already checked.
+      num_classes: number of classes in the dataset.
+      examples: number of training examples.
+      mesh: mesh to run on or compile for.
 
     Raises:
-      UserError: a batch size that the devices cannot share, or that is more than an epoch.
+      UserError: the batch size cannot be divided over the devices or is larger than an epoch, or
+        the settings fit no model.
     """
     parts = {"batch_size": config.accumulation, "eval_batch_size": 1}
     for key, number in parts.items():
@@ -94,14 +106,14 @@ def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
         return TrainState.create(variables, optimizer, config.ema_decay)
 
     shapes = jax.eval_shape(lambda: create(draw_variables(config, model)))
-    places = sharding.split_over_fsdp(shapes, mesh)
-    everywhere = sharding.replicated(mesh)
+    shardings = sharding.split_over_fsdp(shapes, mesh)
+    replicated = sharding.replicated(mesh)
 
     def gather(variables: Variables) -> Variables:
-        return jax.lax.with_sharding_constraint(variables, everywhere)
+        return jax.lax.with_sharding_constraint(variables, replicated)
 
     def scatter(gradients: Params) -> Params:
-        return jax.lax.with_sharding_constraint(gradients, places.variables["params"])
+        return jax.lax.with_sharding_constraint(gradients, shardings.variables["params"])
 
     train_step = make_train_step(task, optimizer, schedule, config, gather, scatter)
     return Trainer(
@@ -109,25 +121,25 @@ def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
         steps_per_epoch,
         steps,
         jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             shapes,
-            places,
+            shardings,
         ),
         sharding.place_rows(task.batch_shapes(), mesh),
-        jax.jit(create, out_shardings=places),
+        jax.jit(create, out_shardings=shardings),
         jax.jit(
             sharding.on_mesh(train_step, mesh),
             donate_argnums=0,
-            out_shardings=(places, everywhere),
+            out_shardings=(shardings, replicated),
         ),
         task.make_test(mesh, config.eval_batch_size, config.data.num_threads, gather),
     )
 
 
 def train_flops(config: ConfigDict, model: Model) -> float:
-    """Floating point operations that a training step needs, by the model's multiply-adds.
+    """Floating point operations of one training step, from the model's multiply-adds.
 
-    Forward once and backward twice; what is computed again to save memory does not count.
+    Counts the backward pass as twice the forward pass, and no recomputation to save memory.
     """
     size = config.data.image_size
     return 6.0 * count_cost(model, size, size).macs * config.batch_size

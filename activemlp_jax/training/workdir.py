@@ -1,7 +1,8 @@
-"""The directory of a run: whose it is, and the record it keeps.
+"""The directory of a run.
 
-`config.json` says which run it belongs to, `metrics.jsonl` has one line an epoch, `steps.jsonl` one
-for every `config.log_every_steps` steps, `checkpoints/` the states to go on from.
+`config.json` has the settings of the run that owns it, `metrics.jsonl` one line per epoch,
+`steps.jsonl` one line per `config.log_every_steps` steps, and `checkpoints/` the states to resume
+from.
 """
 
 import contextlib
@@ -24,19 +25,25 @@ from activemlp_jax.utils.json_files import expect, parse_json, read_json, short
 from activemlp_jax.utils.types import Record
 
 LOCK, MARK = ".lock", ".mark"
-EPOCHS, STEPS = "metrics.jsonl", "steps.jsonl"
-COUNTS = {EPOCHS: ("epoch", "step"), STEPS: ("step",)}  # keys of each record
-MOST_BYTES = 2**30  # of a file of records
-MOST_CUT_BYTES = 2**16  # of the line that a kill cut short
+EPOCHS_FILE, STEPS_FILE = "metrics.jsonl", "steps.jsonl"
+COUNTERS = {EPOCHS_FILE: ("epoch", "step"), STEPS_FILE: ("step",)}  # required keys of each record
+MAX_FILE_BYTES = 2**30
+MAX_TRUNCATED_BYTES = 2**16  # length of an incomplete last line
 
 
 @contextlib.contextmanager
 def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Make `workdir` this run's alone, inside; nothing of another run is touched.
+    """Claim `workdir` for this run while the context is open.
+
+    It does not touch the files of another run.
+
+    Args:
+      workdir: directory of the run, created if needed.
+      config: the whole config, written to `config.json`.
 
     Raises:
-      UserError: it cannot be written, belongs to a run with other settings, each named, or is in
-        use by a run that is alive.
+      UserError: the directory cannot be written, belongs to a run with other settings, which the
+        error names, or is in use by a live run.
     """
     path = workdir / "config.json"
     ours = json.loads(config.to_json())
@@ -59,7 +66,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock) -> None:
-    """Raises Timeout if another holds it; a file system without locks has to do without."""
+    """Acquire the lock if the file system has locks; raise Timeout if another process holds it."""
     try:
         lock.acquire()
     except NotImplementedError:
@@ -70,12 +77,12 @@ def _acquire(lock: FileLock) -> None:
 
 
 def _check_owner(workdir: Path, ours: dict[str, Any]) -> None:
-    """Raises UserError if `workdir` holds something that is not of a run with these settings."""
+    """Raise UserError if `workdir` is neither empty nor of a run with these settings."""
     path = workdir / "config.json"
     if path.exists():
         theirs = read_json(path)
         if not isinstance(theirs, dict):
-            raise UserError(f"{path} is no config of a run: expected a JSON object")
+            raise UserError(f"{path} is not the config of a run: expected a JSON object")
         differences = differing_keys(ours, theirs)
         if differences:
             raise UserError(
@@ -83,33 +90,34 @@ def _check_owner(workdir: Path, ours: dict[str, Any]) -> None:
                 "give another --workdir"
             )
         return
-    # Earlier versions wrote the config aside by a name that is not hidden.
-    started = {partial_path(path).name, f"{path.name}.partial", LOCK}
-    if any(other.name not in started for other in workdir.iterdir()):
+    # Left by a run that was killed as it started; in earlier versions without the leading dot.
+    leftovers = {partial_path(path).name, f"{path.name}.partial", LOCK}
+    if any(other.name not in leftovers for other in workdir.iterdir()):
         raise UserError(
             f"{workdir} holds files but no config.json of a run; give an empty or new --workdir"
         )
 
 
 def write_mark(workdir: Path) -> None:
-    """Leave something in `workdir` by which other hosts know that theirs is the same one."""
+    """Write a random mark into `workdir`, so that other hosts can check that they share it."""
     replace_file(workdir / MARK, uuid.uuid4().hex)
 
 
 def read_mark(workdir: Path) -> str | None:
-    """What `write_mark` left, or None."""
+    """Read what `write_mark` wrote; None if there is no mark."""
     path = workdir / MARK
     return path.read_text() if path.exists() else None
 
 
 def _replace(path: Path, text: str) -> None:
-    """Replace a file in one step, so that no reader or kill sees half of it."""
+    """Replace a file atomically."""
     with write_aside(path) as aside:
         aside.write_text(text)
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
+def _writing(path: Path) -> Iterator[None]:
+    """Report an OSError as a UserError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -117,55 +125,65 @@ def _written(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Replace a file in one step; raises UserError if it cannot be written."""
-    with _written(path):
+    """Replace a file atomically; raise UserError if it cannot be written."""
+    with _writing(path):
         _replace(path, text)
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a file of JSON lines; a last line that a kill cut short does not count.
+    """Read the records of a JSON Lines file, without a last line that a kill truncated.
+
+    Args:
+      path: the file; there are no records if it is missing.
 
     Raises:
-      UserError: another line is not a record; its number is named.
+      UserError: the file cannot be read, or a line, which the error names, is not a record.
     """
     if not path.exists():
         return []
-    *lines, rest = read_file(path, MOST_BYTES).split(b"\n")
-    if not _is_cut(rest):
+    *lines, rest = read_file(path, MAX_FILE_BYTES).split(b"\n")
+    if not _is_truncated(rest):
         lines.append(rest)
     return [_parse(path, number, line) for number, line in enumerate(lines, 1)]
 
 
-def _is_cut(rest: bytes) -> bool:
-    """Whether what follows the last end of a line is nothing, or the beginning of a record."""
+def _is_truncated(rest: bytes) -> bool:
+    """Whether the text after the last newline is empty or only the beginning of a record."""
     rest = rest.rstrip(b"\0")  # which some file systems leave after a power cut
-    begins = rest.startswith(b"{") and rest.isascii() and len(rest) <= MOST_CUT_BYTES
+    begins = rest.startswith(b"{") and rest.isascii() and len(rest) <= MAX_TRUNCATED_BYTES
     return not rest or (begins and not rest.endswith(b"}"))
 
 
 def _parse(path: Path, number: int, line: bytes) -> Record:
-    """A line as a record: numbers by name."""
-    place = f"{path}, line {number}"
-    record = parse_json(line, place)
+    """Parse a line as a record, a dict from names to numbers."""
+    name = f"{path}, line {number}"
+    record = parse_json(line, name)
     try:
         if not isinstance(record, dict):
             raise ValueError(f"it is {short(record)}, expected an object")
-        for key in COUNTS.get(path.name, ("step",)):
+        for key in COUNTERS.get(path.name, ("step",)):
             if key not in record:
                 raise ValueError(f"it has no {key}")
             expect(record[key], key, int, 0, 2**53)
         for key, value in record.items():
             expect(value, key, (int, float), float("-inf"), float("inf"))
     except ValueError as error:
-        raise UserError(f"{place} is not a record of a run: {error}") from error
+        raise UserError(f"{name} is not a record of a run: {error}") from error
     return record
 
 
 def rewind_records(path: Path, step: int) -> list[Record]:
-    """Forget what comes after `step`, which a resumed run repeats; returns what remains.
+    """Remove the records after `step`, since a resumed run repeats those steps.
+
+    Args:
+      path: the file of records, created if it is missing.
+      step: the step to resume from.
+
+    Returns:
+      The records that remain.
 
     Raises:
-      UserError: as `read_records`, and nothing is forgotten; or the file cannot be written.
+      UserError: as `read_records`, with the file unchanged; or the file cannot be written.
     """
     records = [record for record in read_records(path) if record["step"] <= step]
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
@@ -173,12 +191,12 @@ def rewind_records(path: Path, step: int) -> list[Record]:
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Write one line and wait for the disk; raises UserError if it cannot be written.
+    """Append a record as one line and sync it to disk; raise UserError if that fails.
 
-    JSON has no NaN, as which a figure over no examples comes: it is left out.
+    Values that are not finite, such as a mean over no examples, are left out: JSON has no NaN.
     """
     finite = {key: value for key, value in record.items() if math.isfinite(value)}
-    with _written(path), path.open("a") as file:
+    with _writing(path), path.open("a") as file:
         file.write(json.dumps(finite) + "\n")
         file.flush()
         os.fsync(file.fileno())

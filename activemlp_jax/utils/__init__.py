@@ -1,4 +1,4 @@
-"""Files, JSON, errors, digests, settings of a process: what every room may use.
+"""Files, JSON, errors, digests, hardware and process settings, shared by the whole package.
 
-Imports no other room.
+Imports no other subpackage.
 """

@@ -1,4 +1,4 @@
-"""The SHA-256 of every file of a directory, kept in it as `sha256sum` writes and checks them."""
+"""SHA-256 digests of a directory's files, stored in it in the format of `sha256sum`."""
 
 import hashlib
 import re
@@ -15,13 +15,13 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)", re.ASCII)
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_digests(directory: Path) -> None:
-    """Write the digests of all files below `directory`, which then are not to change."""
+    """Write the digests of all files below `directory`, which must not change afterwards."""
     files = set(directory.rglob("*")) - {directory / DIGESTS}
     paths = sorted(path for path in files if path.is_file())
     lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in paths]
@@ -30,16 +30,16 @@ def write_digests(directory: Path) -> None:
 
 
 def read_digests(directory: Path) -> dict[str, str]:
-    """The digests of a directory by file; none where it has no `SHA256SUMS`.
+    """Read a directory's digests, keyed by file name; empty if it has no `SHA256SUMS`.
 
     Raises:
-      UserError: a line is not one of `sha256sum`, or of a file outside.
+      UserError: a line is not in the format of `sha256sum`, or names a file outside the directory.
     """
     path = directory / DIGESTS
     if not path.exists():
         return {}
     digests = {}
-    # Not splitlines, for which damage may turn other characters into ends of lines.
+    # Not splitlines(), which also splits at \r, a byte that damage can produce.
     for number, line in enumerate(read_file(path, MOST_BYTES).removesuffix(b"\n").split(b"\n"), 1):
         match = _LINE.fullmatch(line.decode(errors="replace"))
         name = PurePosixPath(match[2] if match else "/")
@@ -50,16 +50,16 @@ def read_digests(directory: Path) -> dict[str, str]:
 
 
 def check_digests(directory: Path, digests: Mapping[str, str]) -> None:
-    """Raises UserError if one of these files is missing or not as it was written."""
+    """Raise UserError if a listed file is missing, unreadable or changed."""
     for name, digest in digests.items():
         path = directory / name
         if not path.is_file():
             raise UserError(f"{path} is missing, which {DIGESTS} lists")
         try:
-            found = sha256(path)
+            actual = sha256(path)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-        if found != digest:
+        if actual != digest:
             raise UserError(
                 f"{path} is not as it was written: its SHA-256 is not that in {DIGESTS}"
             )

@@ -1,4 +1,4 @@
-"""The one kind of error whose message is meant for the person at the keyboard."""
+"""Errors that are meant for the user, and how commands report them."""
 
 import contextlib
 import os
@@ -11,15 +11,15 @@ from typing import NoReturn
 
 
 class UserError(ValueError):
-    """Something the user can mend; commands print its one line and stop."""
+    """A problem the user can fix; commands print its message as one line and exit."""
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """The run was asked to stop, and has saved its state.
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Raised when a run was asked to stop and has saved its state.
 
     Args:
-      message: for the person at the keyboard.
-      status: to exit with; 128 and the number of the signal, as shells count.
+      message: for the user.
+      status: exit status, 128 plus the number of the signal, as in shells.
     """
 
     def __init__(self, message: str, status: int):
@@ -28,26 +28,26 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 def install_command(extra: str) -> str:
-    """What installs an extra in the project's folder, for messages; the pages say the same."""
+    """Command that installs an extra, run in the project's folder; the docs use the same."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
 
 
 def one_line(message: object) -> str:
-    """Fit to be printed: names out of files may hold anything."""
+    """Make a message one printable line, because names from files may hold any character."""
     line = " ".join(str(message).split())
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def command_name() -> str:
-    """The name of the running command, as it begins error messages."""
+    """Name of the running command, which starts its error messages."""
     path = Path(sys.argv[0])
     return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def exit_with(message: object) -> NoReturn:
-    """Print one line to standard error, naming the command, and exit with status 2.
+    """Print the command's name and the message as one line to standard error; exit with status 2.
 
-    What is not printable becomes a question mark.
+    Unprintable characters become question marks.
     """
     print(f"{command_name()}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
@@ -55,18 +55,18 @@ def exit_with(message: object) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_in_one_line(output: object = "") -> Iterator[None]:
-    """Run a command's work inside: what goes wrong with its input or output becomes one line.
+    """Context for the work of a command; reports errors of its input or output as one line.
 
-    Errors of a command's own code keep their traceback. Ctrl-C, SIGTERM and SIGHUP end the
-    process, with the status that shells expect, after everything inside has cleaned up.
+    Errors in the command's own code keep their traceback. Ctrl-C, SIGTERM and SIGHUP end the
+    process, with the exit status that shells expect, after the code inside has cleaned up.
 
     Args:
-      output: what the command writes, to name where the system does not say which file failed.
+      output: file or folder that the command writes; named if an `OSError` names no file.
     """
-    before = {
-        number: signal.signal(number, _stop)
+    previous = {
+        number: signal.signal(number, _exit_on_signal)
         for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as `nohup` leaves SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN  # as `nohup` sets SIGHUP
     }
     try:
         yield
@@ -83,17 +83,17 @@ def errors_in_one_line(output: object = "") -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def describe_os_error(error: OSError, place: object = "") -> str:
-    """What failed and why, as one line; `place` where the error does not name a file."""
-    place = error.filename or place
+def describe_os_error(error: OSError, path: object = "") -> str:
+    """Say what failed and why in one line; `path` is used if the error names no file."""
+    path = error.filename or path
     reason = error.strerror or str(error) or type(error).__name__
-    return f"{place}: {reason}" if place else reason
+    return f"{path}: {reason}" if path else reason
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
+def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
     del frame
     sys.exit(128 + number)

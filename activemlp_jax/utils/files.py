@@ -1,4 +1,4 @@
-"""Files: read only what is a regular file of a sensible size; write whole or not at all."""
+"""Reading regular files of limited size, and writing files and directories whole or not at all."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ KINDS = {
 def read_file(path: str | os.PathLike[str], most: int) -> bytes:
     """Read a regular file of at most `most` bytes.
 
-    A pipe or a device could keep a reader waiting, or feed it, forever.
+    Pipes and devices are refused, because reading one may block or never end.
 
     Raises:
       UserError: the file is missing, unreadable, too large, or not a regular file.
@@ -40,8 +40,8 @@ def read_file(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open a file for reading; raises UserError if it is not a regular one."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # else a pipe would wait for its writer
+    """Open a regular file for reading; raise UserError for any other kind."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # or a pipe without a writer blocks
     kind = KINDS.get(stat.S_IFMT(os.fstat(descriptor).st_mode))
     if kind:
         os.close(descriptor)
@@ -50,17 +50,17 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written before it is whole."""
+    """Path that `path` is written to until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
 def previous_path(path: Path) -> Path:
-    """Where a directory is kept while another takes its place."""
+    """Path that a directory is kept at while it is being replaced."""
     return path.with_name(f".{path.name}.previous")
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a whole directory, if it is there; links are not followed."""
+    """Remove a file, a link or a whole directory if it exists; links are not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -69,11 +69,11 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def write_aside(path: Path) -> Iterator[Path]:
-    """Give the path of a new file that takes the place of `path` if nothing is raised.
+    """Yield the path of a new file that replaces `path` if nothing is raised.
 
-    The file is on the disk before it gets its name, so that neither a kill nor a power cut leaves
-    half of it. A link at `path` is replaced, not followed. What a killed process left aside is
-    removed by the next one that writes to `path`.
+    The file is synced to disk before it gets its final name, so neither a kill nor a power cut
+    leaves half a file. A link at `path` is replaced, not followed. The partial file of a killed
+    process is removed by the next process that writes to `path`.
 
     Raises:
       OSError: the file cannot be written.
@@ -92,9 +92,9 @@ def write_aside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def write_directory_aside(directory: Path) -> Iterator[Path]:
-    """Give a new, empty directory that takes the place of `directory` if nothing is raised.
+    """Yield a new, empty directory that replaces `directory` if nothing is raised.
 
-    A kill between the two renames leaves `.NAME.previous`, which `recover_directory` brings back.
+    A kill between the two renames leaves `.NAME.previous`, which `recover_directory` restores.
     A link at `directory` is replaced, not followed.
 
     Raises:
@@ -118,7 +118,7 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
 
 
 def recover_directory(directory: Path) -> None:
-    """Undo a replacement of `directory` that a kill cut short; remove what it left."""
+    """Undo a replacement of `directory` that a kill interrupted; if it had finished, clean up."""
     previous = previous_path(directory)
     if os.path.lexists(previous):
         if os.path.lexists(directory):
@@ -128,33 +128,33 @@ def recover_directory(directory: Path) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Check that `output` can be written; folders above it that are missing are made later.
+    """Check that `output` can be written; missing parent folders are created later.
 
     Args:
-      output: a file or folder to write.
+      output: file or folder to write.
 
     Raises:
-      UserError: what is above it is not a folder, or nothing can be written into that.
+      UserError: the nearest existing parent is not a folder, or not writable.
     """
-    there = next(place for place in output.parents if os.path.lexists(place))
-    if not there.is_dir():
-        raise UserError(f"{output} cannot be written: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{output} cannot be written: there is no permission to write in {there}")
+    parent = next(path for path in output.parents if os.path.lexists(path))
+    if not parent.is_dir():
+        raise UserError(f"{output} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{output} cannot be written: there is no permission to write in {parent}")
 
 
 def check_output_file(output: Path) -> str:
-    """Check that the file `output` can be written; it may be there already.
+    """Check that the file `output` can be written; it may already exist.
 
     Returns:
-      What will be done to it: 'wrote', or 'replaced' where it is there.
+      'replaced' if it exists, else 'wrote', for the message after writing.
 
     Raises:
-      UserError: as `check_output`, or it is a folder.
+      UserError: as `check_output`, or `output` exists and is not a regular file.
     """
     if output.exists():
         kind = KINDS.get(stat.S_IFMT(output.stat().st_mode))
-        if kind:  # a device would be replaced by a file
+        if kind:  # writing would replace a device by a file
             raise UserError(f"{output} cannot be written: it is {kind}")
     check_output(output)
     return "replaced" if output.exists() else "wrote"

@@ -1,4 +1,4 @@
-"""What chips can do at most, by their makers' data sheets, and what memory is in use."""
+"""Peak performance of chips from their data sheets, and memory in use."""
 
 import resource
 from typing import NamedTuple
@@ -9,10 +9,10 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Peaks of one chip.
+    """Peak figures of one chip.
 
-    `flops` a second, dense, in bfloat16; `memory` in bytes; `bandwidth` of memory and
-    `interconnect` to the other chips, all links together, in bytes a second.
+    `flops` is dense bfloat16 operations per second and `memory` is bytes. `bandwidth`, of the
+    memory, and `interconnect`, all links to other chips together, are bytes per second.
     """
 
     flops: float
@@ -21,8 +21,8 @@ class Chip(NamedTuple):
     interconnect: float
 
 
-# By JAX's device_kind. Sources: cloud.google.com/tpu/docs (system architecture of each), NVIDIA's
-# data sheets of the SXM modules.
+# Keyed by JAX's device_kind. Sources: cloud.google.com/tpu/docs (system architecture of each TPU)
+# and NVIDIA's data sheets of the SXM modules.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 300e9),
     "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9),
@@ -36,13 +36,13 @@ CHIPS = {
 
 
 def peak_flops(device_kind: str, devices: int) -> float | None:
-    """Of several devices together, a second; None where they are not in the table."""
+    """Peak operations per second of several devices together; None for a kind not in `CHIPS`."""
     chip = CHIPS.get(device_kind)
     return None if chip is None else chip.flops * devices
 
 
 def memory_in_use() -> int:
-    """Bytes: the most that a device of this host has held, or this process where they are CPUs."""
+    """Peak bytes in use: of this host's fullest device, or of this process if devices are CPUs."""
     statistics = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [found["peak_bytes_in_use"] for found in statistics if found]
+    peaks = [stats["peak_bytes_in_use"] for stats in statistics if stats]
     return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

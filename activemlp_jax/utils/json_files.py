@@ -1,4 +1,4 @@
-"""JSON: from files that somebody else may have written, within limits; and a line to print."""
+"""Parsing JSON from untrusted files within limits, and printing JSON on one line."""
 
 import json
 import math
@@ -12,20 +12,21 @@ from activemlp_jax.utils.files import read_file
 
 MOST_BYTES = 16 * 2**20
 MOST_DEPTH = 32
-MOST_DIGITS = 19  # of an integer: those of 64 bits
+MOST_DIGITS = 19  # of an integer; enough for 64 bits
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def parse_json(text: str | bytes, name: object) -> Any:
-    """Parse JSON; its numbers are finite and fit into 64 bits.
+    """Parse JSON, with limits on its size, its depth and its numbers.
 
     Args:
-      text: JSON in UTF-8.
-      name: what to call it in an error.
+      text: JSON, in UTF-8 if bytes.
+      name: name of the text in error messages.
 
     Raises:
-      UserError: it is too long, too deeply nested, not JSON, or has such a number.
+      UserError: the text is too long, too deeply nested or not JSON, a number is not finite in 64
+        bits, or an integer has more than `MOST_DIGITS` digits.
     """
     if len(text) > MOST_BYTES:
         raise UserError(f"{name} has {len(text):,} bytes, expected at most {MOST_BYTES:,}")
@@ -42,14 +43,14 @@ def parse_json(text: str | bytes, name: object) -> Any:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read and parse a regular file; raises UserError as `read_file` and `parse_json`."""
+    """Read and parse a regular file; raise UserError as `read_file` and `parse_json` do."""
     return parse_json(read_file(path, MOST_BYTES), path)
 
 
 def expect(value: Any, name: str, kind: Any, low: float, high: float) -> Any:
-    """Return `value` if it is a number of that kind from `low` to `high`, else raise ValueError.
+    """Return `value` if it is a number of type `kind` from `low` to `high`, else raise ValueError.
 
-    Booleans do not count as numbers; NaN is always refused.
+    Booleans do not count as numbers, and NaN is always refused. `name` is for the message.
     """
     if isinstance(value, bool) or not isinstance(value, kind):
         raise ValueError(f"{name} is {short(value)}, expected a number")
@@ -59,32 +60,36 @@ def expect(value: Any, name: str, kind: Any, low: float, high: float) -> Any:
 
 
 def json_line(record: Any, name: object) -> str:
-    """Write JSON on one line, letters as they are where standard output can show them.
+    """Format a record as one line of JSON, escaping only what standard output cannot show.
+
+    Args:
+      record: JSON-serializable.
+      name: name of the record in error messages.
 
     Raises:
-      UserError: a number of the record, which is called `name`, is not finite.
+      UserError: a number in the record is not finite.
     """
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         line.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # such as names of files that are not text
+    except UnicodeEncodeError:  # such as file names that are not valid text
         return json.dumps(record)
     except ValueError as error:
         raise UserError(
             f"{name} has a number that is not finite, which JSON cannot express"
         ) from error
-    # What is not printable could steer a terminal.
+    # Unprintable characters could control a terminal.
     return line if line.isprintable() else json.dumps(record)
 
 
 def short(value: object, most: int = 80) -> str:
-    """The value as Python writes it, cut to `most` characters."""
+    """The `repr` of a value, cut to `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _depth(text: str) -> int:
-    """How deep the brackets outside strings are nested; parsing them would recurse as deep."""
+    """Nesting depth of the brackets outside strings; the parser recurses as deep."""
     depth = deepest = 0
     for character in re.sub(r"[^][{}]", "", _STRING.sub("", text)):
         depth += 1 if character in "[{" else -1

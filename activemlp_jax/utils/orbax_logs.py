@@ -1,4 +1,4 @@
-"""What orbax's threads print, which is more than its caller's error says."""
+"""Suppression of the tracebacks that orbax's threads print."""
 
 import contextlib
 import functools
@@ -8,15 +8,15 @@ import sys
 from collections.abc import Iterator
 
 
-def _is_wanted(record: logging.LogRecord) -> bool:
+def _is_not_orbax_error(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 @contextlib.contextmanager
 def without_tracebacks() -> Iterator[None]:
-    """Keep the tracebacks of orbax's threads from standard error.
+    """Keep tracebacks of orbax's threads from being printed to standard error.
 
-    What fails in a thread is raised to orbax's caller as well, who reports it.
+    Orbax raises a thread's error to its caller as well, who reports it.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
@@ -24,12 +24,12 @@ def without_tracebacks() -> Iterator[None]:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    wanted = functools.partial(_is_wanted)  # a filter of its own, as uses may be nested
-    logger.addFilter(wanted)
+    keep = functools.partial(_is_not_orbax_error)  # a new object, because uses may be nested
+    logger.addFilter(keep)
     sys.unraisablehook = ignore_late_results
     try:
         yield
-        # Not after a failure: then the results of other arrays come when nobody waits for them.
+        # Only on success; after a failure, results of other arrays arrive with the loop closed.
         sys.unraisablehook = hook
     finally:
-        logger.removeFilter(wanted)
+        logger.removeFilter(keep)

@@ -1,4 +1,4 @@
-"""Settings of a whole process, which commands make; to import this package changes none."""
+"""Process-wide settings that commands make; importing the package changes none of them."""
 
 import contextlib
 import ctypes
@@ -8,23 +8,24 @@ from pathlib import Path
 
 import jax
 
-CACHE_LIMIT = 8 * 2**30  # bytes; JAX locks a cache only where it has one
+CACHE_LIMIT = 8 * 2**30  # bytes; JAX locks only a cache that has a limit
 # Parameters of glibc's mallopt, from its malloc.h.
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep memory that was freed, for this process; call it before the rest.
+    """Make the C library keep freed memory in this process; call it before using JAX.
 
-    On a CPU each call of a compiled program asks for all of its temporary memory, which the C
-    library would return to the system after it, and the system clears every page of it anew: a
-    fifth of the time of a train step. The heap of the main thread can be kept, those of other
-    threads hold no pieces of that size. So JAX is to run a CPU's programs in the thread that calls
-    them, which it reads when it first looks for devices, and that heap is never trimmed. On
-    accelerators, and with another C library than glibc, this changes nothing that counts.
+    On a CPU, each call of a compiled program allocates all its temporary memory. By default the C
+    library returns that memory to the system after the call, and the system clears every page again
+    for the next call, which takes a fifth of a train step. Only the heap of the main thread can be
+    kept; those of other threads cannot hold blocks of that size. So this function never trims the
+    main heap, and makes JAX run CPU programs in the thread that calls them, a setting that JAX
+    reads when it first looks for devices. On accelerators, and with a C library other than glibc,
+    this has no effect worth mentioning.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # elsewhere there is no mallopt; OSError: no C library under this name
+    # Other systems have no mallopt, or no C library that can be loaded this way.
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
@@ -32,7 +33,7 @@ def keep_freed_memory() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Have JAX keep what it compiles on disk, in the user's cache, unless told where otherwise."""
+    """Make JAX cache compiled programs in the user's cache, unless the environment sets another."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(caches / "activemlp_jax" / "jax"))
@@ -40,9 +41,9 @@ def keep_compiled_programs() -> None:
 
 
 def collect_garbage_rarely() -> None:
-    """Have Python look for garbage once in 50,000 new objects, not in 700.
+    """Make Python collect garbage once per 50,000 new objects instead of once per 700.
 
-    A search walks through objects that live on; tracing a model makes many, and the imported
-    libraries hold more. Of a short run whose programs are in JAX's cache it took a sixth.
+    A collection visits objects that stay alive: tracing a model creates many, and the imported
+    libraries hold more. Collections took a sixth of a short run whose programs were cached by JAX.
     """
     gc.set_threshold(50_000)

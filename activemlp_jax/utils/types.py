@@ -1,4 +1,4 @@
-"""Types that rooms share."""
+"""Types shared by several subpackages."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""PyTorch files and weight names, inferring a model from them, model directories, conversion.
+"""PyTorch files and weight names, inference of the model, model directories, conversion.
 
 Imports `torch_reference`, `data`, `models` and `utils`.
 """

@@ -1,4 +1,4 @@
-"""Convert PyTorch weights of ActiveMLP into a model directory, or a model directory back.
+"""Convert PyTorch weights of ActiveMLP to a model directory, or a model directory to PyTorch.
 
 Examples:
   python convert_torch_weights.py activemlp_tiny.pth models/active_tiny --verify
@@ -21,14 +21,14 @@ from activemlp_jax.utils.files import check_output, write_directory_aside
 from activemlp_jax.utils.json_files import expect
 from activemlp_jax.utils.runtime import collect_garbage_rarely
 from activemlp_jax.weights.architecture import (
-    MOST_ROWS,
+    MAX_ROWS,
     Model,
     backbone,
     infer_model,
     list_keys,
 )
 from activemlp_jax.weights.model_directory import (
-    BROKEN_CARD,
+    CARD_ERRORS,
     ModelCard,
     read_card,
     read_weights,
@@ -41,15 +41,15 @@ from activemlp_jax.weights.torch_files import (
     read_checkpoint,
     write_checkpoint,
 )
-from activemlp_jax.weights.torch_names import COUNT, from_torch, to_torch
+from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch, to_torch
 
 NAMES = {"ema": "averaged (EMA)", "model": "raw"}
-TORCH_ENDINGS = (".pth", ".pt", ".safetensors")  # of what --to-torch writes
-STATISTICS = ("running_mean", "running_var", COUNT)  # of batch norm: not parameters
+TORCH_SUFFIXES = (".pth", ".pt", ".safetensors")  # formats that --to-torch writes
+STATISTICS = ("running_mean", "running_var", BATCH_COUNT)  # batch norm's, not parameters
 
 
 def main() -> None:
-    """The command line of `convert_torch_weights.py`."""
+    """Run the command line of `convert_torch_weights.py`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,33 +58,35 @@ def main() -> None:
     parser.add_argument(
         "--weights",
         choices=list(KINDS),
-        help="the weights that later tools use by default (ema where there are any); with "
-        "--to-torch, the only ones to write",
+        help="the weights that later tools use by default (ema if the file has them); with "
+        "--to-torch, write only these",
     )
     parser.add_argument(
         "--model",
         choices=list_models(),
-        help="refuse any other, also under a segmentation head (found out from the shapes)",
+        help="reject weights of any other variant; for a segmentation model, of another backbone "
+        "(by default, the variant is inferred from the shapes)",
     )
-    parser.add_argument("--num-classes", type=int, help="refuse another number of classes")
+    parser.add_argument("--num-classes", type=int, help="reject any other number of classes")
     parser.add_argument(
         "--image-size",
         type=int,
-        help="side that a classifier's weights are for (the file's, or else 224)",
+        help="image side that a classifier's weights are for (default: the file's, or else 224)",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
         help="run the result and a PyTorch model with the file's weights on random images, in "
-        "float64, and print the difference; nothing is written if there is one",
+        "float64, and print the difference; write nothing if it is over 1e-9",
     )
     parser.add_argument(
         "--to-torch",
         action="store_true",
-        help="the way back: IN is a model directory, OUT a file. A .pth file has the original's "
-        "form, {'model': ..., 'model_ema': ...}; with --weights these under 'model' alone. That "
-        "of a segmentation model has mmsegmentation's, {'meta': ..., 'state_dict': ...}, and that "
-        "and a .safetensors file one set of weights",
+        help="convert back: IN is a model directory, OUT a file. For a classifier, a .pth file has "
+        "the original's form, {'model': ..., 'model_ema': ...}; with --weights, only the chosen "
+        "weights, under 'model'. For a segmentation model, it has one set of weights in "
+        "mmsegmentation's form, {'meta': ..., 'state_dict': ...}. A .safetensors file has one set "
+        "of weights",
     )
     arguments = parser.parse_args()
     collect_garbage_rarely()
@@ -97,55 +99,55 @@ def main() -> None:
             for option in ("model", "num_classes", "image_size", "verify"):
                 if getattr(arguments, option) not in (None, False):
                     raise UserError(f"--{option.replace('_', '-')} does not go with --to-torch")
-            if target.suffix not in TORCH_ENDINGS:
-                endings = " or ".join(TORCH_ENDINGS)
-                raise UserError(f"OUT is {target}, expected a name that ends in {endings}")
+            if target.suffix not in TORCH_SUFFIXES:
+                suffixes = " or ".join(TORCH_SUFFIXES)
+                raise UserError(f"OUT is {target}, expected a name that ends in {suffixes}")
             _to_torch(source, target, arguments.weights)
         elif (source / "model.json").is_file():
             raise UserError(
-                f"{source} is a model directory, expected a file; --to-torch writes one of it"
+                f"{source} is a model directory, expected a file; --to-torch converts it back"
             )
         else:
             _from_torch(source, target, arguments)
 
 
-def _expected_model(arguments: argparse.Namespace, found: Model) -> Model:
-    """The model that the command line asks for, or else the one `found`."""
+def _expected_model(arguments: argparse.Namespace, inferred: Model) -> Model:
+    """Return the `inferred` model with the fields that the command line asks for."""
     fields = VARIANTS[arguments.model] if arguments.model else {}
-    if fields and isinstance(found, ActiveSegmentor):
+    if fields and isinstance(inferred, ActiveSegmentor):
         fields = {"backbone": fields}
     if arguments.num_classes is not None:
-        classes = expect(arguments.num_classes, "num_classes", int, 1, MOST_ROWS)
+        classes = expect(arguments.num_classes, "num_classes", int, 1, MAX_ROWS)
         fields = {**fields, "num_classes": classes}
-    return found.clone(**fields)
+    return inferred.clone(**fields)
 
 
-def _described(source: Path, checkpoint: TorchCheckpoint) -> ModelCard | None:
-    """What a file that `--to-torch` wrote says of its model."""
+def _embedded_card(source: Path, checkpoint: TorchCheckpoint) -> ModelCard | None:
+    """Return the model card that `--to-torch` stored in the file, if any."""
     if checkpoint.description is None:
         return None
     try:
         card = ModelCard.from_json(checkpoint.description)
         return dataclasses.replace(card, source=dict(card.source))
-    except BROKEN_CARD as error:
+    except CARD_ERRORS as error:
         raise UserError(f"{source} has a broken description of its model: {error}") from error
 
 
 def _preprocessing(
-    model: Model, described: ModelCard | None, sizes: tuple[int | None, int | None]
+    model: Model, embedded: ModelCard | None, image_sizes: tuple[int | None, int | None]
 ) -> Preprocessing | ScenePreprocessing:
-    """For a model: what the file says or the original's; `sizes` are the file's and the asked."""
-    if described and type(described.model) is not type(model):
-        raise ValueError("the description of its model is of another task than its weights")
+    """Return the preprocessing, given the `image_sizes` of the file and of --image-size."""
+    if embedded and type(embedded.model) is not type(model):
+        raise ValueError("the description of its model is for another task than its weights")
     if isinstance(model, ActiveSegmentor):
-        if sizes[-1] is not None:
+        if image_sizes[-1] is not None:
             raise ValueError(
                 "--image-size does not go with a segmentation model, which takes scenes of any "
                 "size: leave it out"
             )
-        return described.preprocessing if described else ScenePreprocessing()
-    fields = dataclasses.asdict(described.preprocessing) if described else {}
-    for size in sizes:
+        return embedded.preprocessing if embedded else ScenePreprocessing()
+    fields = dataclasses.asdict(embedded.preprocessing) if embedded else {}
+    for size in image_sizes:
         if size is not None:
             fields["image_size"] = size
     return Preprocessing(**fields)
@@ -153,44 +155,44 @@ def _preprocessing(
 
 def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(source)
-    described = _described(source, checkpoint)
+    embedded = _embedded_card(source, checkpoint)
     default = choose_kind(checkpoint.weights, arguments.weights or "auto", source)
     try:
         model = _expected_model(arguments, infer_model(checkpoint.weights[default]))
-        sizes = (checkpoint.image_size, arguments.image_size)
-        preprocessing = _preprocessing(model, described, sizes)
+        image_sizes = (checkpoint.image_size, arguments.image_size)
+        preprocessing = _preprocessing(model, embedded, image_sizes)
         variables = {
             kind: from_torch(state_dict, model) for kind, state_dict in checkpoint.weights.items()
         }
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     digest = sha256(source)
-    names = (described.class_names if described else None) or checkpoint.class_names
+    names = (embedded.class_names if embedded else None) or checkpoint.class_names
     class_names = names if names and len(names) == model.num_classes else None
-    origin = _origin(source.name, digest, checkpoint, described)
+    origin = _origin(source.name, digest, checkpoint, embedded)
     card = ModelCard(model, preprocessing, tuple(variables), default, class_names, origin)
     print(one_line(f"{source}: SHA-256 {digest}"))
-    _print_found(card, checkpoint)
-    with write_directory_aside(target) as place:
-        write_model(place, card, variables)
+    _print_summary(card, checkpoint)
+    with write_directory_aside(target) as directory:
+        write_model(directory, card, variables)
         if arguments.verify:
-            _verify(place, checkpoint)
+            _verify(directory, checkpoint)
     print(one_line(f"wrote {target}; the {NAMES[default]} weights are its default"))
 
 
 def _origin(
-    name: str, digest: str, checkpoint: TorchCheckpoint, described: ModelCard | None
+    name: str, digest: str, checkpoint: TorchCheckpoint, embedded: ModelCard | None
 ) -> dict[str, Any]:
-    """Where the weights of the file `name` come from: what it says itself, or else the file."""
-    if described and described.source:
-        return {**described.source, "copied_from": name, "copied_from_sha256": digest}
+    """Return the origin of the weights: what the file `name` records, or else the file itself."""
+    if embedded and embedded.source:
+        return {**embedded.source, "copied_from": name, "copied_from_sha256": digest}
     origin = {"file": name, "sha256": digest, "epoch": checkpoint.epoch}
     if checkpoint.iteration is not None:
         origin["iteration"] = checkpoint.iteration
     return origin
 
 
-def _print_found(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
+def _print_summary(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
     arrays = {
         key: array
         for key, array in checkpoint.weights[card.default_kind].items()
@@ -200,7 +202,7 @@ def _print_found(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
     types = ", ".join(sorted({str(array.dtype) for array in arrays.values()}))
     name = card.name or f"of no published variant, depths {backbone(card.model).depths}"
     classes = f"{card.model.num_classes} classes"
-    scenes = card.preprocessing
+    preprocessing = card.preprocessing
     if isinstance(card.model, ActiveSegmentor):
         name += f", under the head {card.model.head!r}"
     if card.class_names:
@@ -208,47 +210,47 @@ def _print_found(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
     elif checkpoint.class_names:
         classes += f"; the file names {len(checkpoint.class_names)}, which are left out"
     if card.source.get("iteration") is not None:
-        moment = f"iteration {card.source['iteration']}"
+        progress = f"iteration {card.source['iteration']}"
     else:
         epoch = card.source.get("epoch")
-        moment = f"epoch {'unknown' if epoch is None else epoch}"
-    if isinstance(scenes, ScenePreprocessing):
-        images = f"resized into {scenes.long_side} x {scenes.short_side} pixels"
+        progress = f"epoch {'unknown' if epoch is None else epoch}"
+    if isinstance(preprocessing, ScenePreprocessing):
+        images = f"resized into {preprocessing.long_side} x {preprocessing.short_side} pixels"
     else:
-        images = f"{scenes.image_size} pixels"
+        images = f"{preprocessing.image_size} pixels"
     kinds = " and ".join(NAMES[kind] for kind in card.kinds)
-    # Names and the epoch are whatever the file says.
+    # Names and the epoch come from the file, which may hold control characters.
     print("  model:  ", one_line(f"{name}, {parameters:,} parameters, {classes}"))
-    print("  weights:", one_line(f"{kinds}, {types}; {moment}"))
+    print("  weights:", one_line(f"{kinds}, {types}; {progress}"))
     print("  images: ", images)
 
 
 def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
     try:
-        from activemlp_jax.weights.verify import BOUND, largest_difference
+        from activemlp_jax.weights.verify import MAX_DIFFERENCE, largest_difference
     except ImportError as error:
         raise UserError(f"--verify needs PyTorch: {install_command('torch')}") from error
     for kind, difference in largest_difference(directory, checkpoint.weights).items():
         line = f"{NAMES[kind]} weights: PyTorch and flax differ by {difference:.1e} of the logits"
-        if not difference <= BOUND:
-            raise UserError(f"{line}, more than {BOUND:.0e}; nothing was written")
+        if not difference <= MAX_DIFFERENCE:
+            raise UserError(f"{line}, more than {MAX_DIFFERENCE:.0e}; nothing was written")
         print(f"verified {line} (random images, float64)")
 
 
-def _to_torch(source: Path, target: Path, only: str | None) -> None:
+def _to_torch(source: Path, target: Path, chosen: str | None) -> None:
     card = read_card(source)
-    one_only = target.suffix == ".safetensors" or isinstance(card.model, ActiveSegmentor)
-    if only:
-        kinds = {choose_kind(card.kinds, only, source): "model"}
-    elif one_only:
-        kinds = {card.default_kind: "model"}
+    holds_one_kind = target.suffix == ".safetensors" or isinstance(card.model, ActiveSegmentor)
+    if chosen:
+        keys = {choose_kind(card.kinds, chosen, source): "model"}
+    elif holds_one_kind:
+        keys = {card.default_kind: "model"}
     else:
-        kinds = {kind: kind for kind in card.kinds}
-    default = card.default_kind if card.default_kind in kinds else next(iter(kinds))
-    card = dataclasses.replace(card, kinds=tuple(kinds), default_kind=default)
-    weights = {key: to_torch(read_weights(source, card, kind)) for kind, key in kinds.items()}
+        keys = {kind: kind for kind in card.kinds}
+    default = card.default_kind if card.default_kind in keys else next(iter(keys))
+    card = dataclasses.replace(card, kinds=tuple(keys), default_kind=default)
+    weights = {key: to_torch(read_weights(source, card, kind)) for kind, key in keys.items()}
     write_checkpoint(target, weights, card.to_json(), card.class_names)
-    kinds_written = " and ".join(NAMES[kind] for kind in kinds)
+    kinds_written = " and ".join(NAMES[kind] for kind in keys)
     print(one_line(f"wrote the {kinds_written} weights to {target}"))
 
 

@@ -1,4 +1,4 @@
-"""Whether weights are finite."""
+"""Check that weights are finite."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ import numpy as np
 
 
 def describe_non_finite(tree: Any) -> str | None:
-    """The first array whose values are not all finite, and how many; None if there is none.
+    """Name the first array with non-finite values and count them; None if all are finite.
 
-    Where hosts share an array, each checks only its own part.
+    For an array that is sharded over hosts, each host checks only its own shards.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             parts = [leaf]
             if isinstance(leaf, jax.Array):
-                parts = [part.data for part in leaf.addressable_shards if part.replica_id == 0]
+                parts = [shard.data for shard in leaf.addressable_shards if shard.replica_id == 0]
             bad = sum(np.size(part) - np.isfinite(np.asarray(part)).sum() for part in parts)
             if bad:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")

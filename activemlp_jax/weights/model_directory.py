@@ -1,14 +1,14 @@
-"""The model directory: weights and all one must know to use them.
+"""The model directory: weights, and everything needed to use them.
 
-    model.json     architecture, classes, preprocessing, where the weights come from
-    weights/ema    the averaged variables, by orbax, where there are any
-    weights/model  the variables as training left them, likewise
+    model.json     task, architecture, classes, preprocessing, origin of the weights
+    weights/ema    the averaged variables in orbax format, if there are any
+    weights/model  the variables of the last step in orbax format, if there are any
     SHA256SUMS     digests of all these files, checked when they are read
 
-Variables are `params`, and for segmentation `batch_stats`. Directories of earlier versions have no
-digests.
+The variables are `params`, and for segmentation also `batch_stats`. Directories of earlier versions
+have no digests.
 
-Conversion and training write it; every other tool takes just the directory.
+Conversion and training write model directories; every other tool needs nothing but the directory.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from activemlp_jax.utils.json_files import MOST_BYTES, expect, parse_json, short
 from activemlp_jax.utils.orbax_logs import without_tracebacks
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.architecture import (
-    MOST_BLOCKS,
+    MAX_BLOCKS,
     Model,
     backbone,
     list_keys,
@@ -51,29 +51,31 @@ CARD_KEYS = ("task", "architecture", "classes", "preprocessing", "weights", "sou
 ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_interval")
 HEAD = ("head", "channels", "aux_channels", "neck_channels")
 
-# More than any model needs, and little enough that a file which asks for more costs nothing.
-MOST_CLASSES = 2**20
-MOST_CHANNELS = 2**16
-MOST_RATIO = 64
+# Limits above what any model needs, and low enough that a file cannot demand much memory.
+MAX_CLASSES = 2**20
+MAX_CHANNELS = 2**16
+MAX_MLP_RATIO = 64
 
-# What `ModelCard.from_json` raises where there is none.
-BROKEN_CARD = (AttributeError, KeyError, TypeError, ValueError)
+# Errors of `ModelCard.from_json` for content that is not a valid model.json.
+CARD_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelCard:
-    """The content of `model.json`, which describes the weights of a model directory.
+    """The content of a `model.json`, which describes the weights of a model directory.
 
     Args:
-      model: of the weights, in float32 and without drop path.
-      preprocessing: that the weights were made for; of a segmentor, a `ScenePreprocessing`.
-      kinds: of weights, out of 'ema' and 'model'.
-      default_kind: the one to use where none is asked for.
-      class_names: by label, where they are known.
-      source: where the weights come from, as JSON takes it. Training says the data set, the recipe,
-        and what was measured, in percent, on how many images; conversion says the file, its SHA-256
-        and the epoch.
-      task: what the model was trained for; by default classification or segmentation, as the model.
+      model: the model that the weights are for, in float32 and without drop path.
+      preprocessing: the preprocessing that the weights were trained with; for a segmentor, a
+        `ScenePreprocessing`.
+      kinds: the kinds of weights in the directory: 'ema', 'model' or both.
+      default_kind: the kind to use unless another is requested.
+      class_names: the names of the classes by label, if known.
+      source: the origin of the weights, as JSON values. Training records the dataset, the recipe,
+        and the metrics, in percent, with the number of images; conversion records the file, its
+        SHA-256 and the epoch.
+      task: the task that the model was trained for; by default 'segmentation' for a segmentor and
+        'classification' otherwise.
     """
 
     model: Model
@@ -85,44 +87,46 @@ class ModelCard:
     task: str = ""
 
     def __post_init__(self) -> None:
-        """The usual task of such a model where none is given."""
+        """Fill in the default task of the model."""
         if not self.task:
             is_segmentor = isinstance(self.model, ActiveSegmentor)
             object.__setattr__(self, "task", "segmentation" if is_segmentor else "classification")
 
     @property
     def name(self) -> str | None:
-        """The published variant's, also of a backbone; None where it is none of them."""
+        """Name of the published variant, for a segmentor its backbone's; None for other models."""
         return variant_name(self.model)
 
     def __repr__(self) -> str:
-        """On one line; `to_json` has it all."""
+        """Summarize the card on one line; `to_json` gives all of it."""
         name = self.name or "an ActiveMLP of no published variant"
         if isinstance(self.model, ActiveSegmentor):
             name += f" under {self.model.head}"
         classes = f"{self.model.num_classes} classes"
         if self.class_names:
             classes += f" ({list_keys(list(self.class_names), 3)})"
-        shown = self.preprocessing
-        if isinstance(shown, Preprocessing):
-            images = f"images of {shown.image_size} pixels"
-        elif shown.long_side:
-            images = f"images resized into {shown.long_side} x {shown.short_side} pixels"
+        preprocessing = self.preprocessing
+        if isinstance(preprocessing, Preprocessing):
+            images = f"images of {preprocessing.image_size} pixels"
+        elif preprocessing.long_side:
+            size = f"{preprocessing.long_side} x {preprocessing.short_side}"
+            images = f"images resized into {size} pixels"
         else:
             images = "images as large as they are"
         kinds = [f"{kind}{' (default)' * (kind == self.default_kind)}" for kind in self.kinds]
         return f"ModelCard({name}, {classes}, {images}, weights {', '.join(kinds)})"
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `model.json`, as `json.dumps` takes it.
+        """Return the content of `model.json` as a dict for `json.dumps`.
 
         Returns:
-          By key: `format`, the number of this form; `task`, such as 'classification';
-          `name`, that of the published variant or None; `architecture`, the fields of `ActiveMLP`
-          that say its shape, for segmentation under `backbone` beside those of the head; `classes`,
-          their `number`, and their `names` by label or None; `preprocessing`, its fields, with
-          sides in pixels, and mean and standard deviation of values from 0 to 1; `weights`, the
-          `kinds` that there are and the `default`; and `source`, as it is.
+          A dict with the keys `format`, the version of the format; `task`, such as
+          'classification'; `name`, the published variant or None; `architecture`, the fields of
+          `ActiveMLP` that define its architecture, for segmentation under `backbone`, next to the
+          fields of the head; `classes`, with their `number`, and their `names` by label or None;
+          `preprocessing`, its fields, with sides in pixels, and mean and standard deviation of
+          values from 0 to 1; `weights`, with the available `kinds` and the `default`; and `source`,
+          unchanged.
         """
         return {
             "format": FORMAT,
@@ -137,14 +141,13 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelCard":
-        """The inverse of `to_json`.
+        """Build a card from the content of a `model.json`: the inverse of `to_json`.
 
         Args:
-          content: what `json.loads` reads in a `model.json`.
+          content: the parsed JSON of a `model.json`.
 
         Raises:
-          ValueError: it is not of this form, asks for more than any model needs, or contradicts
-            itself.
+          ValueError: the content is not in this format, exceeds a limit, or contradicts itself.
         """
         _expect_keys(content, "it", ("format", *CARD_KEYS))
         if content["format"] != FORMAT:
@@ -152,11 +155,11 @@ class ModelCard:
         if not isinstance(content["task"], str) or not content["task"].isidentifier():
             raise ValueError(f"task is {short(content['task'])}, expected a name")
         _expect_keys(content["architecture"], "architecture", ())
-        to_segment = "backbone" in content["architecture"]
+        is_segmentor = "backbone" in content["architecture"]
         classes, weights = content["classes"], content["weights"]
         _expect_keys(classes, "classes", ("number", "names"))
         _expect_keys(weights, "weights", ("kinds", "default"))
-        number = expect(classes["number"], "classes.number", int, 1, MOST_CLASSES)
+        number = expect(classes["number"], "classes.number", int, 1, MAX_CLASSES)
         kinds, default = weights["kinds"], weights["default"]
         if not isinstance(kinds, list | tuple) or not all(kind in list(KINDS) for kind in kinds):
             raise ValueError(f"weights.kinds is {short(kinds)}, expected a list out of {[*KINDS]}")
@@ -166,10 +169,10 @@ class ModelCard:
             )
         if not isinstance(content["source"], Mapping):
             raise ValueError(f"source is {short(content['source'])}, expected an object")
-        make = _segmentor if to_segment else _classifier
+        build_model = _segmentor if is_segmentor else _classifier
         return cls(
-            make(content["architecture"], number),
-            _preprocessing(ScenePreprocessing if to_segment else Preprocessing, content),
+            build_model(content["architecture"], number),
+            _preprocessing(ScenePreprocessing if is_segmentor else Preprocessing, content),
             tuple(kinds),
             default,
             _class_names(classes["names"], number),
@@ -181,7 +184,7 @@ class ModelCard:
 def _expect_keys(
     content: Any, name: str, keys: Collection[str], known: Collection[str] | None = None
 ) -> None:
-    """Raises ValueError unless `content` is a mapping with all `keys` and no unknown ones."""
+    """Raise ValueError if `content` is not a mapping, lacks a key, or has one not in `known`."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{name} is {short(content)}, expected an object")
     missing = [key for key in keys if key not in content]
@@ -193,7 +196,7 @@ def _expect_keys(
 
 
 def _class_names(names: Any, number: int) -> tuple[str, ...] | None:
-    """Class names as JSON has them, where there are any."""
+    """Check the class names of a card; None if it has none."""
     if not names:
         return None
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -204,7 +207,7 @@ def _class_names(names: Any, number: int) -> tuple[str, ...] | None:
 
 
 def _preprocessing(kind: type[Any], content: Mapping[str, Any]) -> Any:
-    """Preprocessing as JSON has it; the class checks the values."""
+    """Build preprocessing of class `kind` from a card; the class checks the values."""
     fields = content["preprocessing"]
     names = [field.name for field in dataclasses.fields(kind)]
     _expect_keys(fields, "preprocessing", ("mean", "std"), names)
@@ -212,36 +215,36 @@ def _preprocessing(kind: type[Any], content: Mapping[str, Any]) -> Any:
 
 
 def _classifier(fields: Any, classes: int, name: str = "architecture") -> ActiveMLP:
-    """An ActiveMLP of the size of some model, from its fields as JSON has them."""
+    """Build an ActiveMLP from the `architecture` of a card."""
     _expect_keys(fields, name, ARCHITECTURE, ARCHITECTURE)
     number = (int, float)
-    for field, kind, most in (
-        ("depths", int, MOST_BLOCKS),
-        ("embed_dims", int, MOST_CHANNELS),
-        ("share_dims", int, MOST_CHANNELS),
-        ("mlp_ratios", number, MOST_RATIO),
+    for field, kind, limit in (
+        ("depths", int, MAX_BLOCKS),
+        ("embed_dims", int, MAX_CHANNELS),
+        ("share_dims", int, MAX_CHANNELS),
+        ("mlp_ratios", number, MAX_MLP_RATIO),
     ):
         values = fields[field]
         if not isinstance(values, list | tuple) or len(values) != 4:
             raise ValueError(f"{name}.{field} is {short(values)}, expected four numbers")
         for value in values:
-            expect(value, f"{name}.{field}", kind, 0, most)
-    expect(sum(fields["depths"]), f"the sum of {name}.depths", int, 0, MOST_BLOCKS)
+            expect(value, f"{name}.{field}", kind, 0, limit)
+    expect(sum(fields["depths"]), f"the sum of {name}.depths", int, 0, MAX_BLOCKS)
     expect(fields["offset_interval"], f"{name}.offset_interval", int, 1, 2**31)
     return ActiveMLP(**_tuples(fields), num_classes=classes)
 
 
 def _segmentor(fields: Any, classes: int) -> ActiveSegmentor:
-    """An ActiveSegmentor, likewise."""
+    """Build an ActiveSegmentor from the `architecture` of a card."""
     _expect_keys(fields, "architecture", ("backbone", *HEAD), ("backbone", *HEAD))
     for field in HEAD[1:]:
-        expect(fields[field], f"architecture.{field}", int, 1, MOST_CHANNELS)
-    below = _classifier(fields["backbone"], 1, "architecture.backbone")
-    return ActiveSegmentor(**{**fields, "backbone": architecture(below)}, num_classes=classes)
+        expect(fields[field], f"architecture.{field}", int, 1, MAX_CHANNELS)
+    network = _classifier(fields["backbone"], 1, "architecture.backbone")
+    return ActiveSegmentor(**{**fields, "backbone": architecture(network)}, num_classes=classes)
 
 
 def architecture(model: Model) -> dict[str, Any]:
-    """The fields of a model's type that say its shape, but for the number of classes."""
+    """Return the fields that define a model's architecture, without the number of classes."""
     fields = {field: getattr(backbone(model), field) for field in ARCHITECTURE}
     if isinstance(model, ActiveSegmentor):
         return {"backbone": fields} | {field: getattr(model, field) for field in HEAD}
@@ -249,134 +252,143 @@ def architecture(model: Model) -> dict[str, Any]:
 
 
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A dict as JSON gives it, with tuples for lists."""
+    """Return a copy of parsed JSON with its lists converted to tuples."""
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
     }
 
 
-def check_classes(card: ModelCard, class_names: tuple[str, ...], what: str) -> None:
-    """Raises UserError if a data set, `what`, has other classes than the model was made for."""
+def check_classes(card: ModelCard, class_names: tuple[str, ...], data: str) -> None:
+    """Raise UserError if the dataset named `data` has other classes than the model."""
     if len(class_names) != card.model.num_classes:
         raise UserError(
-            f"{what} has {len(class_names)} classes, but the model has {card.model.num_classes}; "
+            f"{data} has {len(class_names)} classes, but the model has {card.model.num_classes}; "
             "fine-tune it on them first"
         )
     if card.class_names:
-        check_same_classes(card.class_names, class_names, what)
+        check_same_classes(card.class_names, class_names, data)
 
 
 def check_card(card: object, model: Model) -> None:
-    """Raises ValueError unless `card` is a ModelCard of the type and class count of `model`."""
+    """Raise ValueError unless `card` fits the type and the number of classes of `model`."""
     if not isinstance(card, ModelCard):
         raise ValueError(f"card is a {type(card).__name__}, expected what read_card gives")
-    ours, theirs = (f"{type(m).__name__} of {m.num_classes} classes" for m in (model, card.model))
-    if ours != theirs:
-        raise ValueError(f"card is of an {theirs}, but the model is an {ours}")
+    given, described = (
+        f"{type(m).__name__} of {m.num_classes} classes" for m in (model, card.model)
+    )
+    if given != described:
+        raise ValueError(f"card is of an {described}, but the model is an {given}")
 
 
 def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Variables]) -> None:
-    """Fill an empty directory; of several hosts, one alone calls it.
+    """Write a model into an empty directory; with several hosts, only one may call this.
 
     Args:
-      directory: to write into; see `files.write_directory_aside`.
-      card: what to say of the weights.
-      weights: variables of `card.model`, numpy arrays, by the kinds that `card` names.
+      directory: an empty directory, such as one from `utils.files.write_directory_aside`.
+      card: the content of `model.json`.
+      weights: the variables of `card.model` as numpy arrays, for every kind in `card.kinds`.
 
     Raises:
-      UserError: it cannot be written, as on a full disk.
+      UserError: the files cannot be written, for example because the disk is full.
     """
     host = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
+    this_host_only = ocp.options.MultiprocessingOptions(
         primary_host=host, active_processes={host}, barrier_sync_key_prefix="write_model"
     )
-    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-    # A line a topic: easier to read than a line a number.
-    topics = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in card.to_json().items()]
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=this_host_only)
+    # One line for each key reads better than `indent`, which puts every number on its own line.
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in card.to_json().items()]
     try:
         with (
             without_tracebacks(),
-            ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+            ocp.Checkpointer(handler, multiprocessing_options=this_host_only) as checkpointer,
         ):
             for kind in card.kinds:
-                place = directory.absolute() / "weights" / kind
-                checkpointer.save(place, args=ocp.args.StandardSave(weights[kind]))
-        (directory / CARD).write_text("{\n" + ",\n".join(topics) + "\n}\n")
+                path = directory.absolute() / "weights" / kind
+                checkpointer.save(path, args=ocp.args.StandardSave(weights[kind]))
+        (directory / CARD).write_text("{\n" + ",\n".join(lines) + "\n}\n")
         write_digests(directory)
-    # A full disk is any of them to tensorstore.
+    # tensorstore reports a full disk as any of these.
     except (OSError, RuntimeError, ValueError) as error:
         reason = one_line(getattr(error, "strerror", None) or error)[:500]
         raise UserError(f"no model can be written in {directory.parent}: {reason}") from error
 
 
 def read_card(directory: str | os.PathLike[str]) -> ModelCard:
-    """What the `model.json` of a model directory says: classes, preprocessing, where it comes from.
+    """Read the `model.json` of a model directory: architecture, classes, preprocessing and origin.
 
     Args:
-      directory: that conversion or training wrote.
+      directory: a model directory, as written by conversion or training.
 
     Returns:
       A `ModelCard`.
 
     Raises:
-      UserError: there is no `model.json`, or it is not one, or not as it was written.
+      UserError: `model.json` is missing, invalid, or differs from its SHA-256 in `SHA256SUMS`.
     """
-    place = Path(directory).expanduser()
-    path = place / CARD
+    root = Path(directory).expanduser()
+    path = root / CARD
     if not path.is_file():
-        raise UserError(f"{directory} is no model directory: {_missing_card(place)}")
+        raise UserError(f"{directory} is not a model directory: {_missing_card(root)}")
     text = read_file(path, MOST_BYTES)
     try:
         card = ModelCard.from_json(parse_json(text, "it"))
-    except BROKEN_CARD as error:
-        raise UserError(f"{path} is no description of a model: {one_line(error)}") from error
-    digests = read_digests(place)
+    except CARD_ERRORS as error:
+        raise UserError(f"{path} is not a model description: {one_line(error)}") from error
+    digests = read_digests(root)
     try:
-        check_digests(place, {CARD: digests[CARD]} if CARD in digests else {})
+        check_digests(root, {CARD: digests[CARD]} if CARD in digests else {})
     except UserError as error:
         raise UserError(
-            f"{error}; if you changed it on purpose, remove its line from {place / DIGESTS}"
+            f"{error}; if you changed it on purpose, remove its line from {root / DIGESTS}"
         ) from error
     return card
 
 
-def _missing_card(place: Path) -> str:
-    """Why there is no `model.json` in `place`, and what there is to do."""
-    if not place.exists():
-        previous = previous_path(place)
+def _missing_card(root: Path) -> str:
+    """Explain why `root` has no `model.json`, and how to get one."""
+    if not root.exists():
+        previous = previous_path(root)
         if previous.exists():
             return f"a kill cut short its replacement; what was there before is {previous}"
         return "there is no such folder"
-    if place.is_file():
-        return "it is a file; convert_torch_weights.py makes a model directory of PyTorch's files"
-    if (place / "model" / "model.json").is_file():
-        return f"it is that of a run, whose model is {place / 'model'}"
+    if root.is_file():
+        return "it is a file; convert_torch_weights.py makes a model directory from PyTorch's files"
+    if (root / "model" / "model.json").is_file():
+        return f"it is the workdir of a run; the run's model is {root / 'model'}"
     return "it has no model.json; convert_torch_weights.py and train.py write such directories"
 
 
 def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) -> Variables:
-    """The variables of one kind, as numpy arrays in the dtypes written.
+    """Read the variables of one kind as numpy arrays, in the dtypes in which they were written.
 
     Args:
       directory: a model directory.
-      card: what `read_card` gives of it.
+      card: its card, from `read_card`.
       kind: one of `card.kinds`.
 
+    Returns:
+      The variables of `card.model`: `{'params': tree}`, and for segmentation `batch_stats`.
+
     Raises:
-      UserError: they are missing, unreadable, not as they were written, not finite, or not those
-        of the model that `card` names.
+      UserError: the variables are missing, unreadable, changed since they were written, not finite,
+        or not those of `card.model`.
     """
-    place = Path(directory).expanduser().absolute()
-    path = place / "weights" / kind
+    root = Path(directory).expanduser().absolute()
+    path = root / "weights" / kind
     try:
-        # The weights of the other kind may have been removed to save space.
+        # Users may delete the other kind to save space.
         removed = tuple(
             f"weights/{other}/"
             for other in card.kinds
-            if other != kind and not (place / "weights" / other).exists()
+            if other != kind and not (root / "weights" / other).exists()
         )
-        digests = read_digests(place).items()
-        check_digests(place, {name: sum_ for name, sum_ in digests if not name.startswith(removed)})
+        digests = {
+            name: digest
+            for name, digest in read_digests(root).items()
+            if not name.startswith(removed)
+        }
+        check_digests(root, digests)
     except UserError as error:
         raise UserError(
             f"{path} cannot be read: {error}; take another copy of {directory}"
@@ -386,7 +398,7 @@ def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) 
             variables = checkpointer.restore(path)
     except MemoryError:
         raise
-    except Exception as error:  # orbax and its parts raise many kinds
+    except Exception as error:  # orbax and tensorstore raise many types
         reason = one_line(str(error).split("\n")[0]) or type(error).__name__
         raise UserError(f"{path} cannot be read: {reason}") from error
     variables = jax.tree.map(np.asarray, variables)
@@ -394,10 +406,10 @@ def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) 
     expected = variable_shapes(card.model)
     wrong = [key for key in shapes | expected if shapes.get(key) != expected.get(key)]
     if wrong:
-        name, found = "/".join(wrong[0][1:]), shapes.get(wrong[0], "absent")
+        name, shape = "/".join(wrong[0][1:]), shapes.get(wrong[0], "absent")
         raise UserError(
-            f"{path} does not fit the model.json beside it: {len(wrong)} parameters differ; "
-            f"{name} is {found}, expected {expected.get(wrong[0], 'none')}"
+            f"{path} does not fit the directory's model.json: {len(wrong)} parameters differ; "
+            f"{name} is {shape}, expected {expected.get(wrong[0], 'none')}"
         )
     if broken := describe_non_finite(variables):
         raise UserError(f"{path} cannot be used: {broken}")
@@ -407,19 +419,19 @@ def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) 
 def load_pretrained(
     directory: str | os.PathLike[str], weights: str = "auto"
 ) -> tuple[Model, Variables]:
-    """The model and the weights that conversion or training wrote.
+    """Load the model and the weights that conversion or training wrote.
 
     Args:
       directory: a model directory.
-      weights: 'ema', 'model', or 'auto': the directory's default, which is the average where
-        there is one unless conversion was told otherwise.
+      weights: 'ema', 'model', or 'auto' for the directory's default: the averaged weights if it
+        has them, unless conversion was told otherwise.
 
     Returns:
-      The linen module, and its variables, `{'params': tree}` and for segmentation `batch_stats`,
-      arrays on the default device.
+      The linen module, and its variables as arrays on the default device: `{'params': tree}`, and
+      for segmentation `batch_stats`.
 
     Raises:
-      UserError: no such directory, or one that is incomplete or lacks these weights.
+      UserError: the directory does not exist, is incomplete, or lacks these weights.
     """
     card = read_card(directory)
     kind = card.default_kind if weights == "auto" else choose_kind(card.kinds, weights, directory)

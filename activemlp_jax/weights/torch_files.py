@@ -1,6 +1,6 @@
-"""Weights in PyTorch's and safetensors files: read without running anything, and written.
+"""Read and write weights in PyTorch and safetensors files; reading a file never runs its code.
 
-Reading needs no PyTorch; writing any file but `.safetensors` needs the extra `torch`.
+Reading does not need PyTorch. Writing any format except `.safetensors` needs the extra `torch`.
 """
 
 import json
@@ -22,33 +22,33 @@ from activemlp_jax.utils.files import KINDS as FILE_KINDS
 from activemlp_jax.utils.files import write_aside
 from activemlp_jax.utils.json_files import parse_json
 from activemlp_jax.weights.architecture import Model, is_segmentor, list_keys
-from activemlp_jax.weights.torch_names import COUNT, from_torch
-from activemlp_jax.weights.torch_pickle import Tensor, TorchFile, Unread
+from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch
+from activemlp_jax.weights.torch_pickle import Opaque, Tensor, TorchFile
 
 StateDict = dict[str, np.ndarray]
 
-# The kinds of weights and the original's keys for them, the preferred kind first.
+# Kinds of weights and the original's keys for them, with the preferred kind first.
 KINDS = {"ema": "model_ema", "model": "model"}
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")  # types of weights
-SAFETENSORS_TYPES = (  # those that numpy has
+WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
+SAFETENSORS_TYPES = (  # the ones that numpy can represent
     *("F16", "BF16", "F32", "F64", "BOOL"),
     *("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"),
 )
-MOST_HEADER = 8 * 2**20  # bytes, of a safetensors file
-VALUES = (Tensor, Unread, np.ndarray)  # what may stand for a tensor of a state dict
+MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file
+STATE_DICT_VALUES = (Tensor, Opaque, np.ndarray)  # `_check_sizes` rejects an Opaque by name
 
-# Where a file of ours says what a state dict cannot: the key of a model.json's text.
+# The key under which files written here store the text of a model.json, next to the state dict.
 DESCRIPTION = "activemlp_jax"
 
 
 class TorchCheckpoint(NamedTuple):
-    """What a file holds.
+    """The content of a checkpoint file.
 
-    `weights` has the state dicts by kind: 'model' as training left them, 'ema' their average; at
-    least one. `epoch`, `image_size`, and of segmentation `iteration` and `class_names`, which need
-    not fit the weights, are None where the file does not say, and `description`, the content of a
-    `model.json`, where this package did not write it.
+    `weights` has one or two state dicts by kind: 'model' for the weights of the last step, 'ema'
+    for their average. The other fields are None unless the file contains them: `epoch` and
+    `image_size`; for segmentation `iteration` and `class_names`, which may not match the weights;
+    and `description`, the content of a `model.json`, if this package wrote the file.
     """
 
     weights: dict[str, StateDict]
@@ -60,7 +60,16 @@ class TorchCheckpoint(NamedTuple):
 
 
 def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
-    """'auto' resolved to the average where there is one; UserError if `kinds` lacks `kind`."""
+    """Return `kind`, with 'auto' resolved to 'ema' if available, and otherwise to 'model'.
+
+    Args:
+      kinds: the available kinds of weights, out of `KINDS`.
+      kind: 'auto', or the kind that is wanted.
+      where: the file or directory that has the weights, for the error.
+
+    Raises:
+      UserError: `kinds` does not contain `kind`.
+    """
     if kind == "auto":
         return next(name for name in KINDS if name in kinds)
     if kind not in kinds:
@@ -69,33 +78,36 @@ def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
-    """Read a classifier's weights or a segmentation model's; nothing in the file can run code.
+    """Read the weights of a classifier or a segmentation model; nothing in the file can run code.
 
-    No more is read into memory than twice the file's size.
+    Reading needs memory for at most twice the size of the file.
 
     Args:
-      path: a `.safetensors` file, or what `torch.save` wrote: the original's checkpoint
-        `{'model', 'model_ema', ...}`, a state dict, or one under 'state_dict' as mmsegmentation
-        has it, `{'meta', 'state_dict', ...}`; the prefix 'module.' of data-parallel training is
-        dropped.
+      path: a `.safetensors` file or a file that `torch.save` wrote. The latter holds a checkpoint
+        of the original, `{'model', 'model_ema', ...}`; a checkpoint of mmsegmentation, `{'meta',
+        'state_dict', ...}`; or a state dict, bare or under 'state_dict'. The prefix 'module.' of
+        data-parallel training is dropped.
+
+    Returns:
+      A `TorchCheckpoint`.
 
     Raises:
-      UserError: no such file; broken, of another kind, or in need of a class other than tensors
-        and `argparse.Namespace`, named; values that are no numbers of a weight, or more of them
-        than the file holds.
+      UserError: the file is missing, broken, or of another type; it needs a class other than
+        tensors and `argparse.Namespace`, which the message names; its values are not finite or of
+        the wrong dtype; or its tensors claim more values than the file holds.
 
     Source: the checkpoints of the authors' release.
     """
     path = Path(path)
     try:
-        found = path.stat()
-        kind = FILE_KINDS.get(stat.S_IFMT(found.st_mode))
+        status = path.stat()
+        kind = FILE_KINDS.get(stat.S_IFMT(status.st_mode))
         if kind:
             raise UserError(f"{path} is {kind}, expected a .pth or .safetensors file")
-        if found.st_size == 0:
+        if status.st_size == 0:
             raise UserError(f"{path} is empty")
         read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-        return read(path, found.st_size)
+        return read(path, status.st_size)
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except OSError as error:
@@ -108,26 +120,26 @@ def _read_torch(path: Path, size: int) -> TorchCheckpoint:
     with TorchFile(path) as file:
         content = file.content
         if not isinstance(content, dict):
-            kind = content.name if isinstance(content, Unread) else type(content).__name__
+            kind = content.name if isinstance(content, Opaque) else type(content).__name__
             raise UserError(f"{path} holds a {kind}, expected a dict of weights")
-        description = _parsed(content.pop(DESCRIPTION, None), path)
-        state_dicts = _find_weights(content, path)
+        description = _parse_description(content.pop(DESCRIPTION, None), path)
+        state_dicts = _find_state_dicts(content, path)
         for name, state_dict in state_dicts.items():
             _check_sizes(state_dict, f"{path}: {name}: ", size)
         weights = {
-            name: {key: _values(file, key, value) for key, value in state_dict.items()}
+            name: {key: _read_values(file, key, value) for key, value in state_dict.items()}
             for name, state_dict in state_dicts.items()
         }
     args, meta = content.get("args"), content.get("meta")
     meta = meta if isinstance(meta, dict) else {}
-    settings = args.state if isinstance(args, Unread) and isinstance(args.state, dict) else {}
+    settings = args.state if isinstance(args, Opaque) and isinstance(args.state, dict) else {}
     return _checkpoint(
         path,
         weights,
         description,
-        epoch=_whole(content.get("epoch"), 0),
-        image_size=_whole(settings.get("input_size"), MIN_IMAGE_SIDE),
-        iteration=_whole(meta.get("iter"), 0),
+        epoch=_int_or_none(content.get("epoch"), 0),
+        image_size=_int_or_none(settings.get("input_size"), MIN_IMAGE_SIDE),
+        iteration=_int_or_none(meta.get("iter"), 0),
         class_names=_class_names(meta.get("CLASSES")),
     )
 
@@ -135,42 +147,45 @@ def _read_torch(path: Path, size: int) -> TorchCheckpoint:
 def _read_safetensors(path: Path, size: int) -> TorchCheckpoint:
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
-    if header > min(size, MOST_HEADER):
-        raise UserError(f"{path} is no readable safetensors file: its header has {header:,} bytes")
+    if header > min(size, MAX_HEADER_BYTES):
+        raise UserError(
+            f"{path} is not a readable safetensors file: its header has {header:,} bytes"
+        )
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             for key in file.keys():  # noqa: SIM118 - not a dict
-                name = file.get_slice(key).get_dtype()
-                if name not in SAFETENSORS_TYPES:
+                type_name = file.get_slice(key).get_dtype()
+                if type_name not in SAFETENSORS_TYPES:
                     raise UserError(
-                        f"{path}: model: {_shown(key)} has values of type {name}, expected floating"
+                        f"{path}: model: {_key_text(key)} has values of type {type_name}, "
+                        "expected floating"
                     )
         weights = load_file(path)
     except (SafetensorError, KeyError) as error:
-        raise UserError(f"{path} is no readable safetensors file: {error}") from error
-    description = _parsed(metadata.get(DESCRIPTION), path)
-    return _checkpoint(path, _find_weights(weights, path), description)
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+    description = _parse_description(metadata.get(DESCRIPTION), path)
+    return _checkpoint(path, _find_state_dicts(weights, path), description)
 
 
 def _checkpoint(
     path: Path, weights: dict[str, StateDict], description: Any, **rest: Any
 ) -> TorchCheckpoint:
-    weights = _with_own_kind(weights, description)
+    weights = _restore_kind(weights, description)
     for kind, state_dict in weights.items():
         for key, array in state_dict.items():
-            what = f"{path}: {kind}: {_shown(key)}"
-            _check_count(array, what) if key.endswith(f".{COUNT}") else _check_weight(array, what)
+            check = _check_count if key.endswith(f".{BATCH_COUNT}") else _check_weight
+            check(array, f"{path}: {kind}: {_key_text(key)}")
     return TorchCheckpoint(weights, description=description, **rest)
 
 
-def _whole(value: object, low: int) -> int | None:
-    """The value if it is an integer of 64 bits from `low` up, as a file may hold anything."""
+def _int_or_none(value: object, low: int) -> int | None:
+    """Return `value` from a file if it is a 64-bit integer of at least `low`, or else None."""
     return value if type(value) is int and low <= value < 2**63 else None
 
 
-def _with_own_kind(weights: dict[str, StateDict], description: Any) -> dict[str, StateDict]:
-    """One set alone is under the key of raw weights; what it is, the description says."""
+def _restore_kind(weights: dict[str, StateDict], description: Any) -> dict[str, StateDict]:
+    """Label a single set of weights, always stored as 'model', with the kind in `description`."""
     try:
         (kind,) = description["weights"]["kinds"]
         (state_dict,) = weights.values()
@@ -179,14 +194,14 @@ def _with_own_kind(weights: dict[str, StateDict], description: Any) -> dict[str,
         return weights
 
 
-def _class_names(found: object) -> tuple[str, ...] | None:
-    if not isinstance(found, list | tuple) or not found:
+def _class_names(names: object) -> tuple[str, ...] | None:
+    if not isinstance(names, list | tuple) or not names:
         return None
     # One of mmsegmentation's names for ADE20K ends with a space.
-    return tuple(map(str.strip, found)) if all(isinstance(name, str) for name in found) else None
+    return tuple(map(str.strip, names)) if all(isinstance(name, str) for name in names) else None
 
 
-def _parsed(description: Any, path: Path) -> Any:
+def _parse_description(description: Any, path: Path) -> Any:
     if description is None:
         return None
     try:
@@ -198,29 +213,29 @@ def _parsed(description: Any, path: Path) -> Any:
 def load_torch_checkpoint(
     path: str | os.PathLike[str], weights: str = "auto", model: Model | None = None
 ) -> dict[str, Any]:
-    """Flax variables from a PyTorch or safetensors file; nothing in the file can run code.
+    """Load flax variables from a PyTorch or safetensors file; nothing in the file can run code.
 
     Args:
-      path: a `.safetensors` file, or what `torch.save` wrote: a checkpoint of the original or of
-        mmsegmentation, or a state dict.
-      weights: 'ema', 'model', or 'auto': the average where the file has it.
-      model: what the weights are for; without it, the model is inferred from the shapes.
+      path: a `.safetensors` file, or a file that `torch.save` wrote: a checkpoint of the original
+        or of mmsegmentation, or a state dict.
+      weights: 'ema', 'model', or 'auto' for the averaged weights if the file has them.
+      model: the model that the weights are for; by default, it is inferred from the shapes.
 
     Returns:
-      `{'params': tree}`, and for segmentation `batch_stats`, of numpy arrays in flax layout and the
-      file's dtypes; but the counts of batch norm are int32.
+      `{'params': tree}`, and for segmentation `batch_stats`: numpy arrays in flax layout, in the
+      dtypes of the file, except that batch norm's counts are int32.
 
     Raises:
-      UserError: a file that cannot be read, lacks these weights, or does not fit the model.
+      UserError: the file cannot be read, lacks these weights, or does not fit the model.
 
     Source: the checkpoints of the authors' release.
     """
-    found = read_checkpoint(path).weights
+    state_dicts = read_checkpoint(path).weights
     try:
-        variables = from_torch(found[choose_kind(found, weights, path)], model)
+        variables = from_torch(state_dicts[choose_kind(state_dicts, weights, path)], model)
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
-    return jax.tree.map(np.array, variables)  # copies: the file may change or go
+    return jax.tree.map(np.array, variables)  # copies: the file may change or disappear
 
 
 def write_checkpoint(
@@ -229,33 +244,35 @@ def write_checkpoint(
     description: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write state dicts by kind as the original does, for `torch.load`; whole or not at all.
+    """Write state dicts in the original's form, atomically.
 
     Args:
-      path: a `.safetensors` file takes one kind; any other is PyTorch's, with the original's keys.
-      weights: see `TorchCheckpoint`; of a segmentation model one kind, in mmsegmentation's form.
-      description: of the model, as JSON takes it; kept beside the weights.
-      class_names: by label, for mmsegmentation.
+      path: a `.safetensors` file, which holds one kind of weights; with any other suffix, a file
+        for `torch.load` with the original's keys.
+      weights: state dicts by kind, see `TorchCheckpoint`. For a segmentation model one kind, which
+        is written in mmsegmentation's form.
+      description: the content of a `model.json`, stored next to the weights.
+      class_names: the names of the classes by label, for mmsegmentation.
 
     Raises:
-      UserError, OSError: it cannot be written.
+      UserError, OSError: the file cannot be written.
     """
     text = json.dumps(description)
     try:
-        with write_aside(path) as aside:
+        with write_aside(path) as partial:
             if path.suffix == ".safetensors":
                 (state_dict,) = weights.values()
-                save_file(dict(state_dict), aside, metadata={"format": "pt", DESCRIPTION: text})
+                save_file(dict(state_dict), partial, metadata={"format": "pt", DESCRIPTION: text})
             else:
-                _save_torch(path, aside, weights, text, class_names)
-    except (RuntimeError, SafetensorError) as error:  # how the two libraries report a full disk
+                _save_torch(path, partial, weights, text, class_names)
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"{path} cannot be written: {cause}") from error
 
 
 def _save_torch(
     path: Path,
-    aside: Path,
+    partial: Path,
     weights: Mapping[str, StateDict],
     text: str,
     class_names: Sequence[str] | None,
@@ -274,94 +291,92 @@ def _save_torch(
         (tensors,) = content.values()
         meta = {"CLASSES": tuple(class_names)} if class_names else {}
         content = {"meta": meta, "state_dict": tensors}
-    with aside.open("wb") as file:
+    with partial.open("wb") as file:
         torch.save({**content, DESCRIPTION: text}, file)
 
 
 def as_tensor(value: np.ndarray) -> Any:
-    """A PyTorch tensor that shares the memory of an array."""
+    """Return a PyTorch tensor that shares the memory of an array."""
     import torch
 
-    if value.dtype == jnp.bfloat16:  # not a type of numpy's own, which PyTorch asks for
+    if value.dtype == jnp.bfloat16:  # torch.from_numpy takes only numpy's own dtypes
         return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(value)
 
 
-def _find_weights(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """The state dicts of a file by kind."""
+def _find_state_dicts(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Return the state dicts of a file by kind."""
     nested = content.get("state_dict")
-    found = {kind: content.get(key) for kind, key in KINDS.items()}
-    weights = {kind: value for kind, value in found.items() if isinstance(value, dict) and value}
-    if not weights and isinstance(nested, dict) and nested:
-        weights = {"model": nested}
-    if not weights and content and all(isinstance(value, VALUES) for value in content.values()):
-        weights = {"model": dict(content)}
-    if not weights:
-        keys = list_keys([*map(_shown, content)]) or "nothing"
+    values = {kind: content.get(key) for kind, key in KINDS.items()}
+    found = {kind: value for kind, value in values.items() if isinstance(value, dict) and value}
+    if not found and isinstance(nested, dict) and nested:
+        found = {"model": nested}
+    if not found and content and all(isinstance(v, STATE_DICT_VALUES) for v in content.values()):
+        found = {"model": dict(content)}
+    if not found:
+        keys = list_keys([*map(_key_text, content)]) or "nothing"
         raise UserError(
             f"{path} holds no weights: expected a state dict, or one under 'model', 'model_ema' or "
             f"'state_dict', found {keys}"
         )
-    return {kind: _without_prefix(state_dict) for kind, state_dict in weights.items()}
+    return {kind: _strip_prefix(state_dict) for kind, state_dict in found.items()}
 
 
-def _without_prefix(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Without the 'module.' that data-parallel training puts before every key."""
+def _strip_prefix(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Remove the 'module.' that data-parallel training puts in front of every key."""
     if all(str(key).startswith("module.") for key in state_dict):
         return {key.removeprefix("module."): value for key, value in state_dict.items()}
     return state_dict
 
 
-def _check_sizes(state_dict: Mapping[Any, Any], where: str, file_size: int) -> None:
-    """Raises UserError unless all values are tensors of weights, together no larger than the file.
-
-    Tensors may share their values, and repeat them: a small file can claim any size.
-    """
+def _check_sizes(state_dict: Mapping[Any, Any], prefix: str, file_size: int) -> None:
+    """Raise UserError unless all values are dense tensors, in total no larger than the file."""
+    # Tensors can share and repeat values, so a small file can claim any size.
     total = 0
     for key, value in state_dict.items():
-        what = f"{where}{_shown(key)}"
-        if isinstance(value, Unread):
-            raise UserError(f"{what} is no dense tensor: {value.name}")
+        name = f"{prefix}{_key_text(key)}"
+        if isinstance(value, Opaque):
+            raise UserError(f"{name} is not a dense tensor: {value.name}")
         if not isinstance(key, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise UserError(f"{where}{key!r:.200} is a {kind}, expected a named tensor")
-        if value.type_name != str(value.storage.dtype):  # one that numpy lacks
-            raise UserError(f"{what} has values of type {value.type_name}, expected floating")
+            raise UserError(f"{prefix}{key!r:.200} is a {kind}, expected a named tensor")
+        if value.type_name != str(value.storage.dtype):  # a dtype that numpy lacks
+            raise UserError(f"{name} has values of type {value.type_name}, expected floating")
         if 0 in value.shape:
-            raise UserError(f"{what} has shape {value.shape}, expected no side of 0")
+            raise UserError(f"{name} has shape {value.shape}, expected no side of 0")
         total += value.nbytes
         if total > file_size:
             raise UserError(
-                f"{what} has {value.nbytes} bytes, {total} with the tensors before it, more than "
+                f"{name} has {value.nbytes} bytes, {total} with the tensors before it, more than "
                 f"the whole file with {file_size}"
             )
 
 
-def _shown(key: object) -> str:
-    """A key, which may be anything, for an error."""
-    return str(key.name if isinstance(key, Unread) else key)[:200]
+def _key_text(key: object) -> str:
+    """Return a key, which may be any object, as a short text for an error."""
+    return str(key.name if isinstance(key, Opaque) else key)[:200]
 
 
-def _values(file: TorchFile, key: str, tensor: Tensor) -> np.ndarray:
+def _read_values(file: TorchFile, key: str, tensor: Tensor) -> np.ndarray:
     try:
         return tensor.read(file)
     except ValueError as error:
-        raise UserError(f"{file.path} is broken or truncated: {_shown(key)}: {error}") from error
+        raise UserError(f"{file.path} is broken or truncated: {_key_text(key)}: {error}") from error
 
 
-def _check_weight(array: np.ndarray, what: str) -> None:
-    if array.dtype.name not in FLOATS:
-        raise UserError(f"{what} has values of type {array.dtype}, expected floating")
+def _check_weight(array: np.ndarray, name: str) -> None:
+    if array.dtype.name not in WEIGHT_DTYPES:
+        raise UserError(f"{name} has values of type {array.dtype}, expected floating")
     not_finite = array.size - int(np.isfinite(array).sum())
     if not_finite:
-        raise UserError(f"{what} has {not_finite} of {array.size} values not finite")
+        raise UserError(f"{name} has {not_finite} of {array.size} values not finite")
 
 
-def _check_count(array: np.ndarray, what: str) -> None:
-    """Raises unless this is a number of batches seen, the one integer of a state dict."""
+def _check_count(array: np.ndarray, name: str) -> None:
+    """Raise UserError unless `array` is a valid count of batches seen by a batch norm."""
     if array.dtype != np.int64 or array.shape:
         found = f"type {array.dtype} and shape {array.shape}"
-        raise UserError(f"{what} has {found}, expected one count of type int64")
-    most = np.iinfo(np.int32).max  # it is of 32 bits in flax
-    if not 0 <= array <= most:
-        raise UserError(f"{what} is {array}, expected a count between 0 and {most}")
+        raise UserError(f"{name} has {found}, expected one count of type int64")
+    highest = np.iinfo(np.int32).max  # the flax variable is int32
+    if not 0 <= array <= highest:
+        raise UserError(f"{name} is {array}, expected a count between 0 and {highest}")

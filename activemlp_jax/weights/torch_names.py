@@ -1,9 +1,9 @@
-"""Names and layouts of weights: the original's PyTorch state dicts to flax variables and back.
+"""Convert the names and layouts of the original's PyTorch state dicts to flax variables and back.
 
-`NAMES`, `SEGMENTATION_NAMES` and `LEAVES` are the only place that knows both sides. A PyTorch
-linear stores `[out, in]`, a convolution `[out, in / groups, k, k]`; flax stores `[in, out]` and
-`[k, k, in / groups, out]`. The ATM's two sampled linears are 1x1 convolutions in the original and
-linears here.
+`MODULE_NAMES`, `SEGMENTATION_NAMES` and `LEAF_NAMES` hold all pairs of names. A PyTorch linear
+layer stores `[out, in]`, a convolution `[out, in / groups, k, k]`; flax stores `[in, out]` and
+`[k, k, in / groups, out]`. The ATM's linear layers `atm_h` and `atm_w` are 1x1 convolutions in the
+original.
 """
 
 import re
@@ -24,8 +24,8 @@ from activemlp_jax.weights.architecture import (
     list_keys,
 )
 
-# (flax path, PyTorch name) of modules; LAST is the last block of the stage.
-NAMES = (
+# (pattern of a module's flax path, PyTorch name); LAST stands for the stage's last block.
+MODULE_NAMES = (
     ("stem", "patch_embed.proj"),
     (r"stages_(\d+)/peg", r"pos_blocks.\1.proj"),
     (r"stages_(\d+)/block_(\d+)/offset_layer/norm", r"blocks.\1.\2.offset_layer.0"),
@@ -36,7 +36,7 @@ NAMES = (
     (r"downsamples_(\d+)", r"blocks.\1.LAST.downsample.proj"),
     ("(norm|head)", r"\1"),
 )
-BACKBONE = "active_mlp"  # of a segmentor, whose names above have `backbone.` before them
+BACKBONE = "active_mlp"  # a segmentor's backbone in flax; `backbone` in PyTorch
 SEGMENTATION_NAMES = (
     (r"norms_(\d)", r"backbone.norm_\1"),
     (r"neck/lateral_(\d)", r"neck.lateral_convs.\1.conv"),
@@ -47,13 +47,13 @@ SEGMENTATION_NAMES = (
     (r"decode_head/output_(\d)/(conv|bn)", r"decode_head.fpn_convs.\1.\2"),
     (r"decode_head/fusion/(conv|bn)", r"decode_head.fpn_bottleneck.\1"),
     (r"decode_head/scale_(\d)_0/(conv|bn)", r"decode_head.scale_heads.\1.0.\2"),
-    # Between two of these convolutions the original has a module that only resizes.
+    # The PyTorch index skips the original's upsampling modules, which have no weights.
     (r"decode_head/scale_(\d)_1/(conv|bn)", r"decode_head.scale_heads.\1.2.\2"),
     (r"decode_head/scale_(\d)_2/(conv|bn)", r"decode_head.scale_heads.\1.4.\2"),
     (r"auxiliary_head/hidden/(conv|bn)", r"auxiliary_head.convs.0.\1"),
     (r"(decode_head|auxiliary_head)/classifier/conv_seg", r"\1.conv_seg"),
 )
-LEAVES = {
+LEAF_NAMES = {
     ("params", "kernel"): "weight",
     ("params", "scale"): "weight",
     ("params", "bias"): "bias",
@@ -61,28 +61,28 @@ LEAVES = {
     ("batch_stats", "var"): "running_var",
     ("batch_stats", "count"): "num_batches_tracked",
 }
-COUNT = "num_batches_tracked"  # the one that is an integer, of 64 bits there and 32 here
+BATCH_COUNT = "num_batches_tracked"  # the only integer variable: int64 in PyTorch, int32 in flax
 
-NAMED = 3  # keys in an error
+MAX_LISTED = 3  # keys in an error
 
-Path = tuple[str, ...]  # the collection first
+Path = tuple[str, ...]  # the collection, then the keys in its tree
 
 
 def torch_name(path: Path, depths: Iterable[int]) -> str:
-    """The original's key of the variable at the flax `path` in a model with these `depths`."""
+    """Return the PyTorch name of the variable at the flax `path`, in a model with these depths."""
     collection, *module, leaf = path
-    names: tuple[tuple[str, str], ...] = NAMES + SEGMENTATION_NAMES
+    names: tuple[tuple[str, str], ...] = MODULE_NAMES + SEGMENTATION_NAMES
     prefix = ""
     if module[0] == BACKBONE:
-        names, prefix, module = NAMES, "backbone.", module[1:]
+        names, prefix, module = MODULE_NAMES, "backbone.", module[1:]
     for flax_pattern, torch_template in names:
         match = re.fullmatch(flax_pattern, "/".join(module))
-        if match and (collection, leaf) in LEAVES:
+        if match and (collection, leaf) in LEAF_NAMES:
             name = match.expand(torch_template)
             if "LAST" in name:
                 last = tuple(depths)[int(match[1])] - 1
                 name = name.replace("LAST", str(last))
-            return f"{prefix}{name}.{LEAVES[collection, leaf]}"
+            return f"{prefix}{name}.{LEAF_NAMES[collection, leaf]}"
     raise ValueError(f"no PyTorch name for the parameter {'/'.join(path[1:])}")
 
 
@@ -93,7 +93,7 @@ def _is_pointwise_convolution(path: Path) -> bool:
 def _to_torch_layout(path: Path, value: np.ndarray) -> np.ndarray:
     if path[-1] == "kernel":
         value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
-    if LEAVES.get((path[0], path[-1])) == COUNT:
+    if LEAF_NAMES.get((path[0], path[-1])) == BATCH_COUNT:
         value = value.astype(np.int64)
     return value[:, :, None, None] if _is_pointwise_convolution(path) else value
 
@@ -103,7 +103,7 @@ def _to_flax_layout(path: Path, value: np.ndarray) -> np.ndarray:
         value = value[:, :, 0, 0]
     if path[-1] == "kernel":
         value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0))
-    if LEAVES[path[0], path[-1]] == COUNT:
+    if LEAF_NAMES[path[0], path[-1]] == BATCH_COUNT:
         value = value.astype(np.int32)
     return value
 
@@ -113,37 +113,38 @@ def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def as_numpy(value: Any) -> np.ndarray:
-    """A numpy view of an array or a PyTorch tensor."""
+    """Return a numpy view of an array or a PyTorch tensor."""
     if hasattr(value, "detach"):
-        import torch  # whose tensor it is
+        import torch  # installed, because the value is a tensor
 
         value = value.detach().cpu()
-        if value.dtype == torch.bfloat16:  # not a type of numpy's own, which PyTorch asks for
+        if value.dtype == torch.bfloat16:  # Tensor.numpy() does not support bfloat16
             return value.view(torch.int16).numpy().view(jnp.bfloat16)
         return value.numpy()
     return np.asarray(value)
 
 
 def variable_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
-    """Shapes of all variables of `model` by flax path, the collection first; none is computed."""
+    """Return the shapes of all variables of `model` by flax path, without computing any."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
 
 
 def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dict[str, Any]:
-    """Flax variables from the original's PyTorch weights; nothing is left out or made up.
+    """Convert the original's PyTorch weights to flax variables; all keys must match the model.
 
     Args:
-      state_dict: PyTorch names to arrays or tensors, of a classifier or a segmentation model.
-      model: what the weights are for; without it, the model is inferred from the shapes.
+      state_dict: PyTorch names to arrays or tensors, for a classifier or a segmentation model.
+      model: the model that the weights are for; by default, it is inferred from the shapes.
 
     Returns:
-      `{'params': tree}`, and for segmentation `batch_stats`, of numpy arrays in flax layout and
-      the dtypes given; but the counts of batch norm are int32.
+      `{'params': tree}`, and for segmentation `batch_stats`: numpy arrays in flax layout, in the
+      dtypes of the input, except that batch norm's counts are int32.
 
     Raises:
-      ValueError: keys are missing, unknown or of another shape than the model's, listed.
+      ValueError: keys are missing or unknown, or a shape differs from the model's; the message
+        names them.
 
     Source: the keys of the authors' released checkpoints.
     """
@@ -156,8 +157,8 @@ def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dic
     missing = [name for name in names.values() if name not in state_dict]
     unknown = sorted(set(state_dict) - set(names.values()))
     if missing or unknown:
-        detail = [f"{len(missing)} missing ({list_keys(missing, NAMED)})"] if missing else []
-        detail += [f"{len(unknown)} unknown ({list_keys(unknown, NAMED)})"] if unknown else []
+        detail = [f"{len(missing)} missing ({list_keys(missing, MAX_LISTED)})"] if missing else []
+        detail += [f"{len(unknown)} unknown ({list_keys(unknown, MAX_LISTED)})"] if unknown else []
         raise ValueError(
             f"the state dict does not fit {describe_architecture(model)}: keys {', '.join(detail)}"
         )
@@ -172,26 +173,27 @@ def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dic
 
 
 def _check_architecture(state_dict: Mapping[str, Any], expected: Model) -> None:
-    """Raises ValueError if the weights are those of another model, as far as they tell."""
+    """Raise ValueError if the state dict is recognizably from another model than `expected`."""
     try:
         found = describe_architecture(infer_model(state_dict))
     except ValueError:
-        return  # incomplete: which keys are missing says more
+        return  # incomplete: `from_torch` then names the missing keys
     if found != describe_architecture(expected):
         raise ValueError(f"the weights are of {found}, expected {describe_architecture(expected)}")
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The original's PyTorch weights from flax variables: the exact inverse of `from_torch`.
+    """Convert flax variables to the original's PyTorch weights: the exact inverse of `from_torch`.
 
     Args:
-      variables: of a classifier, `{'params': tree}`, or a segmentation model, with `batch_stats`.
+      variables: `{'params': tree}`, and for a segmentation model `batch_stats`.
 
     Returns:
-      PyTorch names to contiguous arrays in PyTorch layout and the dtypes given; counts are int64.
+      PyTorch names to contiguous numpy arrays in PyTorch layout, in the dtypes of the input, except
+      that batch norm's counts are int64.
 
     Raises:
-      ValueError: a parameter that no such model has, named.
+      ValueError: a parameter does not belong to such a model; the message names it.
 
     Source: the keys of the authors' released checkpoints.
     """

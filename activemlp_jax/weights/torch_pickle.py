@@ -1,11 +1,11 @@
-"""What `torch.save` wrote, read without PyTorch and without running anything.
+"""Read files that `torch.save` wrote, without PyTorch and without running their code.
 
-Such a file holds a pickle, which is a program that makes objects, and the values of tensors next to
-it. Here the program is followed without looking up one name in it: a tensor becomes its shape and
-its place in the file, and an object of another class stays empty. So a file can neither run code
-nor claim more than it holds.
+Such a file holds a pickle, which is a program that builds objects, and separately the values of the
+tensors. This module interprets the program without resolving any name in it: a tensor becomes a
+description of its shape and its position in the file, and an object of another class becomes an
+`Opaque` placeholder. So a file can neither run code nor claim more data than it holds.
 
-Source: `torch.serialization` for the two forms of a file, `pickletools` for the pickle.
+Source: `torch.serialization` for the two file formats, `pickletools` for the pickle.
 """
 
 import dataclasses
@@ -25,32 +25,32 @@ import numpy as np
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.json_files import short
 
-MOST_PICKLE = 2 * 2**20  # bytes; a large model with its optimizer has a quarter of a MB
-LEGACY = (0x1950A86A20F9469CFC6C, 1001)  # how files before PyTorch 1.6 begin
-MOST_DIMENSIONS = 8
-MOST_ARGUMENTS = 16  # of a call, and of what names a storage
+MAX_PICKLE_BYTES = 2 * 2**20  # a large model with its optimizer needs a quarter of a MB
+LEGACY_HEADER = (0x1950A86A20F9469CFC6C, 1001)  # first two pickles of files before PyTorch 1.6
+MAX_DIMENSIONS = 8
+MAX_ARGUMENTS = 16  # of a call, and of a reference to a storage
 
-# Names that a pickle may hold. None of them is ever looked up, but any other is worth an error.
-KNOWN = re.compile(
+# Names that a pickle may contain. No name is ever resolved; other names are rejected with an error.
+ALLOWED_NAMES = re.compile(
     r"torch\.((cuda\.)?(sparse\.)?\w+|storage\.\w+|_utils\._rebuild_\w+|nn\.parameter\.Parameter)"
     r"|torch\.(_tensor\._rebuild_from_type_v2|serialization\._get_layout)"
     r"|torch\.nested\._internal\.nested_tensor\.\w+"
     r"|collections\.(Counter|OrderedDict)|argparse\.Namespace|_codecs\.encode"
     r"|builtins\.(set|complex|bytearray)"
 )
-LITERALS = (  # instructions that push their argument
+LITERAL_OPCODES = (  # opcodes that push their argument
     *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 )
-EMPTY: dict[str, Callable[[], Any]] = {
+EMPTY_CONTAINERS: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": lambda: Unread("set"),
+    "EMPTY_SET": lambda: Opaque("set"),
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-TYPES = {
+STORAGE_DTYPES = {
     "Float": np.float32,
     "Double": np.float64,
     "Half": np.float16,
@@ -70,8 +70,8 @@ TYPES = {
     "QUInt2x4": np.uint8,
     "Untyped": np.uint8,
 }
-# What following a broken pickle, or reading a broken archive, raises.
-BROKEN = (
+# Errors that a broken pickle or a broken archive causes.
+BROKEN_FILE_ERRORS = (
     ArithmeticError,
     AttributeError,
     EOFError,
@@ -85,10 +85,10 @@ BROKEN = (
 
 
 @dataclasses.dataclass(eq=False, repr=False)
-class Unread:
-    """A class, a function, or an object that one of them makes; only its name is known.
+class Opaque:
+    """A placeholder for a class, a function, or an object made by one; it has only the name.
 
-    `state` is the dict of its attributes, where the pickle has one.
+    `state` is the dict of the object's attributes, if the pickle sets one.
     """
 
     name: str
@@ -97,43 +97,49 @@ class Unread:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Storage:
-    """Values that tensors share; `position` and `size` in bytes are those in the file."""
+    """Values that tensors share; `position` and `size` locate them in the file, in bytes."""
 
     dtype: np.dtype
     position: int = 0
     size: int = 0
-    values: np.ndarray | None = None  # as bytes, once they are read
+    values: np.ndarray | None = None  # raw bytes, uint8, once they are read
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Tensor:
-    """A dense tensor in a file; `offset` and `strides` count elements of the storage."""
+    """A dense tensor in a file; `offset` and `strides` are in elements of the storage."""
 
     storage: Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    type_name: str  # of its elements, as numpy or PyTorch calls it
+    type_name: str  # numpy's or PyTorch's name of the dtype
 
     def __post_init__(self) -> None:
-        if not isinstance(self.shape, tuple) or len(self.shape) > MOST_DIMENSIONS:
-            raise ValueError("a tensor of no possible shape")
+        if not isinstance(self.shape, tuple) or len(self.shape) > MAX_DIMENSIONS:
+            raise ValueError("a tensor with an invalid shape")
         if not isinstance(self.strides, tuple) or len(self.strides) != len(self.shape):
-            raise ValueError("a tensor of no possible strides")
+            raise ValueError("a tensor with invalid strides")
         sizes = (self.offset, *self.shape, *self.strides)
         if not all(type(size) is int and size >= 0 for size in sizes):
-            raise ValueError("a tensor of no possible size")
+            raise ValueError("a tensor with an invalid size")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor, which may repeat those in the file."""
+        """Size in bytes, which can exceed the storage's if strides repeat values."""
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def read(self, file: io.BufferedIOBase) -> np.ndarray:
-        """The values; tensors of one storage share their memory.
+        """Read the values; tensors of the same storage share memory.
+
+        Args:
+          file: the open file that holds the storage.
+
+        Returns:
+          An array of `shape`.
 
         Raises:
-          ValueError: the file does not hold them.
+          ValueError: the file does not hold all values.
         """
         storage = self.storage
         steps = [step if n > 1 else 0 for n, step in zip(self.shape, self.strides, strict=True)]
@@ -146,17 +152,17 @@ class Tensor:
             if file.readinto(values.data) != storage.size:
                 raise ValueError("its values are not all in the file")
             storage.values = values
-        whole = storage.size // storage.dtype.itemsize * storage.dtype.itemsize
-        values = storage.values[:whole].view(storage.dtype)[self.offset :]
+        usable = storage.size // storage.dtype.itemsize * storage.dtype.itemsize
+        values = storage.values[:usable].view(storage.dtype)[self.offset :]
         strides = [step * storage.dtype.itemsize for step in steps]
         return np.lib.stride_tricks.as_strided(values, self.shape, strides)
 
 
 class TorchFile(io.BufferedReader):
-    """An open file that `torch.save` wrote; `content` is what was saved, tensors as `Tensor`.
+    """An open file that `torch.save` wrote; `content` is the saved object, tensors as `Tensor`.
 
     Raises:
-      UserError: it is not such a file, is broken, or names a class that is not allowed.
+      UserError: the file is of another type, is broken, or needs a class that is not allowed.
     """
 
     def __init__(self, path: Path):
@@ -170,73 +176,74 @@ class TorchFile(io.BufferedReader):
             self.content = self._read_archive() if is_archive else self._read_legacy()
         except BaseException as error:
             self.close()
-            if isinstance(error, BROKEN) and not isinstance(error, UserError):
+            if isinstance(error, BROKEN_FILE_ERRORS) and not isinstance(error, UserError):
                 raise UserError(
-                    f"{path} is no PyTorch checkpoint, or a broken or truncated one"
+                    f"{path} is not a PyTorch checkpoint, or is broken or truncated"
                 ) from error
             raise
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most `MOST_PICKLE` bytes: more is asked for by lengths that a file claims."""
-        if size is not None and size > MOST_PICKLE:
+        """Read bytes; raises ValueError above `MAX_PICKLE_BYTES`, which only broken files claim."""
+        if size is not None and size > MAX_PICKLE_BYTES:
             raise ValueError(f"{size} bytes at once")
         return super().read(size)
 
     def _read_archive(self) -> Any:
         members = self._members()
-        (pickled,) = (name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name))
-        root = pickled.removesuffix("data.pkl")
-        order = members.get(f"{root}byteorder")  # older files have none
-        if order and self._read_member(order) == b"big":
+        (pickle_name,) = (name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name))
+        root = pickle_name.removesuffix("data.pkl")
+        byte_order = members.get(f"{root}byteorder")  # missing in older files
+        if byte_order and self._read_member(byte_order) == b"big":
             self._refuse("its numbers have their high byte first; save it on another machine")
-        size = members[pickled].file_size
-        if size > MOST_PICKLE:
-            self._refuse(f"{pickled} has {size:,} bytes, expected at most {MOST_PICKLE:,}")
-        content = self._follow(io.BytesIO(self._read_member(members[pickled])))
+        size = members[pickle_name].file_size
+        if size > MAX_PICKLE_BYTES:
+            limit = f"{MAX_PICKLE_BYTES:,}"
+            self._refuse(f"{pickle_name} has {size:,} bytes, expected at most {limit}")
+        content = self._interpret(io.BytesIO(self._read_member(members[pickle_name])))
         for key, storage in self.storages.items():
             member = members[f"{root}data/{key}"]
             storage.position, storage.size = self._position(member), member.file_size
         return content
 
     def _members(self) -> dict[str, zipfile.ZipInfo]:
-        """The archive's members by name, stored as they are and no larger than the file."""
+        """Return the archive's members by name; they must be uncompressed and fit into the file."""
         with zipfile.ZipFile(self) as archive:
-            found = archive.infolist()
-        members = {member.filename: member for member in found}
-        if len(members) < len(found):
+            infos = archive.infolist()
+        members = {info.filename: info for info in infos}
+        if len(members) < len(infos):
             self._refuse("two of its members have one name")
         for name, member in members.items():
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
                 self._refuse(f"{short(name)} in it is compressed or encrypted")
-        total = sum(member.file_size for member in found)
+        total = sum(info.file_size for info in infos)
         if total > self.length:
             self._refuse(f"its members have {total:,} bytes, the file has {self.length:,}")
         return members
 
     def _refuse(self, reason: str) -> None:
-        raise UserError(f"{self.path} is no archive that torch.save writes: {reason}")
+        raise UserError(f"{self.path} is not an archive that torch.save writes: {reason}")
 
     def _position(self, member: zipfile.ZipInfo) -> int:
-        """Where a member's bytes begin: behind its name and extra field."""
+        """Return the offset of a member's data, which follow its header, name and extra field."""
         if member.header_offset < 0:
-            raise ValueError("a member that is not in the file")
+            raise ValueError("a member outside the file")
         self.seek(member.header_offset)
-        name, extra = struct.unpack("<26xHH", self.read(30))
-        return member.header_offset + 30 + name + extra
+        name_length, extra_length = struct.unpack("<26xHH", self.read(30))
+        return member.header_offset + 30 + name_length + extra_length
 
     def _read_member(self, member: zipfile.ZipInfo) -> bytes:
         self.seek(self._position(member))
         return self.read(member.file_size)
 
     def _read_legacy(self) -> Any:
-        """The form before PyTorch 1.6: five pickles, and then the storages one after the other."""
-        head = io.BytesIO(self.read(MOST_PICKLE))
-        begin = tuple(self._follow(head) for _ in LEGACY)
-        if begin != LEGACY:
-            raise ValueError("no file of PyTorch's")
-        if self._follow(head).get("little_endian") is False:
+        """Read the format before PyTorch 1.6: five pickles, then the storages in sequence."""
+        head = io.BytesIO(self.read(MAX_PICKLE_BYTES))
+        header = tuple(self._interpret(head) for _ in LEGACY_HEADER)
+        if header != LEGACY_HEADER:
+            raise ValueError("not a PyTorch file")
+        if self._interpret(head).get("little_endian") is False:
             self._refuse("its numbers have their high byte first; save it on another machine")
-        content, keys = self._follow(head), self._follow(head)
+        content, keys = self._interpret(head), self._interpret(head)
         position = head.tell()
         for key in keys:
             storage = self.storages[key]
@@ -245,30 +252,30 @@ class TorchFile(io.BufferedReader):
             storage.position, storage.size = position + 8, count * storage.dtype.itemsize
             position = storage.position + storage.size
             if count < 0 or position > self.length:
-                raise ValueError("a storage that is not in the file")
+                raise ValueError("a storage outside the file")
         return content
 
-    def _follow(self, pickled: io.BytesIO) -> Any:
-        """Follow one pickle and return what it makes."""
+    def _interpret(self, pickle: io.BytesIO) -> Any:
+        """Interpret a pickle and return the object that it builds."""
         stack: list[Any] = []
-        below: list[list[Any]] = []  # the stacks under each mark
+        outer_stacks: list[list[Any]] = []  # one for each open mark
         memo: dict[int, Any] = {}
         argument: Any
-        for opcode, argument, _ in pickletools.genops(pickled):
+        for opcode, argument, _ in pickletools.genops(pickle):
             items: list[Any] = []
-            if pickletools.markobject in opcode.stack_before:  # it takes all from the mark on
-                items, stack = stack, below.pop()
+            if pickletools.markobject in opcode.stack_before:  # takes everything since the mark
+                items, stack = stack, outer_stacks.pop()
             match opcode.name:
                 case "PROTO" | "FRAME" | "STOP":
                     pass
-                case name if name in LITERALS:
+                case name if name in LITERAL_OPCODES:
                     stack.append(argument)
                 case name if name in CONSTANTS:
                     stack.append(CONSTANTS[name])
-                case name if name in EMPTY:
-                    stack.append(EMPTY[name]())
+                case name if name in EMPTY_CONTAINERS:
+                    stack.append(EMPTY_CONTAINERS[name]())
                 case "MARK":
-                    below.append(stack)
+                    outer_stacks.append(stack)
                     stack = []
                 case "POP":
                     stack.pop()
@@ -286,9 +293,9 @@ class TorchFile(io.BufferedReader):
                 case "LIST":
                     stack.append(items)
                 case "DICT":
-                    stack.append(_fill({}, items))
+                    stack.append(_set_items({}, items))
                 case "FROZENSET":
-                    stack.append(Unread("frozenset"))
+                    stack.append(Opaque("frozenset"))
                 case "APPEND":
                     item = stack.pop()
                     _extend(stack[-1], [item])
@@ -296,96 +303,98 @@ class TorchFile(io.BufferedReader):
                     _extend(stack[-1], items)
                 case "SETITEM":
                     value, key = stack.pop(), stack.pop()
-                    _fill(stack[-1], [key, value])
+                    _set_items(stack[-1], [key, value])
                 case "SETITEMS":
-                    _fill(stack[-1], items)
+                    _set_items(stack[-1], items)
                 case "GLOBAL" | "INST":
-                    stack.append(self._name(*argument.split(" ")))
+                    stack.append(self._global(*argument.split(" ")))
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
-                    stack.append(self._name(module, name))
+                    stack.append(self._global(module, name))
                 case "BINPERSID":
                     stack.append(self._storage(stack.pop()))
                 case "REDUCE" | "NEWOBJ":
                     arguments, function = stack.pop(), stack.pop()
-                    stack.append(_make(function, arguments))
+                    stack.append(_call(function, arguments))
                 case "BUILD":
                     state = stack.pop()
-                    if isinstance(stack[-1], Unread):
+                    if isinstance(stack[-1], Opaque):
                         stack[-1].state = state
                 case unknown:
-                    raise ValueError(f"the instruction {unknown}")
+                    raise ValueError(f"unknown opcode {unknown}")
         return stack.pop()
 
-    def _name(self, module: Any, name: Any) -> Unread:
+    def _global(self, module: Any, name: Any) -> Opaque:
+        """Return a placeholder for a class or a function; raises UserError if it is not allowed."""
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError("a name that is no text")
-        full = f"{module}.{name}".replace("__builtin__.", "builtins.")
-        if not KNOWN.fullmatch(full):
+            raise ValueError("a name that is not a string")
+        full_name = f"{module}.{name}".replace("__builtin__.", "builtins.")
+        if not ALLOWED_NAMES.fullmatch(full_name):
             raise UserError(
-                f"{self.path} needs {full[:80]} to be read, and only tensors and "
-                "argparse.Namespace are allowed; nothing of it was run"
+                f"{self.path} needs {full_name[:80]} to be read, and only tensors and "
+                "argparse.Namespace are allowed; nothing in it was run"
             )
-        return Unread(full)
+        return Opaque(full_name)
 
-    def _storage(self, saved: Any) -> Storage | Unread:
-        """What ('storage', type, key, device, count) names; in old files a view may follow."""
-        if not isinstance(saved, tuple) or len(saved) > MOST_ARGUMENTS:
-            raise ValueError("a reference to what is no storage")
-        tag, kind, key, _, _, *view = saved
+    def _storage(self, reference: Any) -> Storage | Opaque:
+        """Return the storage of ('storage', type, key, device, count); old files may add a view."""
+        if not isinstance(reference, tuple) or len(reference) > MAX_ARGUMENTS:
+            raise ValueError("an invalid reference to a storage")
+        tag, kind, key, _, _, *view = reference
         if tag != "storage" or not isinstance(key, str):
-            raise ValueError("a reference to what is no storage")
+            raise ValueError("an invalid reference to a storage")
         if any(part is not None for part in view):
-            return Unread("a view of a storage")
-        dtype = np.dtype(TYPES[kind.name.rsplit(".")[-1].removesuffix("Storage")])
+            return Opaque("a view of a storage")
+        dtype = np.dtype(STORAGE_DTYPES[kind.name.rsplit(".")[-1].removesuffix("Storage")])
         storage = self.storages.setdefault(key, Storage(dtype))
         if storage.dtype != dtype:
-            raise ValueError("a storage of two types")
+            raise ValueError("a storage with two dtypes")
         return storage
 
 
-def _fill(target: Any, items: list[Any]) -> Any:
-    """`target`, a dict, with keys and values in turn."""
+def _set_items(target: Any, items: list[Any]) -> Any:
+    """Add alternating keys and values to the dict `target` and return it."""
     if isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # The hash of a nested tuple, or of long integers, could take forever.
-            simple = isinstance(key, str | bytes | float | None) or (
+            # Hashing a nested tuple or a huge integer could take forever.
+            is_simple = isinstance(key, str | bytes | float | None) or (
                 isinstance(key, int) and abs(key) < 2**63
             )
-            target[key if simple else Unread("key")] = value
-    elif not isinstance(target, Unread):
-        raise ValueError("items of what is no dict")
+            target[key if is_simple else Opaque("key")] = value
+    elif not isinstance(target, Opaque):
+        raise ValueError("items set on something other than a dict")
     return target
 
 
 def _extend(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
-    elif not isinstance(target, Unread):
-        raise ValueError("items of what is no list")
+    elif not isinstance(target, Opaque):
+        raise ValueError("items added to something other than a list")
 
 
-def _make(function: Any, arguments: Any) -> Any:
-    """What a call makes, if it is a tensor or a dict; else an object without content."""
-    name, arguments = _call(function, arguments)
+def _call(function: Any, arguments: Any) -> Any:
+    """Emulate a call: return a tensor or a dict if it makes one, or else a placeholder."""
+    name, arguments = _check_call(function, arguments)
     if name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes
-        name, arguments = _call(arguments[0], arguments[2])
+        name, arguments = _check_call(arguments[0], arguments[2])
     name = name.removeprefix("torch._utils.")
     if name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"):
         storage, offset, shape, strides, *rest = arguments
-        typed = rest.pop(2).name if name == "_rebuild_tensor_v3" else ""
-        if isinstance(storage, Unread) or any(rest[2:]):  # conjugate or negative
-            return Unread("a view")
-        return Tensor(storage, offset, shape, strides, typed or str(storage.dtype))
+        type_name = rest.pop(2).name if name == "_rebuild_tensor_v3" else ""
+        if isinstance(storage, Opaque) or any(rest[2:]):  # the conjugate or negative bit is set
+            return Opaque("a view")
+        return Tensor(storage, offset, shape, strides, type_name or str(storage.dtype))
     if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
         return arguments[0]
     if name == "collections.OrderedDict" and not arguments:
         return {}
-    return Unread(name)
+    return Opaque(name)
 
 
-def _call(function: Any, arguments: Any) -> tuple[str, tuple[Any, ...]]:
-    if not isinstance(function, Unread) or not isinstance(arguments, tuple):
-        raise ValueError("a call of what is no function")
-    # A pickle can name one long tuple a million times.
-    return function.name, arguments if len(arguments) <= MOST_ARGUMENTS else ()
+def _check_call(function: Any, arguments: Any) -> tuple[str, tuple[Any, ...]]:
+    """Return the function's name and the arguments, or no arguments if there are too many."""
+    if not isinstance(function, Opaque) or not isinstance(arguments, tuple):
+        raise ValueError("a call of something other than a function")
+    # A pickle can pass the same long tuple a million times.
+    return function.name, arguments if len(arguments) <= MAX_ARGUMENTS else ()

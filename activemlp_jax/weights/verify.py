@@ -1,4 +1,4 @@
-"""The proof of a conversion: the file in PyTorch and the model directory in flax, side by side.
+"""Verify a conversion: compare the file in PyTorch with the model directory in flax.
 
 Needs the extra `torch`.
 """
@@ -20,45 +20,45 @@ from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.model_directory import ModelCard, architecture, read_card, read_weights
 from activemlp_jax.weights.torch_files import StateDict, as_tensor
 
-BOUND = 1e-9  # relative; float64 leaves about 1e-15
-# Of the scene for segmentation models, which take any size: small, since their heads are wide, and
-# odd after the first halvings, so that maps are resized by other ratios than two.
-SCENE = (72, 104)
+MAX_DIFFERENCE = 1e-9  # relative; rounding in float64 leaves about 1e-15
+# Height and width for segmentation models, which take any size. Small, because their heads are
+# wide, and odd at stride 8 (9 x 13), so that maps are resized by ratios other than two.
+SCENE_SIZE = (72, 104)
 
-Logits = tuple[np.ndarray, ...]  # and the auxiliary head's
+Logits = tuple[np.ndarray, ...]  # the head's, then the auxiliary head's if there is one
 
 
 def largest_difference(
     directory: Path, state_dicts: Mapping[str, StateDict], images: int = 2
 ) -> dict[str, float]:
-    """How far the logits of the two models are apart on random images, both in float64.
+    """Compare the flax and PyTorch logits on random images in float64.
 
     Args:
-      directory: of the converted model.
-      state_dicts: what it was converted from, by kind of weights.
-      images: how many, of the size that the model was made for; of a segmentation model, one small
-        scene is taken.
+      directory: the converted model directory.
+      state_dicts: the state dicts that it was converted from, by kind of weights.
+      images: number of images, of the size that the model was made for; ignored for a
+        segmentation model, which gets one image of `SCENE_SIZE`.
 
     Returns:
-      By kind of weights, the norm of the difference over the norm of PyTorch's logits; where there
-      is an auxiliary head, the larger one of both heads.
+      The norm of the difference divided by the norm of PyTorch's logits, by kind of weights. For a
+      model with an auxiliary head, the larger value of the two heads.
     """
     card = read_card(directory)
     if isinstance(card.preprocessing, Preprocessing):
         shape = (images, card.preprocessing.image_size, card.preprocessing.image_size, 3)
     else:
-        shape = (1, *SCENE, 3)
+        shape = (1, *SCENE_SIZE, 3)
     inputs = np.random.default_rng(0).standard_normal(shape)
-    # One framework after the other: the weights of a large model need not be there twice.
-    ours = _flax_logits(directory, card, inputs)
-    theirs = _torch_logits(state_dicts, card, inputs)
-    return {kind: _difference(ours[kind], theirs[kind]) for kind in state_dicts}
+    # One framework at a time, so that memory holds a large model's weights only once.
+    flax_logits = _flax_logits(directory, card, inputs)
+    torch_logits = _torch_logits(state_dicts, card, inputs)
+    return {kind: _difference(flax_logits[kind], torch_logits[kind]) for kind in state_dicts}
 
 
-def _difference(ours: Logits, theirs: Logits) -> float:
+def _difference(flax_logits: Logits, torch_logits: Logits) -> float:
     return max(
-        float(np.linalg.norm(mine - other) / np.linalg.norm(other))
-        for mine, other in zip(ours, theirs, strict=True)
+        float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+        for ours, theirs in zip(flax_logits, torch_logits, strict=True)
     )
 
 
@@ -74,17 +74,17 @@ def _flax_logits(directory: Path, card: ModelCard, inputs: np.ndarray) -> dict[s
             return model.apply(variables, images, **options)
 
         for kind in card.kinds:
-            variables = jax.tree.map(_in_float64, read_weights(directory, card, kind))
-            logits[kind] = _all_of(jax.device_get(run(variables, jnp.asarray(inputs))))
+            variables = jax.tree.map(_to_float64, read_weights(directory, card, kind))
+            logits[kind] = _as_tuple(jax.device_get(run(variables, jnp.asarray(inputs))))
             del variables
     return logits
 
 
-def _all_of(found: Any) -> tuple[Any, ...]:
-    return found if isinstance(found, tuple) else (found,)
+def _as_tuple(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
 
 
-def _in_float64(value: np.ndarray) -> jax.Array:
+def _to_float64(value: np.ndarray) -> jax.Array:
     floating = jnp.issubdtype(value.dtype, jnp.floating)
     return jnp.asarray(value, jnp.float64 if floating else value.dtype)
 
@@ -92,7 +92,7 @@ def _in_float64(value: np.ndarray) -> jax.Array:
 def _torch_logits(
     state_dicts: Mapping[str, StateDict], card: ModelCard, inputs: np.ndarray
 ) -> dict[str, Logits]:
-    with torch.device("meta"):  # its weights come with each state dict
+    with torch.device("meta"):  # no memory for weights: each state dict brings its own
         model = torch_model(card.model)
     logits = {}
     for kind, state_dict in state_dicts.items():
@@ -102,12 +102,12 @@ def _torch_logits(
         model.load_state_dict(tensors, assign=True)
         del tensors
         with torch.inference_mode():
-            found = _all_of(model(torch.from_numpy(inputs)))
-        logits[kind] = tuple(value.numpy() for value in found)
+            output = _as_tuple(model(torch.from_numpy(inputs)))
+        logits[kind] = tuple(value.numpy() for value in output)
     return logits
 
 
 def torch_model(model: Model) -> torch.nn.Module:
-    """The second writing of a flax `model`: the same function, without weights of its own."""
-    kind = TorchSegmentor if isinstance(model, ActiveSegmentor) else TorchActiveMLP
-    return kind(**architecture(model), num_classes=model.num_classes)
+    """Build the PyTorch reference implementation of a flax `model`, with initial weights."""
+    network_class = TorchSegmentor if isinstance(model, ActiveSegmentor) else TorchActiveMLP
+    return network_class(**architecture(model), num_classes=model.num_classes)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 
 from activemlp_jax.benchmark.hlo_cost import (
-    Needs,
+    Resources,
     Traffic,
     count_bounds,
     count_collectives,
-    count_needs,
+    count_resources,
 )
 from activemlp_jax.utils.hardware import Chip
 
@@ -46,26 +46,26 @@ def test_a_compiled_program_says_what_it_needs():
         return a @ b
 
     shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    needs = count_needs(jax.jit(product).lower(shape, shape).compile(), 1)
-    assert needs.arguments == 2 * 4 * 64 * 64
-    assert needs.results == 4 * 64 * 64
-    assert needs.flops == pytest.approx(2 * 64**3, rel=0.01)
-    assert needs.memory >= needs.arguments + needs.results
-    assert needs.collectives == {}
+    resources = count_resources(jax.jit(product).lower(shape, shape).compile(), 1)
+    assert resources.arguments == 2 * 4 * 64 * 64
+    assert resources.results == 4 * 64 * 64
+    assert resources.flops == pytest.approx(2 * 64**3, rel=0.01)
+    assert resources.memory >= resources.arguments + resources.results
+    assert resources.collectives == {}
 
 
 def test_donated_buffers_count_once():
     shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     add = jax.jit(lambda a: a + 1, donate_argnums=0)
-    needs = count_needs(add.lower(shape).compile(), 1)
-    assert (needs.arguments, needs.results) == (4 * 64 * 64, 0)
+    resources = count_resources(add.lower(shape).compile(), 1)
+    assert (resources.arguments, resources.results) == (4 * 64 * 64, 0)
 
 
 def test_a_step_takes_as_long_as_the_slowest_of_its_parts():
     chip = Chip(flops=100.0, memory=1e9, bandwidth=10.0, interconnect=5.0)
     traffic = {"all-reduce": Traffic(1, 20, 30.0), "all-gather": Traffic(1, 8, 6.0)}
-    needs = Needs(0, 0, 0, 0, 0.0, 40.0, traffic, gathers=0, scatters=0)
-    bounds = count_bounds(needs, flops=300.0, chip=chip)
+    resources = Resources(0, 0, 0, 0, 0.0, 40.0, traffic, gathers=0, scatters=0)
+    bounds = count_bounds(resources, flops=300.0, chip=chip)
     assert bounds.compute == 3.0
     assert bounds.memory == 4.0
     assert bounds.interconnect == (30 + 6) / 5

@@ -64,7 +64,7 @@ def test_the_benchmark_prints_both_rates_and_their_ratio():
     ("arguments", "message"),
     [
         (["--config", "nothing.py"], "there is no config file nothing.py"),
-        (["--config", "configs/digits.py"], "trains on no random crops of image files"),
+        (["--config", "configs/digits.py"], "does not train on random crops of image files"),
         (["--config", "configs/throughput.py", "--steps", "0"], "--steps is 0, expected at least"),
         (["--config", "configs/throughput.py", "--batch-size", "0"], "--batch-size is 0, expected"),
     ],

@@ -13,7 +13,7 @@ from activemlp_jax.benchmark.measuring import (
     Machine,
     Measurement,
     Workload,
-    summarise,
+    summarize,
     time_in_turns,
     write_csv,
 )
@@ -48,7 +48,7 @@ def measured() -> list[Measurement]:
         contender("forward", "jax", 2e9),
         contender("forward", "torch gather", 2e9),
     ]
-    return summarise(contenders, [[0.1, 0.2, 0.4], [0.1, 0.05, 0.2], [0.4, 0.2, 0.1]])
+    return summarize(contenders, [[0.1, 0.2, 0.4], [0.1, 0.05, 0.2], [0.4, 0.2, 0.1]])
 
 
 def test_the_rate_is_the_rounds_median_between_the_slowest_and_the_fastest():
@@ -68,7 +68,7 @@ def test_the_fraction_is_of_the_matrix_products_operations_a_second():
 
 
 def test_the_fraction_of_the_bandwidth_is_of_the_copys_bytes_a_second():
-    copy, ours = summarise(
+    copy, ours = summarize(
         [moving("copy", "jax", 8e9), moving("h forward", "jax", 2e9)], [[2], [1]]
     )
     assert (copy.gigabytes, copy.copy_fraction) == (4, 1)
@@ -88,7 +88,7 @@ def test_ratios_are_to_the_fastest_of_jaxs_own_at_the_same():
         contender("h forward", "jax fast", None),
         contender("w forward", "jax slow", None),
     ]
-    slow, fast, other = summarise(contenders, [[0.4], [0.1], [0.2]])
+    slow, fast, other = summarize(contenders, [[0.4], [0.1], [0.2]])
     assert slow.ratio_to_jax == pytest.approx(0.25)
     assert (fast.ratio_to_jax, other.ratio_to_jax) == (1, 1)
     assert (slow.gflops, slow.matmul_fraction) == (None, None)
@@ -135,7 +135,7 @@ def test_tables_fit_100_columns_and_tell_only_what_is_known():
 
 def test_the_operators_times_are_told_in_milliseconds():
     contenders = [moving("h forward", "jax gather", 2e6), moving("copy", "jax", 4e6)]
-    found = summarise(contenders, [[0.5e-3, 1e-3, 2e-3], [1e-3]])
+    found = summarize(contenders, [[0.5e-3, 1e-3, 2e-3], [1e-3]])
     heading, line, _ = figure_lines(found, in_milliseconds=True)
     assert in_words(heading) == "ms min to max GB/s copy to jax MiB compile s"
     assert in_words(line) == "h forward jax gather 1.000 0.500 to 2.000 2.0 50.0% 1.00 3.0 1.5"

@@ -106,7 +106,7 @@ def test_training_is_timed_by_gradient_and_step_or_one_of_them(
         (["op", "--image-size", "31"], "--image-size is 31, expected at least 32"),
         (
             ["model", "--model", "active_xtiny", "--csv", f"{__file__}/place.csv"],
-            "test_benchmark_command.py is not a folder",
+            "test_benchmark.py is not a folder",
         ),
         (["op", "--csv", "/"], "/ cannot be written: it is a folder"),
     ],

@@ -250,9 +250,9 @@ class RunsCommand:
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
-    "a truncated zip": (MICRO_CHECKPOINT.read_bytes()[:900_000], "or a broken or truncated one"),
+    "a truncated zip": (MICRO_CHECKPOINT.read_bytes()[:900_000], "or is broken or truncated"),
     "an empty file": (b"", "is empty"),
-    "a text file": (b"hello\n", "is no PyTorch checkpoint"),
+    "a text file": (b"hello\n", "is not a PyTorch checkpoint"),
     "another architecture": (
         {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1000)},
         "misses blocks.0.0.norm1.weight, which every such model has; found conv1.weight",
@@ -354,7 +354,7 @@ def save_hostile(path: Path, proof: Path) -> str:
 def save_half(path: Path, proof: Path) -> str:
     del proof
     path.write_bytes(MICRO_CHECKPOINT.read_bytes()[:700_000])
-    return "is no PyTorch checkpoint, or a broken or truncated one"
+    return "is not a PyTorch checkpoint, or is broken or truncated"
 
 
 @pytest.mark.parametrize("save", [save_hostile, save_half])
@@ -389,10 +389,10 @@ def test_a_process_refuses_in_one_line_and_runs_nothing(save: Any, tmp_path: Pat
         ([MICRO_CHECKPOINT, "."], ". is already there; give another place"),
         (["nothing.pth", "OUT"], "there is no file nothing.pth"),
         ([".", "OUT"], ". is a folder, expected a .pth or .safetensors file"),
-        (["MODEL", "OUT"], "is a model directory, expected a file; --to-torch writes one of it"),
+        (["MODEL", "OUT"], "is a model directory, expected a file; --to-torch converts it back"),
         (["MODEL", "OUT", "--to-torch"], "out, expected a name that ends in .pth or .pt or .safet"),
         (["MODEL", "OUT.bin", "--to-torch"], "OUT is OUT.bin, expected a name that ends in .pth"),
-        ([MICRO_CHECKPOINT, "OUT.pth", "--to-torch"], "is no model directory: it is a file; conv"),
+        ([MICRO_CHECKPOINT, "OUT.pth", "--to-torch"], "is not a model directory: it is a file"),
         ([MICRO_CHECKPOINT, f"{MICRO_CHECKPOINT}/out"], "micro_checkpoint.pth is not a folder"),
         ([".", "OUT", "--to-torch", "--verify"], "--verify does not go with --to-torch"),
     ],

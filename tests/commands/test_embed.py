@@ -95,7 +95,7 @@ def test_an_image_that_cannot_be_read_has_no_row(call: Any, classifier: Path, ph
     Path(photos[1]).write_bytes(b"nothing")
     status, output, errors = call(classifier, "val/cat", "--output", "features.npz")
     assert status == 1
-    assert errors == "skipped: val/cat/1.png is no readable image: no known format\n"
+    assert errors == "skipped: val/cat/1.png is not a readable image: no known format\n"
     assert "2 images" in output
     with np.load("features.npz") as arrays:
         assert list(arrays["names"]) == ["0.png", "2.png"]
@@ -134,7 +134,7 @@ def test_features_that_are_not_finite_and_a_full_disk_leave_no_file(
         (("MODEL", "bad.png", "--output", "a.npz"), "none of the 1 images can be read; a.npz"),
         (("MODEL", "val", "--output", "bad.png/a.npz"), "a.npz cannot be written: bad.png is no"),
         (("SEGMENTOR", "val", "--output", "a.npz"), "has a segmentation model, which sees"),
-        (("val", "val", "--output", "a.npz"), "val is no model directory"),
+        (("val", "val", "--output", "a.npz"), "val is not a model directory"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("photos")

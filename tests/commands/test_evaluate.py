@@ -238,7 +238,7 @@ def test_another_image_size_just_works(model: Path):
             ["MODEL", "--data", "digits", "--batch-size", "0"],
             "--batch-size is 0, expected",
         ),
-        (["nothing", "--data", "digits"], "nothing is no model directory: there is no such folder"),
+        (["nothing", "--data", "digits"], "nothing is not a model directory: there is no such"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_clear_line(
@@ -262,7 +262,7 @@ def test_a_broken_image_ends_the_evaluation_and_is_named(model: Path, tmp_path: 
     process = start(*MODULE, str(model), "--data", f"folder:{tmp_path}")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
-    assert f"{broken} is no readable image" in errors
+    assert f"{broken} is not a readable image" in errors
     assert len(errors.strip().splitlines()) == 1, errors
 
 

@@ -355,7 +355,7 @@ def test_any_name_of_a_data_set_fits_into_the_readme(tmp_path_factory: Any, name
         ({"file": "a.pth"}, " It depends on the file that they were converted from, `a.pth`."),
     ],
 )
-def test_no_licence_is_claimed_for_the_weights(
+def test_no_license_is_claimed_for_the_weights(
     source: dict[str, Any], condition: str, tmp_path: Path
 ):
     card = replace(CARDS["segmentor"], source=source)
@@ -422,7 +422,7 @@ def test_a_failed_export_leaves_jax_as_it_was():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing", "OUT"], "nothing is no model directory: there is no such folder"),
+        (["nothing", "OUT"], "nothing is not a model directory: there is no such folder"),
         (["MODEL", "OUT", "--image-size", "31"], "--image-size is 31, expected at least 32"),
         (["MODEL", "OUT", "--image-size", f"{10**9}"], "is 1000000000, expected at most 16,384"),
         (["MODEL", "THERE"], "THERE is already there; give another place"),

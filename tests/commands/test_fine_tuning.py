@@ -45,7 +45,7 @@ def test_fine_tuning_from_converted_letters_needs_fewer_epochs(tmp_path: Path):
         "train.py", "--config=configs/digits_fine_tune.py", f"--workdir={tuned}",
         f"--config.init_from={converted}", "--config.epochs=3", short,
     )  # fmt: skip
-    assert "head re-initialised, 26 classes there and 10 here" in output
+    assert "head re-initialized, 26 classes there and 10 here" in output
     run("train.py", f"--workdir={scratch}", "--config.epochs=6", short)
     ours, theirs = last_accuracy(tuned), last_accuracy(scratch)
     assert ours > theirs, f"{ours:.2f}% after 3 epochs, {theirs:.2f}% after 6 from scratch"

@@ -122,7 +122,7 @@ def test_a_run_goes_on_bit_for_bit_after_a_host_is_killed_within_a_step(folder: 
         return on_two_hosts(workdir, "--config.checkpoint.every_steps=2", "--timeout=60")
 
     death = kills.Kill(kills.WAITING, signal.SIGKILL, (1,))
-    kills.torment(start, folder / "killed", [death], random.Random(0))
+    kills.kill_repeatedly(start, folder / "killed", [death], random.Random(0))
     kills.compare(folder / "killed", two, STEPS)
 
 

@@ -98,7 +98,7 @@ def test_an_image_that_cannot_be_read_is_reported_and_the_others_go_on(
     status, output, errors = call(classifier, "x", "x/1.png", "--json")
     assert status == 1
     assert [json.loads(line)["image"] for line in output.splitlines()] == photos[::2]
-    assert errors.splitlines() == ["skipped: x/1.png is no readable image: no known format"] * 2
+    assert errors.splitlines() == ["skipped: x/1.png is not a readable image: no known format"] * 2
 
 
 def test_patterns_in_quotes_are_looked_up(call: Any, classifier: Path, photos: list[str]):
@@ -149,7 +149,7 @@ def test_a_segmentation_model_writes_overlays_with_a_legend(
     Path("x/1.png").write_bytes(b"nothing")
     status, output, errors = call(segmentor, ".", "--output", "out", "--labels", "--json")
     assert status == 1
-    assert errors == "skipped: ./x/1.png is no readable image: no known format\n"
+    assert errors == "skipped: ./x/1.png is not a readable image: no known format\n"
     records = [json.loads(line) for line in output.splitlines()]
     named = [photos[number] for number in (0, 2, 4, 1, 3)]
     assert [record["image"] for record in records] == [f"./{name}" for name in named]
@@ -203,7 +203,7 @@ def test_overlays_are_beside_the_images_and_not_taken_for_photos(
         (("CLASSIFIER", "x/0.png", "--show-offsets", "x/0.png/o.png"), "x/0.png is not a folder"),
         (("CLASSIFIER", "x/0.png", "--show-offsets", "f.png"), "f.png cannot be written: it is a"),
         (("CLASSIFIER", "x/0.png", "--show-offsets", "o.psd"), "is o.psd, expected a picture"),
-        (("x", "x"), "x is no model directory: it has no model.json"),
+        (("x", "x"), "x is not a model directory: it has no model.json"),
         (("SEGMENTOR", "x", "--opacity", "2"), "--opacity is 2.0, expected at most 1"),
         (("SEGMENTOR", "x", "--opacity", "nan"), "--opacity is nan, expected at least 0"),
         (("SEGMENTOR", "x/0.png", "x/0.jpg"), "x/0.png and x/0.jpg would both be written to x"),

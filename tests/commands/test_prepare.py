@@ -258,7 +258,7 @@ def test_a_damaged_record_of_what_was_prepared_is_named(text: str, tmp_path: Pat
 def test_a_pipe_among_the_photos_is_named(tmp_path: Path, data_dir: Path):
     save_photos(tmp_path / "photos", ["a", "b"], 1, (40, 40))
     os.mkfifo(tmp_path / "photos" / "a" / "pipe.png")
-    with pytest.raises(UserError, match=r"a/pipe\.png cannot be read: it is no regular file"):
+    with pytest.raises(UserError, match=r"a/pipe\.png cannot be read: it is not a regular file"):
         preparation.prepare_folder(tmp_path / "photos", "mine", data_dir, 1, CONSOLE)
     assert not data_dir.exists()
 
@@ -356,7 +356,7 @@ def test_work_that_was_interrupted_goes_on_with_the_shards_that_are_missing(
     save_photos(tmp_path / "photos" / "more", ["x"], 1, (60, 60))
     (tmp_path / "photos" / "a" / "new.jpg").write_bytes(encoded(photo(3, 60, 60)))
     (tmp_path / "photos" / "more" / "new.jpg").write_bytes(encoded(photo(3, 60, 60)))
-    with pytest.raises(UserError, match="is made from other files than are there now; remove it"):
+    with pytest.raises(UserError, match="was prepared from different files; remove it"):
         preparation.prepare_folder(tmp_path / "photos", "halved", data_dir, 1, CONSOLE)
 
 
@@ -390,7 +390,7 @@ def test_the_command_says_what_it_made_and_how_to_read_it(tmp_path: Path):
         (("imagenet2012", "nothing"), "there is no .*ILSVRC2012_img_train.tar; get"),
         (("tfrecord", "."), r"has no dataset_info\.json; expected the folder of a"),
         (("folder", "nothing", "name"), "there is no folder .*nothing"),
-        (("folder", ".", "My Photos"), "the name is 'My Photos', expected small letters"),
+        (("folder", ".", "My Photos"), "the name is 'My Photos', expected lowercase letters"),
         (("folder", ".", "mine", "--num-threads", "0"), "--num-threads is 0, expected at least 1"),
         (("tfds", "imagenet2012"), "see prepare_data imagenet2012 --help"),
         (("tfds", "no_such_set"), "no_such_set cannot be prepared: DatasetNotFoundError"),

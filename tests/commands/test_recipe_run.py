@@ -110,15 +110,15 @@ def test_broken_images_are_named_counted_and_recorded(tmp_path: Path):
         *arguments, "--config.data.on_error=skip", "--workdir", str(tmp_path / "skipping")
     )
     assert skipping.returncode == 0, skipping.stderr
-    assert skipping.stdout.count(f"skipped: {broken} is no readable image") == 1
+    assert skipping.stdout.count(f"skipped: {broken} is not a readable image") == 1
     lines = (tmp_path / "skipping" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["images_skipped"] for line in lines] == [1, 1, 1]
 
     for options, message in (
-        (["--config.data.on_error=raise"], f"{broken} is no readable image"),
+        (["--config.data.on_error=raise"], f"{broken} is not a readable image"),
         (
             ["--config.data.on_error=skip", "--config.data.max_skipped=0"],
-            f"{broken} is no readable image",
+            f"{broken} is not a readable image",
         ),
     ):
         stopped = train(*arguments, *options, "--workdir", str(tmp_path / "stopped"))

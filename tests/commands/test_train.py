@@ -369,7 +369,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved(tmp_path: Path)
         (["--config.data.image_size=16"], ["config.data.image_size is 16, expected at least 32"]),
         (["--config.data.name=cifar"], ["no data set 'cifar', expected digits, folder:PATH, tfds"]),
         (["--config.data.test_split=val"], ["digits has the splits train, test, not 'val'"]),
-        (["--config.init_from=nowhere"], ["nowhere is no model directory: there is no such"]),
+        (["--config.init_from=nowhere"], ["nowhere is not a model directory: there is no such"]),
         (["--config.batch_size=2000"], ["batch_size is 2000", "only 1437 images"]),
         (["--config=configs/nothing.py"], ["there is no config file configs/nothing.py"]),
         (["--config", "configs/nothing.py"], ["there is no config file configs/nothing.py"]),

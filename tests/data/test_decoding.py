@@ -136,7 +136,7 @@ def test_an_orientation_beside_the_pixels_is_not_applied():
     ],
 )
 def test_what_is_no_whole_image_is_named_with_the_reason(data: bytes, reason: str):
-    with pytest.raises(BrokenImageError, match=rf"^a/b\.jpg is no readable image: .*({reason})"):
+    with pytest.raises(BrokenImageError, match=rf"^a/b\.jpg is not a readable image: .*({reason})"):
         decode(data, "a/b.jpg")
 
 
@@ -172,7 +172,7 @@ def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(
     assert MOST_PIXELS < SIDE**2 < MOST_PIXELS + 2 * SIDE
     monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", None)
     monkeypatch.setattr(Image.Image, "load", None)
-    message = r"^a/b\.jpg is no readable (image|mask): .*178,?956,?970"
+    message = r"^a/b\.jpg is not a readable (image|mask): .*178,?956,?970"
     with pytest.raises(UserError, match=message):
         read(TOO_LARGE[kind], "a/b.jpg")
 
@@ -183,7 +183,7 @@ def test_the_limit_is_ours_where_pillows_is_taken_away(monkeypatch: pytest.Monke
         decode(TOO_LARGE["PNG"], "a.png")
     with (
         Image.open(io.BytesIO(TOO_LARGE["PNG"])) as image,
-        pytest.raises(BrokenImageError, match="image 3 is no readable image: it has 13,378 x"),
+        pytest.raises(BrokenImageError, match="image 3 is not a readable image: it has 13,378 x"),
     ):
         pixels_of(image, "image 3")
 
@@ -206,7 +206,7 @@ def test_a_large_image_below_the_limit_is_read_without_pillows_warning():
 def test_text_or_a_profile_that_unpacks_to_much_is_refused(kind: bytes):
     bomb = png_chunk(kind, b"name\0\0" + zlib.compress(b" " * 2**22))
     pixel = png_chunk(b"IDAT", zlib.compress(b"\0\0"))
-    with pytest.raises(BrokenImageError, match=r"a\.png is no readable image: .*too large"):
+    with pytest.raises(BrokenImageError, match=r"a\.png is not a readable image: .*too large"):
         decode(png(1, 1, 8, 0, bomb, pixel), "a.png")
 
 
@@ -224,9 +224,9 @@ def test_whatever_a_decoder_raises_names_the_image(
         monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", fail)
     else:
         monkeypatch.setattr(decoding, "simplejpeg", None)
-    with pytest.raises(BrokenImageError, match=r"^a/b\.jpg is no readable image: \w"):
+    with pytest.raises(BrokenImageError, match=r"^a/b\.jpg is not a readable image: \w"):
         decode(JPEG, "a/b.jpg")
-    with pytest.raises(BrokenImageError, match=r"^it is no readable image: \w"):
+    with pytest.raises(BrokenImageError, match=r"^it is not a readable image: \w"):
         pixels_of(Image.fromarray(PHOTO), "it")
 
 

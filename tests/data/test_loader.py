@@ -285,7 +285,7 @@ class BrokenSource:
 
     def __getitem__(self, index: int) -> Example:
         if index in self._broken:
-            raise self._error(f"{index}.jpg is no readable image: test")
+            raise self._error(f"{index}.jpg is not a readable image: test")
         return self._source[index]
 
 
@@ -308,7 +308,7 @@ def test_broken_images_are_replaced_by_the_next_index_and_counted_once(threads: 
     np.testing.assert_array_equal(labels, [replacement.get(label, label) for label in plain])
     assert len(skipped) == 3
     assert sorted(said) == [
-        f"skipped: {index}.jpg is no readable image: test" for index in (52, 7, 8)
+        f"skipped: {index}.jpg is not a readable image: test" for index in (52, 7, 8)
     ]
 
 
@@ -401,12 +401,12 @@ def test_more_broken_images_than_allowed_stop_the_run():
 
 
 def test_a_set_of_broken_images_alone_ends_with_the_last_one():
-    with pytest.raises(BrokenImageError, match=r"\.jpg is no readable image"):
+    with pytest.raises(BrokenImageError, match=r"\.jpg is not a readable image"):
         batches(data=BrokenSource(set(range(EXAMPLES))))
 
 
 def test_a_broken_image_is_raised_where_the_config_says_so():
-    with pytest.raises(BrokenImageError, match=r"7\.jpg is no readable image: test"):
+    with pytest.raises(BrokenImageError, match=r"7\.jpg is not a readable image: test"):
         batches(data=BrokenSource({7}), last=2 * EPOCH, **{"data.on_error": "raise"})
 
 

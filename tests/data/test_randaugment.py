@@ -73,7 +73,7 @@ def test_policies_are_read_from_strings(policy: str, expected: RandAugment):
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ("augmix-m3", "names no policy, expected rand-m9"),
+        ("augmix-m3", "is not a policy, expected rand-m9"),
         ("rand-x4", "the section 'x4', expected m, n"),
         ("rand-m", "the section 'm', expected"),
         ("rand-m9-m8", "the section 'm8', expected .* each once"),

@@ -91,7 +91,7 @@ def test_the_size_of_an_image_is_read_without_its_pixels(folder: Path):
     source = open_scenes(f"folder:{folder}")
     assert source.shape(0) == (200, 300)
     file.write_bytes(b"no image")
-    with pytest.raises(BrokenImageError, match=rf"{re.escape(str(file))} is no readable image"):
+    with pytest.raises(BrokenImageError, match=rf"{re.escape(str(file))} is not a readable image"):
         source.shape(0)
     file.unlink()
     with pytest.raises(BrokenImageError, match=rf"{re.escape(str(file))}.*No such file"):
@@ -145,7 +145,7 @@ def many_unmasked(folder: Path) -> None:
             without("classes.txt"),
             r"classes\.txt cannot be read: No such file.*; expected the names of the classes, one",
         ),
-        (class_file(b"\xff\xfe\x00"), r"classes\.txt cannot be read: it is no text; expected"),
+        (class_file(b"\xff\xfe\x00"), r"classes\.txt cannot be read: it is not text; expected"),
         (class_file(""), r"classes\.txt names 0 classes, expected 2 to 255"),
         (class_file("sky\n"), r"classes\.txt names 1 classes, expected 2 to 255"),
         (class_file("\n".join(map(str, range(256)))), r"names 256 classes, expected 2 to 255"),
@@ -197,8 +197,8 @@ def test_a_grey_mask_with_fewer_bits_than_eight_is_refused(folder: Path, bits: i
         (as_mode("LA"), "has 2 channels, expected one with a class index a pixel"),
         (as_mode("1"), "pixels of Pillow's mode '1', expected 8 bits with a class index"),
         (as_mode("I;16"), "pixels of Pillow's mode 'I;16', expected 8 bits with a class index"),
-        (b"no image", "is no readable mask: no known format"),
-        (as_mode("L")[:200], "is no readable mask: "),
+        (b"no image", "is not a readable mask: no known format"),
+        (as_mode("L")[:200], "is not a readable mask: "),
         (None, "cannot be read: No such file"),
     ],
 )
@@ -207,7 +207,7 @@ def test_a_wrong_mask_is_named_and_not_skipped(data: bytes | None, message: str,
     source = open_scenes(f"folder:{folder}")
     file.unlink() if data is None else file.write_bytes(data)
     with pytest.raises(UserError, match=rf"{re.escape(str(file))} .*{message}") as error:
-        read_unbroken(source, 0, most=2)
+        read_unbroken(source, 0, max_skipped=2)
     assert not isinstance(error.value, BrokenImageError)
     assert one_line(error)
 
@@ -215,7 +215,8 @@ def test_a_wrong_mask_is_named_and_not_skipped(data: bytes | None, message: str,
 @pytest.mark.parametrize("data", [as_mode("RGB"), b"no image"])
 def test_masks_that_cannot_be_used_are_found_when_a_folder_is_opened(data: bytes, folder: Path):
     (folder / "annotations" / "c.png").write_bytes(data)
-    with pytest.raises(UserError, match=r"annotations/c\.png (has 3 channels|is no readable mask)"):
+    message = r"annotations/c\.png (has 3 channels|is not a readable mask)"
+    with pytest.raises(UserError, match=message):
         open_scenes(f"folder:{folder}")
 
 
@@ -236,7 +237,7 @@ def test_a_broken_image_is_named_and_may_be_skipped(data: bytes | None, folder: 
     with pytest.raises(BrokenImageError, match=re.escape(str(file))) as error:
         source[0]
     assert one_line(error)
-    example, skipped = read_unbroken(source, 0, most=1)
+    example, skipped = read_unbroken(source, 0, max_skipped=1)
     assert example.label.shape == (25, 10)
     assert [index for index, _ in skipped] == [0]
 

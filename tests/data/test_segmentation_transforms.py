@@ -17,7 +17,7 @@ from activemlp_jax.data.segmentation_transforms import (
     change_contrast,
     change_hue,
     change_saturation,
-    draw_crop_place,
+    draw_crop_position,
     photometric_distortion,
     resize_image,
     resize_mask,
@@ -169,13 +169,13 @@ def test_distortion_draws_each_step_half_of_the_time(monkeypatch: pytest.MonkeyP
 def test_a_crop_is_anywhere_within_the_scene():
     mask = np.zeros((9, 6), np.uint8)
     rng = np.random.default_rng(0)
-    places = {draw_crop_place(mask, 4, rng, 1.0) for _ in range(500)}
+    places = {draw_crop_position(mask, 4, rng, 1.0) for _ in range(500)}
     assert places == {(top, left) for top in range(6) for left in range(3)}
 
 
 def test_a_side_that_is_shorter_than_the_crop_starts_at_zero():
     rng = np.random.default_rng(0)
-    places = {draw_crop_place(np.zeros((3, 6), np.uint8), 4, rng, 0.75) for _ in range(99)}
+    places = {draw_crop_position(np.zeros((3, 6), np.uint8), 4, rng, 0.75) for _ in range(99)}
     assert places == {(0, 0), (0, 1), (0, 2)}
 
 
@@ -191,7 +191,7 @@ def draws_taken(mask: np.ndarray, max_share: float) -> int:
             return int(self.rng.integers(high))
 
     counted = Counted()
-    draw_crop_place(mask, 16, counted, max_share)
+    draw_crop_position(mask, 16, counted, max_share)
     return counted.calls // 2
 
 
@@ -234,7 +234,7 @@ def test_redrawing_finds_the_crops_of_several_classes():
     mask[20:44, 20:44] = np.arange(24 * 24).reshape(24, 24) % 5
     good = 0
     for seed in range(200):
-        top, left = draw_crop_place(mask, 16, np.random.default_rng(seed), 0.75)
+        top, left = draw_crop_position(mask, 16, np.random.default_rng(seed), 0.75)
         counts = np.bincount(mask[top : top + 16, left : left + 16].ravel())
         good += counts.max() < 0.75 * 256
     assert good > 190

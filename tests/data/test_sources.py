@@ -164,7 +164,7 @@ def test_a_broken_image_is_named(tmp_path: Path):
     save_classes(tmp_path, {"a": [1], "b": [2]})
     file = tmp_path / "b" / "002.png"
     file.write_bytes(file.read_bytes()[:60])
-    with pytest.raises(UserError, match=rf"{re.escape(str(file))} is no readable image"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))} is not a readable image"):
         open_source(f"folder:{tmp_path}")[1]
     source = open_source(f"folder:{tmp_path}")
     file.unlink()

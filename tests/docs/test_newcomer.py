@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from documents import Step, form, steps
+from documents import Step, output_lines, steps
 from processes import ROOT, SMALL
 from small_models import run
 
@@ -54,7 +54,7 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 # CI runs `make test` itself, and a published model compiles for long: test_docs finds its shapes.
 NOT_RUN = ("make test", "am.create_model(")
 # Of a line that is printed only where the last epoch is not the best one.
-BY_CHANCE = "best_model is of step"
+BY_CHANCE = "best_model is from step"
 PAGES = ("README.md", "docs/first_steps.md")
 
 
@@ -118,8 +118,8 @@ def test_a_page_runs_as_it_is_printed_and_shows_what_it_says(
 ):
     assert followed[page]
     for step, printed in followed[page]:
-        shown = [line for line in form(step.shown) if not line.startswith(BY_CHANCE)]
-        gone = missing(shown, iter(form(printed)))
+        shown = [line for line in output_lines(step.output) if not line.startswith(BY_CHANCE)]
+        gone = missing(shown, iter(output_lines(printed)))
         assert not gone, f"{step.block}\nprints no {gone}, but\n{printed}"
 
 

@@ -1,4 +1,4 @@
-"""Files that a disk or a copy has damaged."""
+"""Simulated damage to files."""
 
 import random
 from collections.abc import Iterator
@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def single_bit_flips(directory: Path, count: int, seed: int = 0) -> Iterator[str]:
-    """Flip one bit of one file, again and again, each time of the files as they were."""
-    chance = random.Random(seed)
+    """Flip one random bit in a file, yield its description and restore the file, `count` times."""
+    rng = random.Random(seed)
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size)
     for _ in range(count):
-        file = chance.choice(files)
+        file = rng.choice(files)
         content = file.read_bytes()
-        bit = chance.randrange(8 * len(content))
+        bit = rng.randrange(8 * len(content))
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         file.write_bytes(flipped)

@@ -1,4 +1,4 @@
-"""The pages of the documentation as a reader takes them: commands, code, links and headings."""
+"""Parser of the documentation pages: their commands, code blocks, links and headings."""
 
 import itertools
 import re
@@ -12,16 +12,16 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("results/*.md")])
-SHELL = ("", "sh", "bash")  # fences without a language hold commands, and what they print
+SHELL = ("", "sh", "bash")  # fences without a language hold commands or their output
 INLINE = "inline"
 MARKDOWN = MarkdownIt().enable("table")
 
-# Where a command begins; before it there may be variables, `srun`, `on_all '` and the like.
+# The start of a command; variables, `srun`, `on_all '` and the like may precede it.
 PROGRAM = re.compile(r"(?:^|(?<=[\s'\"]))(?:\.venv/bin/)?(?:python3?|pip|make)(?=\s|$)")
 
 
 class Passage(NamedTuple):
-    """Some text of a page, by the line it begins on; `language` is a fence's, or INLINE."""
+    """Text of a page and the line it starts on; `language` is that of its fence, or INLINE."""
 
     page: Path
     line: int
@@ -33,21 +33,21 @@ class Passage(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A block of commands or of Python on a page, and the text that it is said to print."""
+    """A block of commands or Python on a page, and the output that the page shows for it."""
 
     block: Passage
-    shown: str
+    output: str
 
     @property
     def script(self) -> str:
-        """What a reader types into bash for it."""
+        """The bash input that runs the block."""
         if self.block.language == "python":
             return f"python - <<'END_OF_PYTHON'\n{self.block.text}END_OF_PYTHON\n"
         return self.block.text
 
 
 def fences(page: Path) -> Iterator[Passage]:
-    """The blocks of code."""
+    """Code blocks of a page."""
     for token in MARKDOWN.parse(page.read_text()):
         if token.type == "fence":
             assert token.map
@@ -55,82 +55,79 @@ def fences(page: Path) -> Iterator[Passage]:
 
 
 def _inline(page: Path, kind: str) -> Iterator[tuple[int, Token]]:
-    """Tokens of a kind within paragraphs, and the line on which the paragraph begins."""
+    """Inline tokens of a kind, with the line on which their paragraph starts."""
     line = 0
     for token in MARKDOWN.parse(page.read_text()):
-        line = token.map[0] + 1 if token.map else line  # cells of a table have none of their own
+        line = token.map[0] + 1 if token.map else line  # table cells have no line number
         for child in token.children or ():
             if child.type == kind:
                 yield line, child
 
 
 def links(page: Path) -> Iterator[Passage]:
-    """Where links lead, and where images are."""
+    """Targets of links and paths of images."""
     for kind, attribute in (("link_open", "href"), ("image", "src")):
         for line, token in _inline(page, kind):
             yield Passage(page, line, str(token.attrs[attribute]))
 
 
 def anchors(page: Path) -> set[str]:
-    """The ends `#...` of links to the headings of a page, as GitHub makes them."""
+    """Anchors of the headings of a page, as GitHub generates them, without the '#'."""
     tokens = MARKDOWN.parse(page.read_text())
-    found: set[str] = set()
+    names: set[str] = set()
     for heading, token in itertools.pairwise(tokens):
         if heading.type == "heading_open":
             parts = [child.content for child in token.children or ()]
             name = re.sub(r"[^\w\- ]", "", "".join(parts).lower()).replace(" ", "-")
-            assert name not in found, f"{page} has two headings {name}"
-            found.add(name)
-    return found
+            assert name not in names, f"{page} has two headings {name}"
+            names.add(name)
+    return names
 
 
-def split(text: str) -> list[str]:
-    """The words of the command that `text` begins with, as a shell has them.
-
-    A quote that is opened before the command may be closed behind it.
-    """
+def split_command(text: str) -> list[str]:
+    """Split the command that `text` starts with into words, as a shell does."""
     try:
         lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         words = list(lexer)
-    except ValueError:
-        return split(text[: max(text.rfind("'"), text.rfind('"'))])
-    ends = (number for number, word in enumerate(words) if re.fullmatch(r"[();<>|&]+", word))
+    except ValueError:  # a quote that opens before the command closes after it
+        return split_command(text[: max(text.rfind("'"), text.rfind('"'))])
+    ends = (index for index, word in enumerate(words) if re.fullmatch(r"[();<>|&]+", word))
     return words[: next(ends, len(words))]
 
 
 def commands(page: Path) -> Iterator[tuple[Passage, list[str]]]:
-    """Commands in blocks and in running text, and the words of each."""
+    """Commands in code blocks and in running text, each with its words."""
     for fence in fences(page):
         if fence.language not in SHELL:
             continue
-        for found in re.finditer(r"(?:[^\n]*\\\n)*[^\n]*", fence.text):
-            line = fence.line + fence.text.count("\n", 0, found.start())
-            text = found[0].replace("\\\n", " ")
-            for start in PROGRAM.finditer(text):
-                words = split(text[start.start() :])
+        for match in re.finditer(r"(?:[^\n]*\\\n)*[^\n]*", fence.text):
+            line = fence.line + fence.text.count("\n", 0, match.start())
+            text = match[0].replace("\\\n", " ")
+            for program in PROGRAM.finditer(text):
+                words = split_command(text[program.start() :])
                 yield Passage(page, line, shlex.join(words)), words
     for line, token in _inline(page, "code_inline"):
         text = token.content.replace("\n", " ")
         if PROGRAM.match(text):
-            yield Passage(page, line, text, INLINE), split(text)
+            yield Passage(page, line, text, INLINE), split_command(text)
 
 
 def steps(page: Path) -> list[Step]:
-    """The blocks that a reader of the page runs, in order."""
-    found: list[Step] = []
+    """Blocks that a reader of the page runs, in order."""
+    blocks: list[Step] = []
     for fence in fences(page):
         if fence.language == "python" or (
             fence.language in SHELL and re.match(r"(source|make|python|pip) ", fence.text)
         ):
-            found.append(Step(fence, ""))
-        elif fence.language == "" and found:
-            found[-1] = found[-1]._replace(shown=fence.text)
-    return found
+            blocks.append(Step(fence, ""))
+        elif fence.language == "" and blocks:
+            blocks[-1] = blocks[-1]._replace(output=fence.text)
+    return blocks
 
 
-def form(text: str) -> list[str]:
-    """The lines of a command's output, without numbers, widths of columns, and all after `...`."""
+def output_lines(text: str) -> list[str]:
+    """Lines of output to compare: numbers become '#'; column widths and text after '...' go."""
     lines = (re.sub(r"[\d,]*\d(\.\d+)?(e[-+]?\d+)?", "#", line) for line in text.splitlines())
     lines = (re.sub(r"([─━])\1+", r"\1", re.sub(r"\s+", " ", line)) for line in lines)
     return [kept for line in lines if (kept := line.partition("...")[0].strip())]

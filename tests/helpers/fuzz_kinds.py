@@ -1,4 +1,4 @@
-"""Valid files and folders of every kind that commands read, and what they are read with."""
+"""Makers of valid inputs of every kind that commands read, and their readers."""
 
 import itertools
 import os
@@ -25,8 +25,8 @@ from activemlp_jax.training.checkpoints import Checkpoints
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.step import TrainState
 from activemlp_jax.training.workdir import (
-    EPOCHS,
-    STEPS,
+    EPOCHS_FILE,
+    STEPS_FILE,
     append_record,
     claim_workdir,
     rewind_records,
@@ -37,7 +37,7 @@ from activemlp_jax.weights.torch_names import to_torch
 
 
 class Kind(NamedTuple):
-    """A kind of input: `make` writes a valid one, `read` is what commands read it with."""
+    """A kind of input: `make` writes a valid one, and `read` reads it as commands do."""
 
     make: Callable[[Path], None]
     read: Callable[[Path], object]
@@ -77,25 +77,25 @@ def state() -> Any:
 
 def make_run(path: Path) -> None:
     with claim_workdir(path, default_config()):
-        for name, step in itertools.product((EPOCHS, STEPS), range(1, 9)):
+        for name, step in itertools.product((EPOCHS_FILE, STEPS_FILE), range(1, 9)):
             append_record(path / name, {"step": step, "epoch": step, "loss": 1.5 / step})
         with Checkpoints(path / "checkpoints", default_config()) as checkpoints:
             checkpoints.save(state().replace(step=state().step + 8), 8, [0.5] * 8, 50.0)
 
 
 def read_run(path: Path) -> None:
-    everywhere = sharding.replicated(sharding.make_mesh())
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+    replicated = sharding.replicated(sharding.make_mesh())
+    template = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(state),
     )
     with (
         claim_workdir(path, default_config()),
         Checkpoints(path / "checkpoints", default_config()) as checkpoints,
     ):
-        restored = checkpoints.restore(like)
+        restored = checkpoints.restore(template)
         checkpoints.best()
-        for name in (EPOCHS, STEPS):
+        for name in (EPOCHS_FILE, STEPS_FILE):
             rewind_records(path / name, 0 if restored is None else int(restored.state.step))
 
 
@@ -129,7 +129,7 @@ KINDS = {
     "described": Kind(make_description, read_card),
     "run": Kind(make_run, read_run),
     "photo.jpg": Kind(image_maker(quality=90), read_image),
-    "grey.jpg": Kind(image_maker(mode="L", progressive=True), read_image),
+    "gray.jpg": Kind(image_maker(mode="L", progressive=True), read_image),
     "cmyk.jpg": Kind(image_maker(mode="CMYK"), read_image),
     "photo.png": Kind(image_maker(), read_image),
     "palette.png": Kind(image_maker(mode="P"), read_image),

@@ -1,7 +1,7 @@
-"""Reference numbers of the original and the rule that makes their weights and inputs.
+"""Reference numbers ("goldens") of the original, and the weights and inputs they were made with.
 
-The `.npz` files in `tests/fixtures` were made by running the authors' PyTorch release in float64.
-Neither weights nor inputs are stored: both follow from names, seeds and numpy's generator.
+The `.npz` files in `tests/fixtures` come from the authors' PyTorch release, run in float64. They
+hold neither weights nor inputs: names, seeds and numpy's generator determine both.
 """
 
 import functools
@@ -51,7 +51,7 @@ ORIGINAL_NAMES = {
 
 
 def load(name: str) -> dict[str, np.ndarray]:
-    """All arrays of a `.npz` file of goldens."""
+    """Load all arrays of a `.npz` file of goldens."""
     with np.load(DATA / name) as arrays:
         return dict(arrays)
 
@@ -65,7 +65,7 @@ def normal(seed: int, tag: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def golden_input(file: str, key: str) -> np.ndarray:
-    """The input `key` of a golden file, checked by its sum."""
+    """Generate the input `key` of a golden file, and check its sum."""
     spec = load_json("inputs.json")[file][key]
     values = normal(spec["seed"], spec["tag"], spec["shape"])
     np.testing.assert_allclose(values.sum(), spec["sum"], rtol=1e-9)
@@ -73,22 +73,22 @@ def golden_input(file: str, key: str) -> np.ndarray:
 
 
 def rule_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """The golden runs' value of the PyTorch parameter or statistic `name`."""
+    """Value of the PyTorch parameter or statistic `name` in the golden runs."""
     if name.endswith("num_batches_tracked"):
         return np.asarray(1)
-    n = normal(seed, name, shape)
+    noise = normal(seed, name, shape)
     if name.endswith("running_var"):
-        return 1 + 0.2 * np.abs(n)
+        return 1 + 0.2 * np.abs(noise)
     if name.endswith("running_mean"):
-        return 0.1 * n
+        return 0.1 * noise
     if name.endswith("offset_layer.1.bias"):
-        return 1.5 * n
+        return 1.5 * noise
     if name.endswith(".bias"):
-        return 0.1 * n
-    if n.ndim == 1:
-        return 1 + 0.1 * n
-    n = n / np.sqrt(np.prod(shape[1:]))
-    return 2 * n if name.endswith("offset_layer.1.weight") else n
+        return 0.1 * noise
+    if noise.ndim == 1:
+        return 1 + 0.1 * noise
+    weight = noise / np.sqrt(np.prod(shape[1:]))
+    return 2 * weight if name.endswith("offset_layer.1.weight") else weight
 
 
 def rule_state_dict(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
@@ -96,14 +96,14 @@ def rule_state_dict(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[s
 
 
 def official_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of a released checkpoint, by our name of the variant."""
+    """Keys and shapes of the released checkpoint of a variant, such as 'active_tiny'."""
     shapes = load_json("official_keys.json")[ORIGINAL_NAMES[name]]
     return {key: tuple(shape) for key, shape in shapes.items()}
 
 
 @functools.cache
 def torch_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """PyTorch keys and shapes of any model."""
+    """PyTorch keys and shapes of a flax model."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros(()), leaf.shape), variables)
@@ -111,7 +111,7 @@ def torch_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def rule_variables(model: nn.Module, seed: int = 0) -> dict[str, Any]:
-    """Flax variables of the golden runs for `model`, in the dtype of its parameters."""
+    """Flax variables of `model` in the golden runs, in the dtype of its parameters."""
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     variables = from_torch(rule_state_dict(torch_shapes(model), seed), model)
     return jax.tree.map(
@@ -120,7 +120,7 @@ def rule_variables(model: nn.Module, seed: int = 0) -> dict[str, Any]:
 
 
 def relative_error(ours: Any, golden: np.ndarray) -> float:
-    """Norm of the difference over the norm of the golden, over the whole array."""
+    """Norm of the difference of two arrays, divided by the norm of the golden."""
     ours = np.asarray(ours, np.float64)
     assert ours.shape == golden.shape, f"shape {ours.shape}, golden {golden.shape}"
     return float(np.linalg.norm(ours - golden) / np.linalg.norm(golden))

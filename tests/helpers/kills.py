@@ -1,12 +1,12 @@
-"""Kill a run of two processes again and again; it must end as one that nobody touched.
+"""Kill a run of two processes again and again; it must end like an uninterrupted run.
 
     python tests/helpers/kills.py --kills 20 [--seed 0] [--folder DIR]
 
-Each kill is SIGKILL or SIGTERM, of one process or of both, at a random moment of the start, of the
-steps, of a save, or while one process waits for the other within a step. A process that is left
-has to name the one that was killed and to end by itself, within seconds, as do all worker
-processes, and their shared memory goes with them. Every checkpoint that is there has to be
-readable. In the end nothing half written is left, and the whole state is compared bit for bit.
+Each kill sends SIGKILL or SIGTERM to one process or both, at a random time during startup, steps or
+a save, or while one process waits for the other within a step. A surviving process must name the
+killed one and exit by itself within seconds. All worker processes must exit too, and their shared
+memory must be freed. Every checkpoint must be readable. At the end, no partly written files may be
+left, and the whole state is compared bit for bit.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import processes
 
-# A model that trains in seconds; a save every other step, so that many kills hit one.
+# A model that trains in seconds. It saves every other step, so that many kills hit a save.
 STEPS = 60
 ARGUMENTS = (
     "--config.model.embed_dims=(8,8,16,16)",
@@ -39,29 +39,29 @@ ARGUMENTS = (
     "--config.data.num_workers=2",
 )
 STARTING, STEPPING, SAVING, WAITING = "starting", "stepping", "saving", "waiting"
-TIMEOUT = 60  # seconds for which a process waits at the start for one that was killed
-PATIENCE = 150.0  # seconds for those who were not killed to end
-SOON = 10.0  # seconds for those to end who know that another was killed, and for worker processes
-MARK = "ACTIVEMLP_KILLS"  # in the environment of all processes of a run and their children
+TIMEOUT = 60  # seconds that a process waits at startup for one that was killed
+MAX_EXIT_SECONDS = 150.0  # limit for any process of a run to exit after a kill
+EXIT_SECONDS = 10.0  # limit for a process that knows that another was killed, and for workers
+MARK = "ACTIVEMLP_KILLS"  # environment variable of all processes of a run and their children
 
 
 class Kill(NamedTuple):
-    """A signal for one process or for both, at some moment."""
+    """A signal to one process or both, and when to send it."""
 
     moment: str
     number: signal.Signals
     victims: tuple[int, ...]
 
 
-def draw_kill(chance: random.Random) -> Kill:
+def draw_kill(rng: random.Random) -> Kill:
     return Kill(
-        chance.choice((STARTING, STEPPING, STEPPING, SAVING, SAVING, WAITING)),
-        chance.choice((signal.SIGKILL, signal.SIGTERM)),
-        chance.choice(((0,), (1,), (0, 1))),
+        rng.choice((STARTING, STEPPING, STEPPING, SAVING, SAVING, WAITING)),
+        rng.choice((signal.SIGKILL, signal.SIGTERM)),
+        rng.choice(((0,), (1,), (0, 1))),
     )
 
 
-Start = Callable[[Path], list[subprocess.Popen[str]]]  # the processes of a run in a workdir
+Start = Callable[[Path], list[subprocess.Popen[str]]]  # starts the processes of a run in a workdir
 
 
 def start(workdir: Path) -> list[subprocess.Popen[str]]:
@@ -77,43 +77,41 @@ def is_saving(workdir: Path) -> bool:
     return any((workdir / "checkpoints").glob("*tmp*"))
 
 
-def wait_for(
-    moment: str, workdir: Path, chance: random.Random, alive: subprocess.Popen[str]
-) -> None:
+def wait_for(moment: str, workdir: Path, rng: random.Random, alive: subprocess.Popen[str]) -> None:
     if moment == STARTING:
-        time.sleep(chance.uniform(0.5, 8))
+        time.sleep(rng.uniform(0.5, 8))
         return
     before = steps_done(workdir)
     while alive.poll() is None and steps_done(workdir) <= before:
         time.sleep(0.01)
     if moment == STEPPING:
-        time.sleep(chance.uniform(0, 1.5))
+        time.sleep(rng.uniform(0, 1.5))
     while moment == SAVING and alive.poll() is None and not is_saving(workdir):
         time.sleep(0.0005)
     if moment == WAITING:
         alive.send_signal(signal.SIGSTOP)
-        time.sleep(3)  # the other has begun a step by then, and waits for this one's share
+        time.sleep(3)  # by then the other has begun a step and waits for this one
 
 
 def marked_processes() -> list[Path]:
-    """The processes started with this process's `MARK`, by their folder in /proc."""
+    """Folders in /proc of the processes that were started with the current value of `MARK`."""
     mark = f"{MARK}={os.environ[MARK]}".encode()
-    found = []
+    folders = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             is_marked = mark in (folder / "environ").read_bytes().split(b"\0")
-            # The mark is set in this process after its start, so it is not among them.
+            # This process set the mark after its start, so its own `environ` does not have it.
             if is_marked and "\nState:\tZ" not in (folder / "status").read_text():
-                found.append(folder)
-        except OSError:  # it has ended, or is somebody else's
+                folders.append(folder)
+        except OSError:  # the process has exited, or belongs to another user
             continue
-    return found
+    return folders
 
 
-def shared_memory(found: Sequence[Path]) -> set[Path]:
-    """The files in /dev/shm that processes have mapped or open."""
+def shared_memory(folders: Sequence[Path]) -> set[Path]:
+    """Files in /dev/shm that processes, given by folders in /proc, have mapped or open."""
     names = set()
-    for folder in found:
+    for folder in folders:
         try:
             lines = (folder / "maps").read_text().splitlines()
             names |= {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line}
@@ -124,27 +122,24 @@ def shared_memory(found: Sequence[Path]) -> set[Path]:
 
 
 def check_nothing_runs(memory: set[Path]) -> None:
-    """See that all processes and their shared memory are gone, or soon are."""
-    deadline = time.monotonic() + SOON
-    while (left := marked_processes()) or any(path.exists() for path in memory):
+    """Check that within `EXIT_SECONDS` all processes exit and their shared memory is freed."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    while (running := marked_processes()) or any(path.exists() for path in memory):
         if time.monotonic() > deadline:
-            commands = [(path / "cmdline").read_bytes().replace(b"\0", b" ") for path in left]
+            commands = [(path / "cmdline").read_bytes().replace(b"\0", b" ") for path in running]
             segments = sorted(path.name for path in memory if path.exists())
-            raise AssertionError(f"after {SOON:.0f} s there are {commands} and {segments}")
+            raise AssertionError(f"after {EXIT_SECONDS:.0f} s {commands} and {segments} are left")
         time.sleep(0.1)
 
 
 def check_nothing_half_written(workdir: Path) -> None:
     patterns = ("*.partial", "*.previous", "*.orbax-checkpoint-tmp*")
-    found = [path for pattern in patterns for path in workdir.rglob(pattern)]
-    assert not found, found
+    partial = [path for pattern in patterns for path in workdir.rglob(pattern)]
+    assert not partial, partial
 
 
 def check_survivor(process: subprocess.Popen[str], errors: str, victim: int, pid: int) -> None:
-    """See that a process ended with one line that names another which was killed.
-
-    Lines before it may come from XLA, which warns where it takes long to compile.
-    """
+    """Check that the last error line names the killed process; XLA may print warnings before."""
     assert process.returncode == 2, errors
     assert "Traceback" not in errors, errors
     assert "stack trace" not in errors, errors
@@ -154,7 +149,7 @@ def check_survivor(process: subprocess.Popen[str], errors: str, victim: int, pid
 
 
 def check_readable(workdir: Path) -> int:
-    """The newest step that was saved; every checkpoint is read whole."""
+    """Read every checkpoint whole; returns the newest step saved, 0 if there is none."""
     steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     for step in steps:
         leaves = jax.tree.leaves(processes.saved_state(workdir, step))
@@ -163,25 +158,26 @@ def check_readable(workdir: Path) -> int:
     return max(steps, default=0)
 
 
-def kill_once(start: Start, workdir: Path, kill: Kill, chance: random.Random) -> str:
-    """Start the run, kill it, see all of it end; what was done, in words."""
+def kill_once(start: Start, workdir: Path, kill: Kill, rng: random.Random) -> str:
+    """Start a run, kill it and check that all its processes exit; returns a description."""
     os.environ[MARK] = str(uuid4())
     run = start(workdir)
     try:
-        wait_for(kill.moment, workdir, chance, run[kill.victims[0]])
+        wait_for(kill.moment, workdir, rng, run[kill.victims[0]])
         memory = shared_memory(marked_processes())
         for victim in kill.victims:
             assert run[victim].poll() is None, f"process {victim} ended before {kill}"
             run[victim].send_signal(kill.number)
-            run[victim].send_signal(signal.SIGCONT)  # SIGTERM waits as long as it is stopped
+            # A stopped process handles SIGTERM only after it continues.
+            run[victim].send_signal(signal.SIGCONT)
         began = time.monotonic()
-        errors = [process.communicate(timeout=PATIENCE)[1] for process in run]
+        errors = [process.communicate(timeout=MAX_EXIT_SECONDS)[1] for process in run]
         seconds = time.monotonic() - began
         statuses = [process.returncode for process in run]
         if kill.number == signal.SIGKILL and len(kill.victims) == 1 and kill.moment != STARTING:
             (victim,) = kill.victims
             check_survivor(run[1 - victim], errors[1 - victim], victim, run[victim].pid)
-            assert seconds < SOON, f"{seconds:.1f} s"
+            assert seconds < EXIT_SECONDS, f"{seconds:.1f} s"
         check_nothing_runs(memory)
         done = f"{kill.number.name} of {kill.victims} while {kill.moment}"
         segments = f"{len(memory)} segments of shared memory"
@@ -192,18 +188,18 @@ def kill_once(start: Start, workdir: Path, kill: Kill, chance: random.Random) ->
             process.wait()
 
 
-def torment(start: Start, workdir: Path, kills: Sequence[Kill], chance: random.Random) -> None:
-    """Kill a run again and again, look at what it saved each time, and let it end."""
+def kill_repeatedly(start: Start, workdir: Path, kills: Sequence[Kill], rng: random.Random) -> None:
+    """Kill a run repeatedly, check what it saved each time, and finally let it finish."""
     for count, kill in enumerate(kills, 1):
-        done = kill_once(start, workdir, kill, chance)
+        done = kill_once(start, workdir, kill, rng)
         print(f"{count}: {done}; saved up to step {check_readable(workdir)}", flush=True)
     processes.finish(start(workdir))
     check_nothing_runs(set())
     check_nothing_half_written(workdir)
 
 
-def figures(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record, without what a clock or the machine says."""
+def stable_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a record file without values that depend on time or the machine."""
     lines = processes.lines(path)
     for line in lines:
         for key in ("images_per_second", "memory_gib"):
@@ -212,13 +208,13 @@ def figures(path: Path) -> list[dict[str, Any]]:
 
 
 def compare(ours: Path, expected: Path, step: int) -> int:
-    """See that two runs have the same record and, bit for bit, the same state; arrays of it."""
+    """Check that two runs have equal records and bitwise equal states; returns the array count."""
     a, b = (jax.tree.leaves(processes.saved_state(path, step)) for path in (ours, expected))
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, y)
     for name in ("metrics.jsonl", "steps.jsonl"):
-        assert figures(ours / name) == figures(expected / name), f"{name} differs"
+        assert stable_lines(ours / name) == stable_lines(expected / name), f"{name} differs"
     return len(a)
 
 
@@ -233,14 +229,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         before = set(Path("/dev/shm").iterdir())
-        untouched, killed = folder / "untouched", folder / "killed"
-        processes.finish(start(untouched))
-        chance = random.Random(arguments.seed)
-        kills = [draw_kill(chance) for _ in range(arguments.kills)]
-        torment(start, killed, kills, chance)
+        uninterrupted, killed = folder / "uninterrupted", folder / "killed"
+        processes.finish(start(uninterrupted))
+        rng = random.Random(arguments.seed)
+        kills = [draw_kill(rng) for _ in range(arguments.kills)]
+        kill_repeatedly(start, killed, kills, rng)
         left = set(Path("/dev/shm").iterdir()) - before
         assert not left, f"shared memory is left: {left}"
-        arrays = compare(killed, untouched, STEPS)
+        arrays = compare(killed, uninterrupted, STEPS)
         print(f"{arrays} arrays are equal bit for bit after {len(kills)} kills")
 
 

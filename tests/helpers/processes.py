@@ -1,4 +1,4 @@
-"""The real `train.py` as one process or as several that share a run over loopback."""
+"""Runs of the real `train.py`, in one process or in two that communicate over loopback."""
 
 import json
 import os
@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[2]
 
-# Tests run what they compile a few times only, and LLVM's optimization takes a third of the time to
-# compile. XLA's own passes are those of any run.
+# LLVM's optimization takes a third of the compile time and does not pay off, because tests run a
+# program only a few times. XLA's own passes still run.
 COMPILE_QUICKLY = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
-# A model that trains in seconds; the path through the program is that of any run.
+# A model that trains in seconds.
 SMALL = (
     "--config.model.depths=(2,2,2,2)",
     "--config.model.embed_dims=(8,8,16,16)",
@@ -40,7 +40,7 @@ def free_address() -> str:
 def start(
     *arguments: str, devices: int = 1, x64: bool = False, prefix: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
-    """`train.py` on so many CPU devices, by way of the command `prefix`."""
+    """Start `train.py` on `devices` CPU devices; the words of `prefix` precede its command."""
     variables = {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
@@ -57,7 +57,7 @@ def start(
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """`train.py` to its end, however that is; the options of `start`."""
+    """Run `train.py` until it exits, with any status; takes the options of `start`."""
     process = start(*arguments, **options)
     ((output, errors),) = end([process], timeout=400)
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
@@ -66,21 +66,21 @@ def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def start_two(
     *arguments: str, second: Sequence[str] = (), **options: Any
 ) -> list[subprocess.Popen[str]]:
-    """Two processes that share a run; the second has more arguments."""
+    """Start two processes of one run; the second also gets the arguments `second`."""
     address = free_address()
     return [
         start(
             *arguments,
-            *(second if number else ()),
-            *(f"--coordinator={address}", "--num_processes=2", f"--process_id={number}"),
+            *(second if process_id else ()),
+            *(f"--coordinator={address}", "--num_processes=2", f"--process_id={process_id}"),
             **options,
         )
-        for number in (0, 1)
+        for process_id in (0, 1)
     ]
 
 
 def end(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> list[tuple[str, str]]:
-    """What each printed and said of errors, once all have ended; none is left if one has not."""
+    """Wait for all to exit and return their stdout and stderr; on a timeout, kill all."""
     try:
         return [process.communicate(timeout=timeout) for process in processes]
     finally:
@@ -90,7 +90,7 @@ def end(processes: Sequence[subprocess.Popen[str]], timeout: float = 120) -> lis
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 400) -> list[str]:
-    """What each printed, once all have ended well."""
+    """Wait until all have exited with status 0, and return what each printed to stdout."""
     results = end(processes, timeout)
     for process, (_, errors) in zip(processes, results, strict=True):
         assert process.returncode == 0, errors[-3000:]
@@ -102,7 +102,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def saved_state(workdir: Path, step: int) -> Any:
-    """All arrays of a checkpoint, as numpy arrays: weights, their average, optimiser, step."""
+    """Read a checkpoint as numpy arrays: weights, their average, optimizer state, step."""
     path = workdir / "checkpoints" / str(step) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.metadata(path).item_metadata.tree

@@ -1,4 +1,4 @@
-"""Scenes to test with: files of images and masks, and the builder of scene_parse150."""
+"""Segmentation datasets for tests: image and mask files, and records of scene_parse150."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -13,25 +13,25 @@ from PIL import Image
 
 
 def mask(height: int, width: int, *labels: int) -> np.ndarray:
-    """A mask that has the labels in turn."""
+    """Make a mask that repeats the labels in turn."""
     return np.resize(np.array(labels, np.uint8), (height, width))
 
 
 def save_scenes(
     images: Path, masks: Path, scenes: dict[str, np.ndarray], suffix: str = ".jpg"
 ) -> None:
-    """An image and a mask file for every name and mask."""
+    """Save an image file and a mask file per scene, given as masks by name."""
     images.mkdir(parents=True, exist_ok=True)
     masks.mkdir(parents=True, exist_ok=True)
     for number, (name, values) in enumerate(scenes.items()):
         height, width = values.shape
-        kind = "JPEG" if suffix == ".jpg" else "PNG"
-        (images / f"{name}{suffix}").write_bytes(encoded(photo(number, width, height), kind))
+        file_format = "JPEG" if suffix == ".jpg" else "PNG"
+        (images / f"{name}{suffix}").write_bytes(encoded(photo(number, width, height), file_format))
         (masks / f"{name}.png").write_bytes(encoded(Image.fromarray(values), "PNG"))
 
 
 def save_ade20k(folder: Path, training: list[np.ndarray], validation: list[np.ndarray]) -> None:
-    """ADEChallengeData2016 in `folder`, with these masks and photos of their sizes."""
+    """Save `folder`/ADEChallengeData2016 with these masks, and photos of the same sizes."""
     root = folder / "ADEChallengeData2016"
     for split, name, masks in (("training", "train", training), ("validation", "val", validation)):
         scenes = {f"ADE_{name}_{number:08}": values for number, values in enumerate(masks, 1)}
@@ -45,10 +45,7 @@ def png(values: np.ndarray) -> io.BytesIO:
 def prepare_scene_parse150(
     folder: Path, monkeypatch: pytest.MonkeyPatch, masks: Callable[[int], np.ndarray]
 ) -> None:
-    """The real builder's ArrayRecord files, of scenes that are made here.
-
-    `masks` makes the mask of scene `number`. Only where the builder finds its files is replaced.
-    """
+    """Write ArrayRecord files with the real builder; `masks` makes the mask of each scene."""
     builder = tfds.builder("scene_parse150", data_dir=folder, file_format="array_record")
 
     def scenes(count: int) -> Iterator[tuple[int, dict[str, io.BytesIO]]]:
@@ -56,7 +53,7 @@ def prepare_scene_parse150(
             image = io.BytesIO(encoded(photo(number, 40, 30)))
             yield number, {"image": image, "annotation": png(masks(number))}
 
-    def splits(*_: Any) -> dict[str, Any]:
+    def splits(*_: Any) -> dict[str, Any]:  # replaces the downloaded files
         return {"train": scenes(5), "test": scenes(3)}
 
     monkeypatch.setattr(type(builder), "_split_generators", splits)
@@ -66,10 +63,10 @@ def prepare_scene_parse150(
 def mocked_records(
     builder: Any, split: str, decoders: dict[str, Any], number: int = 7
 ) -> list[dict[str, bytes]]:
-    """Random records as `mock_data` makes them, encoded, with one size and labels that exist."""
+    """Encode random records like `mock_data`'s, with valid labels and masks as large as images."""
     del split
     for feature in ("image", "annotation"):
-        assert isinstance(decoders[feature], tfds.decode.SkipDecoding), "bytes are asked for"
+        assert isinstance(decoders[feature], tfds.decode.SkipDecoding), f"{feature} is decoded"
     records = []
     for record in tfds.testing.mocking.RandomFakeGenerator(builder.info.features, number):
         annotation = np.resize(record["annotation"] % 151, record["image"].shape[:2])

@@ -1,4 +1,4 @@
-"""Directories of models that compile in seconds, and photos to ask them about."""
+"""Model directories of small models that compile in seconds, and photos for them."""
 
 import sys
 from pathlib import Path
@@ -24,19 +24,19 @@ BACKBONE: dict[str, Any] = {
     "offset_interval": 2,
 }
 CLASSIFIER = am.ActiveMLP(**BACKBONE, num_classes=7)
-NAMES = ("ant", "bee", "n01440764", "doe", "eel", "fox", "gnu")  # one as ImageNet has them
-SEED = 5  # with it label maps have many classes
+NAMES = ("ant", "bee", "n01440764", "doe", "eel", "fox", "gnu")  # one is an ImageNet ID
+SEED = 5  # gives label maps with many classes
 SEGMENTOR = am.ActiveSegmentor(BACKBONE, "fpn", 7, channels=8, neck_channels=16)
 
 
 def save_model(
     directory: Path, model: Any, preprocessing: Any, names: Any = None, task: str = ""
 ) -> Path:
-    """A model directory with weights of the golden runs."""
+    """Write a model directory with weights of the golden runs."""
     card = ModelCard(model, preprocessing, ("model",), "model", names, task=task)
     variables = jax.tree.map(np.asarray, goldens.rule_variables(model, SEED))
-    with write_directory_aside(directory) as place:
-        write_model(place, card, {"model": variables})
+    with write_directory_aside(directory) as temporary:
+        write_model(temporary, card, {"model": variables})
     return directory
 
 
@@ -49,7 +49,7 @@ def save_segmentor(directory: Path) -> Path:
 
 
 def save_photos(folder: Path, *names: str, width: int = 60, height: int = 45) -> list[Path]:
-    """A photo of its own under each name."""
+    """Save a different photo under each name."""
     files = [folder / name for name in names]
     for number, file in enumerate(files):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +58,8 @@ def save_photos(folder: Path, *names: str, width: int = 60, height: int = 45) ->
 
 
 def run(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The status with which a command ends that is called with these arguments."""
+    """Run a command with these arguments and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    return int(stopped.value.code or 0)
+    return int(exit_info.value.code or 0)

@@ -1,4 +1,4 @@
-"""As much of a task as a training step takes."""
+"""The part of a task that a training step uses."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ def whole_batch(batch: Any, key: Any) -> Any:
 
 
 class ToyTask(NamedTuple):
-    """A task of any loss, whose inputs are the batch unless said otherwise."""
+    """A task with any loss; by default, its inputs are the batch."""
 
     loss: Callable[..., Any]
     inputs: Callable[..., Any] = whole_batch

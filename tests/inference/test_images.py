@@ -104,7 +104,7 @@ def test_a_pillow_image_of_half_a_file_is_named(tmp_path: Path):
     (tmp_path / "half.png").write_bytes(FILES["colour"][:400])
     with (
         Image.open(tmp_path / "half.png") as image,
-        pytest.raises(BrokenImageError, match=r"^image 3 is no readable image: .*truncated"),
+        pytest.raises(BrokenImageError, match=r"^image 3 is not a readable image: .*truncated"),
     ):
         pixels_of(image, "image 3")
 
@@ -232,7 +232,7 @@ def test_files_are_read_in_order_and_those_that_cannot_be_are_reported(
     assert [file.inside.name for file, _ in read] == [f"{value:02}.png" for _, value in read]
     assert [file.inside.name for file in broken] == ["07.png", "11.png"]
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith(f"skipped: {tmp_path}/07.png is no readable image")
+    assert first.startswith(f"skipped: {tmp_path}/07.png is not a readable image")
     assert second == f"skipped: {tmp_path}/11.png cannot be read: No such file or directory"
 
 

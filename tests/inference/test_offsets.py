@@ -357,7 +357,7 @@ def test_reach_is_in_pixels_of_the_input_and_weighted():
 def test_figures_are_means_over_the_blocks_of_the_stage():
     first = block_of(w=1.0, h=2.0, weights=(0.5, 0.3, 0.2))
     second = block_of(block=1, w=3.0, h=40.0, weights=(0.25, 0.25, 0.5))
-    found = pictures.figures([first, second])
+    found = pictures.stage_statistics([first, second])
     assert found.reach == pytest.approx(
         (4 * (0.5 * 1 + 0.25 * 3) / 0.75, 4 * (0.3 * 2 + 0.25 * 40) / 0.55), rel=1e-5
     )
@@ -393,7 +393,7 @@ def test_the_map_goes_from_its_least_to_its_most():
     "token", [(1.2, 0.5), (0.5, -0.1), (float("nan"), 0.5), (0.5,), (0.1, 0.2, 0.3)]
 )
 def test_a_token_outside_the_picture_is_refused_in_one_line(token: Any):
-    with pytest.raises(UserError, match="is no place in the picture, expected x and y") as error:
+    with pytest.raises(UserError, match="is not a place in the picture, expected x and y") as error:
         draw_offsets(GREY, stage_blocks(), [(0.5, 0.5), token])
     assert "\n" not in str(error.value)
 
@@ -405,7 +405,7 @@ def test_a_token_outside_the_picture_is_refused_in_one_line(token: Any):
         (np.zeros((64, 64, 3)), stage_blocks(), r"float64 of shape \(64, 64, 3\)"),
         (Image.new("RGB", (90, 64)), stage_blocks(), "has 90 x 64 pixels, but stage 0 has 16 x 16"),
         (GREY, [], "no blocks to draw"),
-        (GREY, stage_blocks(w=float("nan")), "block 0 of stage 0 has offsets not finite"),
+        (GREY, stage_blocks(w=float("nan")), "block 0 of stage 0 has offsets that are not finite"),
         (
             GREY,
             [BlockOffsets(0, 0, 4, *np.zeros((2, 3, 16, 16, 2)), np.ones((3, 4, 3)))],

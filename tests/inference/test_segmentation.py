@@ -25,11 +25,11 @@ from activemlp_jax.inference.segmentation import (
 )
 from activemlp_jax.inference.tiling import (
     PUBLISHED,
-    SLIDE,
+    SLIDE_STRIDE_SHARE,
     Protocol,
     bilinear_matrix,
+    cut_views,
     plan_views,
-    show,
     view_matrices,
 )
 from activemlp_jax.models.resizing import resize_bilinear
@@ -145,7 +145,7 @@ def test_a_protocol_that_cannot_work_is_refused(field: str, value: Any):
 
 def test_a_protocol_is_told_in_words():
     assert PUBLISHED.describe(ScenePreprocessing()) == "whole images"
-    protocol = Protocol(scales=(0.5, 1.0), flip=True, stride_share=SLIDE)
+    protocol = Protocol(scales=(0.5, 1.0), flip=True, stride_share=SLIDE_STRIDE_SHARE)
     assert protocol.stride(ScenePreprocessing()) == 341
     words = "windows of 512 every 341 pixels, scales 0.5, 1.0, flips"
     assert protocol.describe(ScenePreprocessing()) == words
@@ -154,7 +154,7 @@ def test_a_protocol_is_told_in_words():
 def test_views_are_resized_flipped_and_cut():
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     views = plan_views(64, 96, AS_IT_IS, Protocol(flip=True, stride_share=0.5))
-    shown = show(image, views)
+    shown = cut_views(image, views)
     assert len(views) == len(shown) == 4
     np.testing.assert_array_equal(shown[1], image[:, 32:])
     np.testing.assert_array_equal(shown[2], image[:, ::-1][:, :64])

@@ -191,7 +191,7 @@ def test_batch_norm_needs_more_than_one_value_to_train():
     model = am.ActiveSegmentor(**goldens.SEG_MICRO["upernet"])
     images = jnp.zeros((1, 64, 64, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    with pytest.raises(ValueError, match="one value makes no statistics for batch norm"):
+    with pytest.raises(ValueError, match="batch norm needs more than one value per channel"):
         jax.eval_shape(lambda v: model.apply(v, images, train=True), variables)
 
 

@@ -9,7 +9,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from activemlp_jax.plots.training import MOST_NAMED_CLASSES, draw_confusion
+from activemlp_jax.plots.training import MAX_NAMED_CLASSES, draw_confusion
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def assert_apart(texts: list[Text]) -> None:
         assert not one.overlaps(other), f"{text.get_text()} runs into the next: {one}, {other}"
 
 
-@pytest.mark.parametrize("classes", [2, 10, 26, MOST_NAMED_CLASSES])
+@pytest.mark.parametrize("classes", [2, 10, 26, MAX_NAMED_CLASSES])
 @pytest.mark.parametrize("length", [1, 3, 24])
 def test_each_class_is_named_on_both_axes_and_no_name_runs_into_another(
     figures: list[Figure], classes: int, length: int, tmp_path: Path
@@ -62,7 +62,7 @@ def test_each_class_is_named_on_both_axes_and_no_name_runs_into_another(
 
 
 @pytest.mark.parametrize("count", [9, 9999, 10**9])
-@pytest.mark.parametrize("classes", [10, 26, MOST_NAMED_CLASSES])
+@pytest.mark.parametrize("classes", [10, 26, MAX_NAMED_CLASSES])
 def test_numbers_stay_in_their_cells(
     figures: list[Figure], classes: int, count: int, tmp_path: Path
 ):
@@ -74,7 +74,7 @@ def test_numbers_stay_in_their_cells(
     assert widest.width < cell, f"{widest.width:.1f} pixels, in cells of {cell:.1f}"
 
 
-@pytest.mark.parametrize("classes", [3, MOST_NAMED_CLASSES + 1])
+@pytest.mark.parametrize("classes", [3, MAX_NAMED_CLASSES + 1])
 def test_right_is_blue_wrong_is_red_and_the_darker_the_more(
     figures: list[Figure], classes: int, tmp_path: Path
 ):
@@ -93,7 +93,7 @@ def test_right_is_blue_wrong_is_red_and_the_darker_the_more(
 
 
 def test_more_classes_than_can_be_named_are_numbered(figures: list[Figure], tmp_path: Path):
-    classes = MOST_NAMED_CLASSES + 1
+    classes = MAX_NAMED_CLASSES + 1
     names = [f"class {i}" for i in range(classes)]
     draw_confusion(confusion(classes), names, "a title", tmp_path / "confusion.png")
     labels = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]

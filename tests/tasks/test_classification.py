@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import activemlp_jax as am
-from activemlp_jax.data.batch_transforms import normalise
+from activemlp_jax.data.batch_transforms import normalize
 from activemlp_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.training.config import default_config
@@ -32,7 +32,7 @@ def batch_and_log_probabilities() -> tuple[dict[str, np.ndarray], np.ndarray, di
         "mask": np.array([1, 1, 1, 1, 0, 0], np.float32),
     }
     variables = goldens.rule_variables(task().model)
-    images = normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
+    images = normalize(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
     logits = np.asarray(jax.jit(task().model.apply)(variables, images), np.float64)
     return batch, logits - np.log(np.exp(logits).sum(-1, keepdims=True)), variables
 
@@ -40,7 +40,7 @@ def batch_and_log_probabilities() -> tuple[dict[str, np.ndarray], np.ndarray, di
 def test_images_are_normalised_by_mean_and_standard_deviation():
     image = np.array([0, 128, 255], np.uint8).reshape(1, 1, 1, 3)
     expected = (np.array([0, 128, 255]) / 255 - IMAGENET_MEAN) / IMAGENET_STD
-    ours = normalise(jnp.asarray(image), IMAGENET_MEAN, IMAGENET_STD)
+    ours = normalize(jnp.asarray(image), IMAGENET_MEAN, IMAGENET_STD)
     np.testing.assert_allclose(ours.reshape(-1), expected, rtol=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_smoothed_targets_are_mixed_with_the_images():
     labels = np.full((6, 10), 0.1 / 10)
     labels[np.arange(6), batch["label"]] += 0.9
     partners = [2, 1, 0, 5, 4, 3]
-    plain = np.asarray(normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD))
+    plain = np.asarray(normalize(batch["image"], IMAGENET_MEAN, IMAGENET_STD))
     inputs = jax.jit(task(**MIXED).inputs)
     kinds = set()
     for seed in range(12):
@@ -100,7 +100,7 @@ def test_erasing_comes_before_mixing():
     batch = {**batch, "image": np.full_like(batch["image"], 128)}
     settings = {"random_erasing": 1.0, "mix.mixup_alpha": 0.8, "mix.group_size": 6}
     images, _ = jax.jit(task(**settings).inputs)(batch, jax.random.key(0))
-    plain = normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
+    plain = normalize(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
     changed = np.asarray((images != plain).any(-1))
     # A row's own box and its partner's both show in it, so partners change in the same pixels.
     np.testing.assert_array_equal(changed, changed[::-1])

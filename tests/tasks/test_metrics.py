@@ -7,7 +7,7 @@ import pytest
 
 from activemlp_jax.data.segmentation_sources import labels_of_mask
 from activemlp_jax.inference.segmentation import count_pixels
-from activemlp_jax.tasks.metrics import class_figures, scene_metrics
+from activemlp_jax.tasks.metrics import class_metrics, scene_metrics
 
 CLASSES = 7
 
@@ -25,7 +25,7 @@ def golden_confusion() -> np.ndarray:
 
 def test_accuracies_and_intersections_over_unions_are_the_originals():
     golden, confusion = goldens.load("miou.npz"), golden_confusion()
-    figures = class_figures(confusion)
+    figures = class_metrics(confusion)
     np.testing.assert_allclose(figures["iou"], 100 * golden["iou"], rtol=1e-12)
     np.testing.assert_allclose(figures["accuracy"], 100 * golden["acc"], rtol=1e-12)
     metrics = scene_metrics(confusion)
@@ -37,7 +37,7 @@ def test_accuracies_and_intersections_over_unions_are_the_originals():
 def test_classes_that_do_not_occur_are_left_out_of_the_means():
     confusion = np.zeros((4, 4), np.int64)
     confusion[0, 0], confusion[1, 1], confusion[1, 2] = 10, 6, 2
-    figures = class_figures(confusion)
+    figures = class_metrics(confusion)
     np.testing.assert_allclose(figures["iou"], [100, 75, 0, np.nan])  # 2 is predicted, never there
     np.testing.assert_allclose(figures["accuracy"], [100, 75, np.nan, np.nan])
     assert scene_metrics(confusion) == {

@@ -16,8 +16,8 @@ from activemlp_jax.training.config import default_config
 from activemlp_jax.training.init_from import (
     adopt_architecture,
     initial_variables,
-    write_result,
 )
+from activemlp_jax.training.results import write_result
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.weights.model_directory import (
@@ -82,7 +82,7 @@ def test_another_number_of_classes_draws_a_new_head_and_says_so(pretrained: Path
     params = variables["params"]
     assert said == [
         f"starting from the model weights in {pretrained}: "
-        "head re-initialised, 10 classes there and 7 here"
+        "head re-initialized, 10 classes there and 7 here"
     ]
     kernel = np.asarray(params["head"]["kernel"])
     assert kernel.shape == (32, 7)
@@ -104,7 +104,7 @@ def test_another_image_size_just_works(pretrained: Path, size: int):
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"nothing is no model directory"):
+    with pytest.raises(UserError, match=r"nothing is not a model directory"):
         config(tmp_path / "nothing")
 
 
@@ -171,7 +171,7 @@ def test_a_segmentation_model_gives_its_head_too_but_for_other_classes(tmp_path:
     assert said == [f"starting from the model weights in {directory}: head kept, 7 classes"]
     jax.tree.map(np.testing.assert_array_equal, same, there)
     other, said, _ = segment(directory, 3, **{"head.channels": 0})
-    assert said[0].endswith("head re-initialised, 7 classes there and 3 here")
+    assert said[0].endswith("head re-initialized, 7 classes there and 3 here")
     ours, theirs = other["params"]["decode_head"], there["params"]["decode_head"]
     jax.tree.map(np.testing.assert_array_equal, ours["fusion"], theirs["fusion"])
     assert not ours["classifier"]["conv_seg"]["bias"].any()

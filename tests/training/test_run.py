@@ -21,7 +21,7 @@ from activemlp_jax.training.config import default_config
 from activemlp_jax.training.loop import train
 from activemlp_jax.training.results import describe_source, write_model_directory
 from activemlp_jax.training.run import Run, prepare_run
-from activemlp_jax.training.workdir import EPOCHS, STEPS, append_record, claim_workdir
+from activemlp_jax.training.workdir import EPOCHS_FILE, STEPS_FILE, append_record, claim_workdir
 from activemlp_jax.utils.digests import DIGESTS
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.weights.model_directory import ModelCard
@@ -45,15 +45,16 @@ def test_records_without_checkpoints_are_no_beginning_and_stay(tmp_path: Path):
     run = prepared(tmp_path / "run")
     with claim_workdir(run.workdir, run.config):
         for step in (11, 22):
-            append_record(run.workdir / EPOCHS, {"epoch": step // 11, "step": step})
-            append_record(run.workdir / STEPS, {"step": step, "loss": 0.5})
-    records = {name: (run.workdir / name).read_bytes() for name in (EPOCHS, STEPS)}
+            append_record(run.workdir / EPOCHS_FILE, {"epoch": step // 11, "step": step})
+            append_record(run.workdir / STEPS_FILE, {"step": step, "loss": 0.5})
+    names = (EPOCHS_FILE, STEPS_FILE)
+    records = {name: (run.workdir / name).read_bytes() for name in names}
     with pytest.raises(UserError, match=r"has lost its checkpoints; is its disk mounted\?"):
         train_again(run)
-    assert {name: (run.workdir / name).read_bytes() for name in (EPOCHS, STEPS)} == records
+    assert {name: (run.workdir / name).read_bytes() for name in names} == records
 
 
-@pytest.mark.parametrize("name", [EPOCHS, STEPS])
+@pytest.mark.parametrize("name", [EPOCHS_FILE, STEPS_FILE])
 def test_a_broken_record_is_named_before_anything_is_forgotten(name: str, tmp_path: Path):
     run = prepared(tmp_path / "run")
     with claim_workdir(run.workdir, run.config):
@@ -112,7 +113,7 @@ def test_a_model_directory_says_what_its_weights_learnt_from_and_were_measured_o
     }
 
 
-def test_the_exported_card_names_recipe_measurement_licence_and_citation(
+def test_the_exported_card_names_recipe_measurement_license_and_citation(
     run: Run, directory: Path, tmp_path: Path
 ):
     export_model(str(directory), str(tmp_path / "exported"), ["safetensors"])
@@ -127,9 +128,11 @@ def test_the_exported_card_names_recipe_measurement_licence_and_citation(
     assert section(text, "Quality") == (
         "accuracy 97.50% on the 360 test images of `digits`, measured after 40 epochs."
     )
-    licence = section(text, "Licence")
-    assert licence.startswith("The code that wrote these files is Apache-2.0.")
-    assert f"the data, `digits` and the weights that training started from, `{start}`" in licence
+    license_text = section(text, "License")
+    assert license_text.startswith("The code that wrote these files is Apache-2.0.")
+    assert (
+        f"the data, `digits` and the weights that training started from, `{start}`" in license_text
+    )
     assert "title     = {Active Token Mixer}" in section(text, "Citation")
     (result,) = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
     assert result["dataset"] == {"name": "digits", "type": "digits", "split": "test"}

@@ -8,8 +8,8 @@ import pytest
 
 from activemlp_jax.training.config import check_config, default_config
 from activemlp_jax.training.workdir import (
-    EPOCHS,
-    STEPS,
+    EPOCHS_FILE,
+    STEPS_FILE,
     append_record,
     claim_workdir,
     read_records,
@@ -62,7 +62,7 @@ def test_a_setting_that_a_run_of_an_earlier_version_lacks_has_its_default(
 
 def test_a_directory_of_another_run_is_left_alone_and_every_difference_named(tmp_path: Path):
     claim(tmp_path, config())
-    append_record(tmp_path / EPOCHS, {"epoch": 1, "step": 11})
+    append_record(tmp_path / EPOCHS_FILE, {"epoch": 1, "step": 11})
     before = contents(tmp_path)
     other = config(**{"seed": 1, "model.depths": (2, 2, 4, 2)})
     message = r"other settings: model\.depths .*there.*here.*; seed \(0 there, 1 here\)"
@@ -96,17 +96,17 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, place: str)
 
 
 def test_records_after_the_restored_step_are_forgotten(tmp_path: Path):
-    assert rewind_records(tmp_path / EPOCHS, 0) == []
+    assert rewind_records(tmp_path / EPOCHS_FILE, 0) == []
     for epoch in (1, 2, 3):
-        append_record(tmp_path / EPOCHS, {"epoch": epoch, "step": 10 * epoch})
-    assert [record["epoch"] for record in rewind_records(tmp_path / EPOCHS, 20)] == [1, 2]
-    append_record(tmp_path / EPOCHS, {"epoch": 3, "step": 30})
-    assert [record["epoch"] for record in read_records(tmp_path / EPOCHS)] == [1, 2, 3]
+        append_record(tmp_path / EPOCHS_FILE, {"epoch": epoch, "step": 10 * epoch})
+    assert [record["epoch"] for record in rewind_records(tmp_path / EPOCHS_FILE, 20)] == [1, 2]
+    append_record(tmp_path / EPOCHS_FILE, {"epoch": 3, "step": 30})
+    assert [record["epoch"] for record in read_records(tmp_path / EPOCHS_FILE)] == [1, 2, 3]
 
 
 def test_a_figure_over_no_examples_is_left_out_of_a_record(tmp_path: Path):
-    append_record(tmp_path / EPOCHS, {"epoch": 1, "step": 10, "test_mean_iou": float("nan")})
-    assert read_records(tmp_path / EPOCHS) == [{"epoch": 1, "step": 10}]
+    append_record(tmp_path / EPOCHS_FILE, {"epoch": 1, "step": 10, "test_mean_iou": float("nan")})
+    assert read_records(tmp_path / EPOCHS_FILE) == [{"epoch": 1, "step": 10}]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_figure_over_no_examples_is_left_out_of_a_record(tmp_path: Path):
 def test_what_a_kill_left_of_the_last_line_does_not_count(
     end: str, epochs: list[int], tmp_path: Path
 ):
-    path = tmp_path / EPOCHS
+    path = tmp_path / EPOCHS_FILE
     append_record(path, {"epoch": 1, "step": 10})
     with path.open("a") as file:
         file.write(end)
@@ -161,20 +161,21 @@ def test_a_line_that_is_no_record_is_named_and_nothing_is_forgotten(
     if place == "last without its end" and kind in ("an empty line", "another bracket"):
         return  # which may be what a kill left
     content = b"\n".join([*good[:number], line, *good[number:]])
-    (tmp_path / EPOCHS).write_bytes(content + b"\n" * (place != "last without its end"))
+    (tmp_path / EPOCHS_FILE).write_bytes(content + b"\n" * (place != "last without its end"))
     before = contents(tmp_path)
-    expected = rf"{EPOCHS}, line {number + 1} .*{message}"
+    expected = rf"{EPOCHS_FILE}, line {number + 1} .*{message}"
     with pytest.raises(UserError, match=expected) as error:
-        rewind_records(tmp_path / EPOCHS, 30)
+        rewind_records(tmp_path / EPOCHS_FILE, 30)
     assert "\n" not in str(error.value)
     assert contents(tmp_path) == before
 
 
 def test_a_file_of_records_that_is_too_large_is_not_read(tmp_path: Path):
-    with (tmp_path / STEPS).open("wb") as file:
+    with (tmp_path / STEPS_FILE).open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(UserError, match=rf"{STEPS} has 1,099,511,627,776 bytes, expected at most"):
-        rewind_records(tmp_path / STEPS, 30)
+    message = rf"{STEPS_FILE} has 1,099,511,627,776 bytes, expected at most"
+    with pytest.raises(UserError, match=message):
+        rewind_records(tmp_path / STEPS_FILE, 30)
 
 
 def test_a_directory_in_use_by_a_live_run_is_left_alone(tmp_path: Path):
@@ -223,7 +224,7 @@ def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path
         ({"mesh.fsdp": 0}, r"config\.mesh\.fsdp is 0, expected at least 1"),
         ({"mesh.data": 0}, r"config\.mesh\.data is 0, expected -1 or at least 1"),
         ({"accumulation": 0}, r"config\.accumulation is 0, expected at least 1"),
-        ({"model.remat_stages": (4,)}, r"remat_stages is \(4,\), expected stages out of 0 to 3"),
+        ({"model.remat_stages": (4,)}, r"remat_stages is \(4,\), expected stages from 0 to 3"),
         ({"model.dtype": "float64"}, r"dtype is float64, which needs JAX_ENABLE_X64=1"),
         ({"seed": 2**40}, r"config\.seed is 1099511627776, expected 0 <= seed < 2\*\*32"),
     ],

@@ -224,7 +224,7 @@ IMAGES = {"image_size": 64, "resize_factor": 1.25, "mean": [0.5] * 3, "std": [0.
 )
 def test_a_card_that_is_wrong_is_named(copied: Path, changes: Any, message: str):
     rewrite(copied, **changes)
-    expected = rf"/model\.json is no description of a model: .*{message}"
+    expected = rf"/model\.json is not a model description: .*{message}"
     with pytest.raises(UserError, match=expected) as error:
         read_card(copied)
     assert "\n" not in str(error.value)
@@ -411,11 +411,11 @@ def test_what_is_no_model_directory_is_told_apart(copied: Path, tmp_path: Path):
     (tmp_path / "weights.pth").write_bytes(b"weights")
     for name, message in (
         ("nothing", "there is no such folder"),
-        ("weights.pth", r"it is a file; convert_torch_weights\.py makes a model directory of"),
-        ("run", f"it is that of a run, whose model is {tmp_path}/run/model"),
+        ("weights.pth", r"it is a file; convert_torch_weights\.py makes a model directory from"),
+        ("run", f"it is the workdir of a run; the run's model is {tmp_path}/run/model"),
         ("run/model/weights", r"it has no model\.json; convert_torch_weights\.py and train\.py"),
     ):
-        with pytest.raises(UserError, match=f"{name} is no model directory: {message}"):
+        with pytest.raises(UserError, match=f"{name} is not a model directory: {message}"):
             am.load_pretrained(tmp_path / name)
 
 

@@ -277,7 +277,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         {**broken(), "activemlp_jax": json.dumps(
             ModelCard(am.ActiveMLP(**goldens.MICRO), Preprocessing(),
                       ("model",), "model").to_json())},
-        "the description of its model is of another task than its weights",
+        "the description of its model is for another task than its weights",
     ),
 }  # fmt: skip
 

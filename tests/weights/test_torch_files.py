@@ -245,12 +245,12 @@ def test_a_namespace_may_not_smuggle_in_another_class(tmp_path: Path):
         ("none.pth", None, "there is no file"),
         (".", None, "is a folder, expected a .pth or .safetensors file"),
         ("empty.pth", b"", "is empty"),
-        ("text.pth", b"these are no weights\n", "is no PyTorch checkpoint, or a broken"),
-        ("start.pth", b"PK\x03\x04", "is no PyTorch checkpoint, or a broken"),
-        ("half.pth", MICRO_CHECKPOINT.read_bytes()[:700_000], "is no PyTorch checkpoint, or a"),
+        ("text.pth", b"these are no weights\n", "is not a PyTorch checkpoint, or is broken"),
+        ("start.pth", b"PK\x03\x04", "is not a PyTorch checkpoint, or is broken"),
+        ("half.pth", MICRO_CHECKPOINT.read_bytes()[:700_000], "is not a PyTorch checkpoint, or"),
         ("empty.safetensors", b"", "is empty"),
-        ("text.safetensors", b"these are no weights\n", "is no readable safetensors file"),
-        ("torch.safetensors", MICRO_CHECKPOINT.read_bytes()[:9999], "no readable safetensors"),
+        ("text.safetensors", b"these are no weights\n", "is not a readable safetensors file"),
+        ("torch.safetensors", MICRO_CHECKPOINT.read_bytes()[:9999], "not a readable safetensors"),
     ],
 )
 def test_a_broken_file_is_one_clear_line(
@@ -290,10 +290,10 @@ def broken(key: str, value: Any) -> dict[str, Any]:
             r"head\.bias has 40000000000000 bytes",
         ),
         ({"model": broken("norm.bias", "big")}, r"'norm\.bias' is a str, expected a named tensor"),
-        ({"model": broken("norm.bias", torch.eye(32).to_sparse())}, r"norm\.bias is no dense"),
+        ({"model": broken("norm.bias", torch.eye(32).to_sparse())}, r"norm\.bias is not a dense"),
         (
             broken("norm.bias", nested_tensor()),
-            r"norm\.bias is no dense tensor: _rebuild_nested",
+            r"norm\.bias is not a dense tensor: _rebuild_nested",
         ),
         (
             {f"{i}.weight": tensor for i, tensor in enumerate([torch.zeros(10_000)] * 9)},
@@ -375,11 +375,11 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     ),
     "a long table of members": (
         archive(*((f"x/data/{i}", b"") for i in range(50_000))),
-        "is no PyTorch checkpoint, or a broken",
+        "is not a PyTorch checkpoint, or is broken",
     ),
     "a storage that is not there": (
         archive(("x/data.pkl", CLAIMED)),
-        "is no PyTorch checkpoint, or a broken",
+        "is not a PyTorch checkpoint, or is broken",
     ),
     "a storage smaller than its tensor": (
         archive(("x/data.pkl", CLAIMED), ("x/data/0", b"\0" * 3)),
@@ -388,7 +388,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "a huge storage, before PyTorch 1.6": (
         BEGINNING + A_WEIGHT + CLAIMS + b"NtQ" + STEPS + b"Rs."
         + pickle.dumps(["0"], 2) + struct.pack("<q", 10**12),
-        "is no PyTorch checkpoint, or a broken",
+        "is not a PyTorch checkpoint, or is broken",
     ),
     "a key whose hash takes forever": (
         archive(("x/data.pkl", b"\x80\x02})" + b"q\x01h\x01\x86" * 60 + b"K\x01s.")),
