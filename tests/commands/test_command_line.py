@@ -1,12 +1,16 @@
 """Options of commands have limits, and a wrong command line is one line."""
 
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import error_line
+from processes import ROOT
 
 from activemlp_jax import __main__, embed, evaluate, predict, prepare_data
 from activemlp_jax.benchmark import __main__ as benchmark
@@ -53,39 +57,51 @@ def test_a_number_beyond_its_limits_is_named_with_what_was_expected(name: str):
     ],
 )  # fmt: skip
 def test_a_command_line_that_cannot_work_is_one_clear_line(
-    main: Any,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    main: Any, arguments: list[str], message: str
 ):
-    monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    for module in (benchmark, evaluate):  # a setting of a whole process
-        monkeypatch.setattr(module, "keep_freed_memory", lambda: None)
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    output, errors = capsys.readouterr()
-    assert (stopped.value.code, output) == (2, "")
-    (line,) = errors.splitlines()
-    assert line.startswith("command: error: ")
+    assert message in error_line(main, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("train.py", ["--config.batchsize=8"], "did you mean config.batch_size?"),
+        ("convert_torch_weights.py", ["no.pth", "out"], "there is no file no.pth"),
+        ("predict", ["no", "a.png"], "no is not a model directory"),
+        ("evaluate", ["no", "--data", "digits"], "no is not a model directory"),
+        ("embed", ["no", "a.png", "--output", "a.npz"], "no is not a model directory"),
+        ("export", ["no", "out"], "no is not a model directory"),
+        ("prepare_data", ["folder", "no", "name"], "there is no folder"),
+        ("benchmark", ["op", "--steps", "0"], "--steps is 0, expected at least 1"),
+        (
+            "compile_check",
+            ["--config=configs/digits.py", "--topology=cpu:3"],
+            "config.batch_size is 32, expected a multiple of 3: there are 3 devices",
+        ),
+    ],
+)
+def test_a_process_exits_with_status_2_and_one_line(
+    program: str, arguments: list[str], message: str
+):
+    name = program if program.endswith(".py") else f"-m activemlp_jax.{program}"
+    result = subprocess.run(
+        [sys.executable, *name.split(), *arguments],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (2, ""), result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{program.removesuffix('.py')}")
     assert message in line
 
 
-def test_a_file_system_that_fails_is_one_clear_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_file_system_that_fails_is_one_clear_line(monkeypatch: pytest.MonkeyPatch):
     def fail(_: str) -> None:
         raise OSError(5, "Input/output error", "models/tiny/model.json")
 
     monkeypatch.setattr(evaluate, "read_card", fail)
-    monkeypatch.setattr(evaluate, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["evaluate", "models/tiny", "--data", "digits"])
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == (
-        "evaluate: error: models/tiny/model.json: Input/output error\n"
-    )
+    line = error_line(evaluate.main, "models/tiny", "--data", "digits")
+    assert line == "command: error: models/tiny/model.json: Input/output error"
 
 
 def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]):

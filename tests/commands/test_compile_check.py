@@ -6,19 +6,22 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
+from commands import error_line, run_main
+from processes import ROOT
 
-from activemlp_jax import ActiveMLP
+from activemlp_jax import ActiveMLP, compile_check
 from activemlp_jax.distributed.sharding import make_mesh
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.training.cli_flags import load_config
 from activemlp_jax.training.trainer import build_trainer
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' own
+
 # Where `make test` puts the TPU compiler; an environment with the extra `tpu` has its own.
 LIBRARY = ROOT / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
 
@@ -28,20 +31,17 @@ SMALL = (
     "--config.model.mlp_ratios=(2.0,2.0,2.0,2.0)",
 )
 MODEL = ActiveMLP((2, 2, 2, 2), (16, 32, 64, 64), (2, 2, 2, 2), (2, 4, 4, 8), 2, num_classes=10)
+OPEN_TOPOLOGY = compile_check.open_topology
 PARAMETERS = 4 * count_cost(MODEL, 32, 32).parameters  # bytes
-
-
-def check(*arguments: str, tpu: bool = True) -> subprocess.CompletedProcess[str]:
-    variables = {"TPU_LIBRARY_PATH": str(LIBRARY)} if LIBRARY.exists() and tpu else {}
-    return subprocess.run(
-        [sys.executable, "-m", "activemlp_jax.compile_check", *arguments],
-        cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
 
 
 def found(*arguments: str) -> tuple[str, dict[str, Any]]:
     """What was printed, and the record at its end."""
-    result = check(*SMALL, *arguments)
+    variables = {"TPU_LIBRARY_PATH": str(LIBRARY)} if LIBRARY.exists() else {}
+    result = subprocess.run(
+        [sys.executable, "-m", "activemlp_jax.compile_check", *SMALL, *arguments],
+        cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout, json.loads(result.stdout.splitlines()[-1])
 
@@ -84,6 +84,14 @@ def test_on_tpus_the_step_of_a_recipe_reads_and_writes_nothing_by_index(name: st
     assert not re.findall(r"stablehlo\.\w*(?:gather|scatter)", text)
 
 
+def open_here(name: str) -> list[Any]:
+    """Devices of a topology in a process that already uses JAX and so has its devices."""
+    if re.fullmatch(r"cpu:[1-9]", name):
+        return [jax.devices()[0]] * int(name[4:])
+    with mock.patch.object(jax.config, "update"):
+        return OPEN_TOPOLOGY(name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -92,10 +100,6 @@ def test_on_tpus_the_step_of_a_recipe_reads_and_writes_nothing_by_index(name: st
         ([*SMALL], "--topology is missing, expected a TPU slice as v5e:4x4, or cpu:8"),
         ([*SMALL, "--topology=v5e"], "--topology is 'v5e', expected a TPU slice as v5e:4x4, or"),
         ([*SMALL, "--topology=cpu:0"], "--topology is 'cpu:0', expected a TPU slice"),
-        (
-            [*SMALL, "--topology=cpu:3"],
-            "config.batch_size is 32, expected a multiple of 3: there are 3 devices",
-        ),
         (
             [*SMALL, "--topology=cpu:8", "--config.mesh.fsdp=3"],
             "config.mesh is all x 3 (data x fsdp), which the 8 devices do not fill",
@@ -106,25 +110,30 @@ def test_on_tpus_the_step_of_a_recipe_reads_and_writes_nothing_by_index(name: st
         ([*SMALL, "--topology=cpu:8", "--config.bath_size=8"], "did you mean config.batch_size?"),
     ],
 )
-def test_what_cannot_be_compiled_is_one_clear_line(arguments: list[str], message: str):
-    result = check(*arguments)
-    assert result.returncode == 2, result.stdout
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert message in result.stderr
+def test_what_cannot_be_compiled_is_one_clear_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(compile_check, "open_topology", open_here)
+    assert message in error_line(compile_check.main, *arguments)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is not None, reason="the TPU compiler is installed"
 )
-def test_a_missing_compiler_is_named_with_the_command_that_brings_it():
-    result = check(*SMALL, "--topology=v5e:4x4", tpu=False)
-    assert result.returncode == 2, result.stdout
-    assert "compiler for TPUs is not installed" in result.stderr
-    assert "pip install -c constraints.txt -e '.[tpu]'" in result.stderr
+def test_a_missing_compiler_is_named_with_the_command_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(compile_check, "open_topology", open_here)
+    line = error_line(compile_check.main, *SMALL, "--topology=v5e:4x4")
+    assert "compiler for TPUs is not installed" in line
+    assert "pip install -c constraints.txt -e '.[tpu]'" in line
 
 
 def test_help_shows_examples():
-    result = check("--help")
+    result = run_main(compile_check.main, "--help")
     assert result.returncode == 0
     output = result.stdout
     assert "--config configs/active_tiny.py --topology v5e:4x4" in output

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from commands import run_main
 from pyarrow import parquet
-from small_models import run, save_classifier, save_photos, save_segmentor
+from small_models import save_classifier, save_photos, save_segmentor
 
 import activemlp_jax as am
 from activemlp_jax import embed
@@ -37,15 +38,10 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [str(file) for file in save_photos(Path(), *names)]
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """From a command line to its status, what it printed, and its errors."""
-
-    def called(*arguments: object) -> tuple[int, str, str]:
-        status = run(embed.main, monkeypatch, *arguments)
-        return status, *capsys.readouterr()
-
-    return called
+def call(*arguments: object) -> tuple[int, str, str]:
+    """Run the command; return its status, output and errors."""
+    result = run_main(embed.main, *arguments)
+    return result.returncode, result.stdout, result.stderr
 
 
 def expected_rows(classifier: Path, files: list[str]) -> np.ndarray:
@@ -53,9 +49,7 @@ def expected_rows(classifier: Path, files: list[str]) -> np.ndarray:
     return am.embed_images(model, variables, files, card)
 
 
-def test_a_folder_becomes_names_in_it_and_a_row_for_each(
-    call: Any, classifier: Path, photos: list[str]
-):
+def test_a_folder_becomes_names_in_it_and_a_row_for_each(classifier: Path, photos: list[str]):
     status, output, errors = call(classifier, "val", "--output", "new/features.npz")
     assert (status, errors) == (0, "")
     assert output == "wrote new/features.npz: 5 images, 16 numbers each\n"
@@ -78,7 +72,7 @@ def test_a_folder_becomes_names_in_it_and_a_row_for_each(
 
 
 def test_parquet_has_the_same_and_several_paths_keep_their_names(
-    call: Any, classifier: Path, photos: list[str]
+    classifier: Path, photos: list[str]
 ):
     status, _, errors = call(classifier, "val/dog", "val/cat/*", "--output", "features.parquet")
     assert (status, errors) == (0, "")
@@ -91,7 +85,7 @@ def test_parquet_has_the_same_and_several_paths_keep_their_names(
     assert str(table.schema.field("embedding").type) == "fixed_size_list<element: float>[16]"
 
 
-def test_an_image_that_cannot_be_read_has_no_row(call: Any, classifier: Path, photos: list[str]):
+def test_an_image_that_cannot_be_read_has_no_row(classifier: Path, photos: list[str]):
     Path(photos[1]).write_bytes(b"nothing")
     status, output, errors = call(classifier, "val/cat", "--output", "features.npz")
     assert status == 1
@@ -104,7 +98,7 @@ def test_an_image_that_cannot_be_read_has_no_row(call: Any, classifier: Path, ph
 
 
 def test_features_that_are_not_finite_and_a_full_disk_leave_no_file(
-    call: Any, classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
+    classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     weights = embed.read_weights(classifier, am.read_card(classifier), "model")
     broken = jax.tree.map(lambda leaf: leaf * np.nan, weights)
@@ -139,7 +133,7 @@ def test_features_that_are_not_finite_and_a_full_disk_leave_no_file(
 )  # fmt: skip
 @pytest.mark.usefixtures("photos")
 def test_what_cannot_work_is_one_clear_line(
-    arguments: tuple[str, ...], message: str, call: Any, classifier: Path, tmp_path: Path
+    arguments: tuple[str, ...], message: str, classifier: Path, tmp_path: Path
 ):
     Path("folder.npz").mkdir()
     Path("bad.png").write_bytes(b"nothing")
@@ -155,7 +149,7 @@ def test_what_cannot_work_is_one_clear_line(
 
 @pytest.mark.usefixtures("photos")
 def test_where_pyarrow_is_missing_parquet_says_how_to_get_it(
-    call: Any, classifier: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     status, _, errors = call(classifier, "val", "--output", "features.parquet")
@@ -163,7 +157,7 @@ def test_where_pyarrow_is_missing_parquet_says_how_to_get_it(
     assert f"Parquet files need pyarrow: {install_command('parquet')}" in errors
 
 
-def test_help_shows_examples(call: Any):
+def test_help_shows_examples():
     status, output, _ = call("--help")
     assert status == 0
     assert "python -m activemlp_jax.embed models/active_tiny photos/ --output feat" in output

@@ -10,8 +10,9 @@ from typing import Any
 import goldens
 import numpy as np
 import pytest
+from commands import error_line, run_main
 from PIL import Image
-from processes import free_address
+from processes import ROOT, free_address
 from rich.console import Console
 
 from activemlp_jax import ActiveMLP, evaluate
@@ -28,8 +29,6 @@ from activemlp_jax.weights.model_directory import (
 )
 from activemlp_jax.weights.torch_files import read_checkpoint
 from activemlp_jax.weights.torch_names import from_torch
-
-ROOT = Path(__file__).parents[2]
 
 # One process for all that share what a fixture takes long to make.
 pytestmark = pytest.mark.xdist_group("evaluate")
@@ -229,15 +228,9 @@ def test_another_image_size_just_works(model: Path):
         (["MODEL", "--data", "digit"], "no data set 'digit', expected digits, folder:PATH, tfds"),
         (["MODEL", "--data", "digits", "--split", "val"], "has the splits train, test, not 'val'"),
         (["MODEL", "--data", "folder:nowhere"], "there is no folder nowhere"),
-        (
-            ["MODEL", "--data", "folder:FOLDER"],
-            "has 2 classes, but the model has 10",
-        ),
+        (["MODEL", "--data", "folder:FOLDER"], "has 2 classes, but the model has 10"),
         (["MODEL", "--data", "digits", "--image-size", "8"], "--image-size is 8, expected"),
-        (
-            ["MODEL", "--data", "digits", "--batch-size", "0"],
-            "--batch-size is 0, expected",
-        ),
+        (["MODEL", "--data", "digits", "--batch-size", "0"], "--batch-size is 0, expected"),
         (["nothing", "--data", "digits"], "nothing is not a model directory: there is no such"),
     ],
 )
@@ -248,26 +241,20 @@ def test_what_cannot_be_evaluated_is_one_clear_line(
         (tmp_path / name).mkdir()
         Image.new("RGB", (50, 40)).save(tmp_path / name / "a.png")
     places = {"MODEL": str(model), "folder:FOLDER": f"folder:{tmp_path}"}
-    process = start(*MODULE, *[places.get(argument, argument) for argument in arguments])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
-    assert len(errors.strip().splitlines()) == 1, errors
-    assert message.replace("FOLDER", str(tmp_path)) in errors
+    line = error_line(evaluate.main, *(places.get(argument, argument) for argument in arguments))
+    assert message in line
 
 
 def test_a_broken_image_ends_the_evaluation_and_is_named(model: Path, tmp_path: Path):
     save_digits(tmp_path, 30)
     broken = next((tmp_path / "7").iterdir())
     broken.write_bytes(b"\x89PNG")
-    process = start(*MODULE, str(model), "--data", f"folder:{tmp_path}")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2, errors
-    assert f"{broken} is not a readable image" in errors
-    assert len(errors.strip().splitlines()) == 1, errors
+    line = error_line(evaluate.main, model, "--data", f"folder:{tmp_path}")
+    assert f"{broken} is not a readable image" in line
 
 
 def test_help_shows_examples():
-    output = finish(start(*MODULE, "--help"))
-    assert (
-        "python -m activemlp_jax.evaluate models/active_tiny --data folder:/data/imagenet" in output
-    )
+    result = run_main(evaluate.main, "--help")
+    assert result.returncode == 0
+    example = "python -m activemlp_jax.evaluate models/active_tiny --data folder:/data/imagenet"
+    assert example in result.stdout

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from commands import error_line, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import photo
@@ -262,16 +263,10 @@ def test_safetensors_give_back_the_same_bits(name: str, models: Path, exported: 
     assert dtypes[0] == dtypes[1]
 
 
-def call(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    main()
-
-
 @pytest.mark.parametrize("name", CARDS)
-def test_a_model_directory_made_of_safetensors_knows_all(
-    name: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    call(convert.main, monkeypatch, exported / name / "model.safetensors", tmp_path / "again")
+def test_a_model_directory_made_of_safetensors_knows_all(name: str, exported: Path, tmp_path: Path):
+    result = run_main(convert.main, exported / name / "model.safetensors", tmp_path / "again")
+    assert result.returncode == 0, result.stderr
     ours, again = CARDS[name].to_json(), read_card(tmp_path / "again").to_json()
     kind = CARDS[name].default_kind
     assert again.pop("weights") == {"kinds": (kind,), "default": kind}
@@ -376,21 +371,16 @@ def test_a_thousand_classes_without_names_get_imagenets_names():
     assert found[998:] == ("n00000998", "tench (n01440764)")
 
 
-def test_another_image_size_is_exported_and_described(
-    models: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+def test_another_image_size_is_exported_and_described(models: Path, tmp_path: Path):
     folder = tmp_path / "new" / "folder"
     options = ("--format", "stablehlo", "--image-size", "50")
-    call(export.main, monkeypatch, models / "classifier", folder, *options)
+    result = run_main(export.main, models / "classifier", folder, *options)
     config = json.loads((folder / "config.json").read_text())
     assert config["preprocessing"]["image_size"] == 50
     assert config["input"]["shape"] == ["batch", 50, 50, 3]
     program = jax.export.deserialize((folder / "model.stablehlo").read_bytes())
     assert program.in_avals[0].shape[1:] == (50, 50, 3)
-    lines = capsys.readouterr().out.splitlines()
+    lines = result.stdout.splitlines()
     expected = f"wrote {folder}: the averaged (EMA) weights, images of 50 by 50 pixels"
     assert lines[0] == expected
     files = [line.split()[0] for line in lines[1:]]
@@ -443,7 +433,6 @@ def test_what_cannot_be_exported_is_one_clear_line(
     models: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("mine")
@@ -452,29 +441,14 @@ def test_what_cannot_be_exported_is_one_clear_line(
     places |= {"THERE/file/out": tmp_path / "there" / "file" / "out"}
     for package in ("onnx", "onnxscript"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit) as stopped:
-        call(export.main, monkeypatch, *(places.get(value, value) for value in arguments))
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = error_line(export.main, *(places.get(value, value) for value in arguments))
     assert message.replace("THERE", str(tmp_path / "there")) in line
     assert [file.name for file in tmp_path.iterdir()] == ["there"]
     assert (tmp_path / "there" / "file").read_text() == "mine"
 
 
-def test_an_unknown_format_is_refused_with_those_there_are(
-    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit) as stopped:
-        call(export.main, monkeypatch, models / "classifier", "out", "--format", "pickle")
-    assert stopped.value.code == 2
-    assert "invalid choice: 'pickle'" in capsys.readouterr().err
-
-
 def test_nothing_is_left_of_an_export_that_fails(
-    models: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def full(path: Path, *_: Any) -> None:
         path.write_bytes(b"half")
@@ -482,9 +456,6 @@ def test_nothing_is_left_of_an_export_that_fails(
 
     monkeypatch.setattr(export, "write_checkpoint", full)
     arguments = (models / "classifier", tmp_path / "out", "--format", "safetensors")
-    with pytest.raises(SystemExit) as stopped:
-        call(export.main, monkeypatch, *arguments)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = error_line(export.main, *arguments)
     assert "model.safetensors: No space left on device" in line
     assert list(tmp_path.iterdir()) == []

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from commands import error_line, run_main
 from PIL import Image
 from processes import ROOT
-from small_models import NAMES, run, save_classifier, save_photos, save_segmentor
+from small_models import NAMES, save_classifier, save_photos, save_segmentor
 
 import activemlp_jax as am
 from activemlp_jax import predict
@@ -51,20 +52,13 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ]
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """From a command line to its status, what it printed, and its errors."""
-
-    def called(*arguments: object) -> tuple[int, str, str]:
-        status = run(predict.main, monkeypatch, *arguments)
-        return status, *capsys.readouterr()
-
-    return called
+def call(*arguments: object) -> tuple[int, str, str]:
+    """Run the command; return its status, output and errors."""
+    result = run_main(predict.main, *arguments)
+    return result.returncode, result.stdout, result.stderr
 
 
-def test_each_image_gets_a_line_of_its_most_probable_classes(
-    call: Any, classifier: Path, photos: list[str]
-):
+def test_each_image_gets_a_line_of_its_most_probable_classes(classifier: Path, photos: list[str]):
     status, output, errors = call(classifier, "x", photos[3], "--json")
     assert (status, errors) == (0, "")
     records = [json.loads(line) for line in output.splitlines()]
@@ -78,7 +72,7 @@ def test_each_image_gets_a_line_of_its_most_probable_classes(
             assert ours["probability"] == pytest.approx(theirs.probability, abs=1e-5)
 
 
-def test_people_get_a_table(call: Any, classifier: Path, photos: list[str]):
+def test_people_get_a_table(classifier: Path, photos: list[str]):
     Path("[red]odd.png").write_bytes(Path(photos[0]).read_bytes())
     status, output, errors = call(classifier, *photos, "[red]odd.png")
     assert (status, errors) == (0, "")
@@ -92,7 +86,7 @@ def test_people_get_a_table(call: Any, classifier: Path, photos: list[str]):
 
 
 def test_an_image_that_cannot_be_read_is_reported_and_the_others_go_on(
-    call: Any, classifier: Path, photos: list[str]
+    classifier: Path, photos: list[str]
 ):
     Path("x/1.png").write_bytes(b"nothing")
     status, output, errors = call(classifier, "x", "x/1.png", "--json")
@@ -101,7 +95,7 @@ def test_an_image_that_cannot_be_read_is_reported_and_the_others_go_on(
     assert errors.splitlines() == ["skipped: x/1.png is not a readable image: no known format"] * 2
 
 
-def test_patterns_in_quotes_are_looked_up(call: Any, classifier: Path, photos: list[str]):
+def test_patterns_in_quotes_are_looked_up(classifier: Path, photos: list[str]):
     status, output, _ = call(classifier, "?/[13].png", "--json")
     assert status == 0
     assert [json.loads(line)["image"] for line in output.splitlines()] == [photos[1], photos[3]]
@@ -131,9 +125,12 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word(
     """Such as `head`."""
     reading, writing = os.pipe()
     os.close(reading)
-    with os.fdopen(writing, "w") as pipe:
-        monkeypatch.setattr(sys, "stdout", pipe)
-        assert run(predict.main, monkeypatch, classifier, *photos, "--json") == 1
+    monkeypatch.setattr(sys, "argv", ["predict", str(classifier), *photos, "--json"])
+    with os.fdopen(writing, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stopped:
+            predict.main()
+    assert stopped.value.code == 1
     assert capsys.readouterr().err == ""
 
 
@@ -143,9 +140,7 @@ def form(picture: str | Path) -> tuple[str, tuple[int, int]]:
         return image.mode, image.size
 
 
-def test_a_segmentation_model_writes_overlays_with_a_legend(
-    call: Any, segmentor: Path, photos: list[str]
-):
+def test_a_segmentation_model_writes_overlays_with_a_legend(segmentor: Path, photos: list[str]):
     Path("x/1.png").write_bytes(b"nothing")
     status, output, errors = call(segmentor, ".", "--output", "out", "--labels", "--json")
     assert status == 1
@@ -167,7 +162,7 @@ def test_a_segmentation_model_writes_overlays_with_a_legend(
 
 
 def test_overlays_are_beside_the_images_and_not_taken_for_photos(
-    call: Any, segmentor: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
+    segmentor: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     stdin = io.TextIOWrapper(io.BytesIO(Path(photos[1]).read_bytes()))
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -216,16 +211,14 @@ def test_overlays_are_beside_the_images_and_not_taken_for_photos(
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_one_clear_line(
-    arguments: tuple[str, ...], message: str, call: Any, classifier: Path, segmentor: Path,
+    arguments: tuple[str, ...], message: str, classifier: Path, segmentor: Path,
     photos: list[str],
 ):  # fmt: skip
     Path("empty").mkdir()
     Path("f.png").mkdir()
     Path("x/0.jpg").touch()
     places = {"CLASSIFIER": str(classifier), "SEGMENTOR": str(segmentor)}
-    status, output, errors = call(*[places.get(argument, argument) for argument in arguments])
-    assert (status, output) == (2, "")
-    (line,) = errors.splitlines()
+    line = error_line(predict.main, *(places.get(argument, argument) for argument in arguments))
     assert message in line
     assert not list(Path().glob("**/*_overlay.png")), f"{len(photos)} photos alone"
 
@@ -252,7 +245,7 @@ THERE = {
 )
 @pytest.mark.usefixtures("photos")
 def test_a_file_of_somebody_else_is_refused_before_any_work(
-    kind: str, arguments: list[str], target: str, there: str, call: Any,
+    kind: str, arguments: list[str], target: str, there: str,
     request: pytest.FixtureRequest,
 ):  # fmt: skip
     path = Path(target)
@@ -265,8 +258,7 @@ def test_a_file_of_somebody_else_is_refused_before_any_work(
         return {file: (seen.st_ino, seen.st_mtime_ns) for file, seen in found.items()}
 
     before = files()
-    status, output, errors = call(request.getfixturevalue(kind), *arguments)
-    assert (status, output) == (2, "")
+    line = error_line(predict.main, request.getfixturevalue(kind), *arguments)
     what = (
         "is a link"
         if path.is_symlink()
@@ -275,12 +267,12 @@ def test_a_file_of_somebody_else_is_refused_before_any_work(
     expected = f"{target} {what}; give another place, or --overwrite to replace it"
     if path.is_fifo():
         expected = f"{target} cannot be written: it is a pipe"
-    assert errors == f"command: error: {expected}\n"
+    assert line == f"command: error: {expected}"
     assert files() == before, "nothing is written or made"
 
 
 def test_overwriting_replaces_links_and_leaves_what_they_point_to(
-    call: Any, segmentor: Path, photos: list[str]
+    segmentor: Path, photos: list[str]
 ):
     truth, photo = Path("truth.png"), Path(photos[0]).read_bytes()
     truth.write_bytes(photo)
@@ -300,7 +292,7 @@ def test_overwriting_replaces_links_and_leaves_what_they_point_to(
 
 
 def test_probabilities_that_are_not_finite_are_one_clear_line(
-    call: Any, classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
+    classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     load = predict.read_variables
 
@@ -331,7 +323,7 @@ def test_json_has_no_number_that_json_has_not():
 
 @pytest.mark.parametrize("kind", ["classifier", "segmentor"])
 def test_a_picture_shows_where_the_model_looks(
-    kind: str, call: Any, photos: list[str], request: pytest.FixtureRequest
+    kind: str, photos: list[str], request: pytest.FixtureRequest
 ):
     directory = request.getfixturevalue(kind)
     arguments = (directory, photos[0], "--show-offsets", "new/looks.png", "--token", "0.2,0.7")
@@ -351,13 +343,13 @@ def test_a_picture_shows_where_the_model_looks(
 
 
 @pytest.mark.parametrize("token", ["0.5", "a,b", "0.1,0.2,0.3"])
-def test_a_token_is_two_numbers(token: str, call: Any, classifier: Path, photos: list[str]):
+def test_a_token_is_two_numbers(token: str, classifier: Path, photos: list[str]):
     status, _, errors = call(classifier, photos[0], "--show-offsets", "o.png", "--token", token)
     assert status == 2
     assert f"argument --token: '{token}', expected X,Y such as 0.3,0.6" in errors
 
 
-def test_help_shows_examples(call: Any):
+def test_help_shows_examples():
     status, output, _ = call("--help")
     assert status == 0
     assert "python -m activemlp_jax.predict models/active_tiny holiday/" in output

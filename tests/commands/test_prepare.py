@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from commands import error_line
 from pictures import encoded, photo, save_odd_images, save_photos
 from PIL import Image
 from rich.console import Console
@@ -397,20 +398,11 @@ def test_the_command_says_what_it_made_and_how_to_read_it(tmp_path: Path):
     ],
 )
 def test_wrong_command_lines_are_one_line(
-    arguments: tuple[str, ...],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prepare_data", *arguments, "--data-dir", "data"])
-    with pytest.raises(SystemExit) as error:
-        prepare_data.main()
-    printed = capsys.readouterr().err
-    assert error.value.code == 2
-    assert printed.count("\n") == 1
-    assert re.search(message, printed), printed
+    line = error_line(prepare_data.main, *arguments, "--data-dir", "data")
+    assert re.search(message, line), line
     assert not (tmp_path / "data").exists()
 
 

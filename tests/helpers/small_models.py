@@ -1,13 +1,11 @@
 """Model directories of small models that compile in seconds, and photos for them."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import goldens
 import jax
 import numpy as np
-import pytest
 from pictures import photo
 
 import activemlp_jax as am
@@ -55,11 +53,3 @@ def save_photos(folder: Path, *names: str, width: int = 60, height: int = 45) ->
         file.parent.mkdir(parents=True, exist_ok=True)
         photo(number, width, height).save(file)
     return files
-
-
-def run(main: Any, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run a command with these arguments and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    return int(exit_info.value.code or 0)

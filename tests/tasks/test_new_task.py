@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import error_line, run_main
 from PIL import Image
 from rich.console import Console
-from small_models import BACKBONE, CLASSIFIER, PREPROCESSING, run, save_model
+from small_models import BACKBONE, CLASSIFIER, PREPROCESSING, save_model
 
 from activemlp_jax import evaluate, predict
 from activemlp_jax.data.base import Example, Source
@@ -58,7 +59,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_it_trains_resumes_evaluates_and_predicts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     config = default_config()
     config.task = "rotation"
@@ -77,16 +78,13 @@ def test_it_trains_resumes_evaluates_and_predicts(
     assert accuracy == pytest.approx(last["ema_test_accuracy"], abs=1e-9)
 
     Image.new("RGB", (40, 40)).save(tmp_path / "photo.png")
-    assert run(predict.main, monkeypatch, directory, tmp_path / "photo.png", "--json") == 0
-    classes = json.loads(capsys.readouterr().out)["classes"]
+    result = run_main(predict.main, directory, tmp_path / "photo.png", "--json")
+    classes = json.loads(result.stdout)["classes"]
     assert {found["name"] for found in classes} == set(ANGLES)
 
 
-def test_a_directory_of_an_unknown_task_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_directory_of_an_unknown_task_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     save_model(tmp_path / "model", CLASSIFIER, PREPROCESSING, task="rotation")
     monkeypatch.delitem(TASKS, "rotation")
-    assert run(predict.main, monkeypatch, tmp_path / "model", "photo.png") == 2
-    errors = capsys.readouterr().err
-    assert "model is for the task 'rotation', expected classification, segmentation" in errors
+    line = error_line(predict.main, tmp_path / "model", "photo.png")
+    assert "model is for the task 'rotation', expected classification, segmentation" in line
