@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import error_line
+from commands import error_line, run_main
 from processes import ROOT
 
 from activemlp_jax import __main__, embed, evaluate, predict, prepare_data
@@ -17,6 +17,7 @@ from activemlp_jax.benchmark import __main__ as benchmark
 from activemlp_jax.command_line import LIMITS, check_numbers
 from activemlp_jax.export import __main__ as export
 from activemlp_jax.utils.errors import UserError
+from activemlp_jax.weights import convert
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -91,8 +92,21 @@ def test_a_process_exits_with_status_2_and_one_line(
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (2, ""), result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"{program.removesuffix('.py')}")
+    assert line.startswith(program)
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "main",
+    [
+        benchmark.main, convert.main, embed.main, evaluate.main, export.main, predict.main,
+        prepare_data.main,
+    ],
+)  # fmt: skip
+def test_help_shows_examples(main: Any):
+    result = run_main(main, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search("^Examples:\n  python ", result.stdout, re.MULTILINE)
 
 
 def test_a_file_system_that_fails_is_one_clear_line(monkeypatch: pytest.MonkeyPatch):

@@ -373,9 +373,3 @@ def test_a_place_that_cannot_be_written_is_one_clear_line(suffix: str, micro: tu
     line = error_line(main, *((micro[0], out, "--to-torch") if suffix else (MICRO_CHECKPOINT, out)))
     assert "/proc/" in line
     assert "No such file or directory" in line
-
-
-def test_help_shows_examples():
-    output = run_here("--help")
-    assert "python convert_torch_weights.py activemlp_tiny.pth models/active_tiny" in output
-    assert "--to-torch" in output

@@ -155,9 +155,3 @@ def test_where_pyarrow_is_missing_parquet_says_how_to_get_it(
     status, _, errors = call(classifier, "val", "--output", "features.parquet")
     assert status == 2
     assert f"Parquet files need pyarrow: {install_command('parquet')}" in errors
-
-
-def test_help_shows_examples():
-    status, output, _ = call("--help")
-    assert status == 0
-    assert "python -m activemlp_jax.embed models/active_tiny photos/ --output feat" in output

@@ -10,7 +10,7 @@ from typing import Any
 import goldens
 import numpy as np
 import pytest
-from commands import error_line, run_main
+from commands import error_line
 from PIL import Image
 from processes import ROOT, free_address
 from rich.console import Console
@@ -251,10 +251,3 @@ def test_a_broken_image_ends_the_evaluation_and_is_named(model: Path, tmp_path: 
     broken.write_bytes(b"\x89PNG")
     line = error_line(evaluate.main, model, "--data", f"folder:{tmp_path}")
     assert f"{broken} is not a readable image" in line
-
-
-def test_help_shows_examples():
-    result = run_main(evaluate.main, "--help")
-    assert result.returncode == 0
-    example = "python -m activemlp_jax.evaluate models/active_tiny --data folder:/data/imagenet"
-    assert example in result.stdout

@@ -347,9 +347,3 @@ def test_a_token_is_two_numbers(token: str, classifier: Path, photos: list[str])
     status, _, errors = call(classifier, photos[0], "--show-offsets", "o.png", "--token", token)
     assert status == 2
     assert f"argument --token: '{token}', expected X,Y such as 0.3,0.6" in errors
-
-
-def test_help_shows_examples():
-    status, output, _ = call("--help")
-    assert status == 0
-    assert "python -m activemlp_jax.predict models/active_tiny holiday/" in output

@@ -1,11 +1,11 @@
-"""A newcomer's first hour: the pages as they are printed, a conversion, the notebook.
+"""The first pages run as they are printed, and so does the notebook.
 
-The blocks of README.md and docs/first_steps.md go into bash one after the other, in a copy of the
-project in which nothing else was done before. What differs from a newcomer's machine:
+The blocks of README.md and docs/first_steps.md go into bash one after the other, in a fresh copy of
+the project. What differs from a newcomer's machine:
 
 - pip installs nothing: `.venv` is new and finds the packages of the environment of the tests;
 - `make demo` trains a smaller model for fewer epochs, by DEMO_FLAGS, and LLVM does not optimize;
-- `NOT_RUN` are left to others.
+- blocks with `NOT_RUN` are left to other tests.
 """
 
 import json
@@ -15,15 +15,14 @@ import shutil
 import site
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from documents import Step, output_lines, steps
+from commands import run_main
+from documents import Passage, output_lines, steps
 from processes import ROOT, SMALL
-from small_models import run
 
 from activemlp_jax import predict
 from activemlp_jax.weights import convert
@@ -34,8 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
 
 NOTEBOOK = ROOT / "examples" / "activemlp.ipynb"
 
-# Runs the cells of a notebook one after the other, and shows the last value of each as Jupyter
-# would: as a picture where it is one.
+# Runs the cells of a notebook and shows the last value of each as Jupyter does.
 RUN_NOTEBOOK = """
 import ast, json, sys
 names = {}
@@ -51,9 +49,9 @@ for cell in json.load(open(sys.argv[1]))["cells"]:
 """
 
 
-# CI runs `make test` itself, and a published model compiles for long: test_docs finds its shapes.
+# CI runs `make test` itself. A published model compiles for long; test_docs computes its shapes.
 NOT_RUN = ("make test", "am.create_model(")
-# Of a line that is printed only where the last epoch is not the best one.
+# Starts a line that is printed only if the last epoch is not the best.
 BY_CHANCE = "best_model is from step"
 PAGES = ("README.md", "docs/first_steps.md")
 
@@ -83,44 +81,42 @@ def variables() -> dict[str, str]:
     return inherited | {"DEMO_FLAGS": shlex.join(SMALL)}
 
 
-def follow(page: str, place: Path) -> list[tuple[Step, str]]:
-    """The blocks of a page that are run, in one bash, and what each printed."""
-    run = [step for step in steps(ROOT / page) if not any(part in step.script for part in NOT_RUN)]
+def script(block: Passage) -> str:
+    """Input for bash that runs a block of a page."""
+    return f"python - <<'END'\n{block.text}END\n" if block.language == "python" else block.text
+
+
+def follow(page: str, place: Path) -> list[tuple[Passage, str, str]]:
+    """Run the blocks of a page in one bash; return each with what the page shows and it printed."""
+    run = [step for step in steps(ROOT / page) if not any(part in step[0].text for part in NOT_RUN)]
     mark = "-- block "
-    script = "".join(f"echo '{mark}{number}'\n{step.script}" for number, step in enumerate(run))
+    scripts = (f"echo '{mark}'\n{script(block)}" for block, _ in run)
     result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script], cwd=place, env=variables(),
+        ["bash", "-euo", "pipefail", "-c", "".join(scripts)], cwd=place, env=variables(),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         timeout=900,
     )  # fmt: skip
-    parts = [part.partition("\n")[2] for part in result.stdout.split(mark)[1:]]
-    assert result.returncode == 0, f"{run[len(parts) - 1].block}\n{parts[-1][-3000:]}"
-    return list(zip(run, parts, strict=True))
+    printed = result.stdout.split(mark)[1:]
+    assert result.returncode == 0, f"{run[len(printed) - 1][0]}\n{printed[-1][-3000:]}"
+    return [(*step, output) for step, output in zip(run, printed, strict=True)]
 
 
 @pytest.fixture(scope="module")
-def followed(place: Path) -> dict[str, list[tuple[Step, str]]]:
+def followed(place: Path) -> dict[str, list[tuple[Passage, str, str]]]:
     """The pages in the order in which the README leads to them; each goes on where one ended."""
     return {page: follow(page, place) for page in PAGES}
 
 
-def missing(shown: list[str], printed: Iterator[str]) -> list[str]:
-    """The first of the shown lines that does not begin a printed one, in order."""
-    for line in shown:
-        if not any(other.startswith(line) for other in printed):
-            return [line]
-    return []
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_runs_as_it_is_printed_and_shows_what_it_says(
-    page: str, followed: dict[str, list[tuple[Step, str]]]
+    page: str, followed: dict[str, list[tuple[Passage, str, str]]]
 ):
     assert followed[page]
-    for step, printed in followed[page]:
-        shown = [line for line in output_lines(step.output) if not line.startswith(BY_CHANCE)]
-        gone = missing(shown, iter(output_lines(printed)))
-        assert not gone, f"{step.block}\nprints no {gone}, but\n{printed}"
+    for block, shown, printed in followed[page]:
+        lines = iter(output_lines(printed))
+        for line in output_lines(shown):
+            is_printed = line.startswith(BY_CHANCE) or any(x.startswith(line) for x in lines)
+            assert is_printed, f"{block}\ndoes not print {line!r} in this order, but\n{printed}"
 
 
 @pytest.mark.usefixtures("followed")
@@ -139,15 +135,13 @@ def test_what_the_pages_write_is_complete(place: Path):
 
 @pytest.mark.usefixtures("followed")
 def test_a_checkpoint_of_the_original_is_converted_and_asked(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(place)
     checkpoint = ROOT / "tests" / "fixtures" / "micro_checkpoint.pth"
-    monkeypatch.setattr(sys, "argv", ["convert", str(checkpoint), "models/micro"])
-    convert.main()
-    assert "wrote models/micro" in capsys.readouterr().out
-    assert run(predict.main, monkeypatch, "models/micro", "digits/7.png", "--json") == 0
-    (answer,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "wrote models/micro" in run_main(convert.main, checkpoint, "models/micro").stdout
+    result = run_main(predict.main, "models/micro", "digits/7.png", "--json")
+    (answer,) = map(json.loads, result.stdout.splitlines())
     assert answer["image"] == "digits/7.png"
     assert answer["classes"][0]["name"] in set("0123456789")
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("results/*.md")])
 SHELL = ("", "sh", "bash")  # fences without a language hold commands or their output
 INLINE = "inline"
@@ -30,20 +30,6 @@ class Passage(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}: {self.text}"
-
-
-class Step(NamedTuple):
-    """A block of commands or Python on a page, and the output that the page shows for it."""
-
-    block: Passage
-    output: str
-
-    @property
-    def script(self) -> str:
-        """The bash input that runs the block."""
-        if self.block.language == "python":
-            return f"python - <<'END_OF_PYTHON'\n{self.block.text}END_OF_PYTHON\n"
-        return self.block.text
 
 
 def fences(page: Path) -> Iterator[Passage]:
@@ -74,14 +60,12 @@ def links(page: Path) -> Iterator[Passage]:
 def anchors(page: Path) -> set[str]:
     """Anchors of the headings of a page, as GitHub generates them, without the '#'."""
     tokens = MARKDOWN.parse(page.read_text())
-    names: set[str] = set()
-    for heading, token in itertools.pairwise(tokens):
-        if heading.type == "heading_open":
-            parts = [child.content for child in token.children or ()]
-            name = re.sub(r"[^\w\- ]", "", "".join(parts).lower()).replace(" ", "-")
-            assert name not in names, f"{page} has two headings {name}"
-            names.add(name)
-    return names
+    headings = [
+        "".join(child.content for child in token.children or ())
+        for opening, token in itertools.pairwise(tokens)
+        if opening.type == "heading_open"
+    ]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def split_command(text: str) -> list[str]:
@@ -92,37 +76,33 @@ def split_command(text: str) -> list[str]:
         words = list(lexer)
     except ValueError:  # a quote that opens before the command closes after it
         return split_command(text[: max(text.rfind("'"), text.rfind('"'))])
-    ends = (index for index, word in enumerate(words) if re.fullmatch(r"[();<>|&]+", word))
-    return words[: next(ends, len(words))]
+    return [*itertools.takewhile(lambda word: not re.fullmatch(r"[();<>|&]+", word), words)]
 
 
 def commands(page: Path) -> Iterator[tuple[Passage, list[str]]]:
     """Commands in code blocks and in running text, each with its words."""
     for fence in fences(page):
-        if fence.language not in SHELL:
-            continue
-        for match in re.finditer(r"(?:[^\n]*\\\n)*[^\n]*", fence.text):
-            line = fence.line + fence.text.count("\n", 0, match.start())
-            text = match[0].replace("\\\n", " ")
+        lines = fence.text.replace("\\\n", "  ").splitlines() if fence.language in SHELL else ()
+        for text in lines:
             for program in PROGRAM.finditer(text):
                 words = split_command(text[program.start() :])
-                yield Passage(page, line, shlex.join(words)), words
+                yield Passage(page, fence.line, shlex.join(words)), words
     for line, token in _inline(page, "code_inline"):
         text = token.content.replace("\n", " ")
         if PROGRAM.match(text):
             yield Passage(page, line, text, INLINE), split_command(text)
 
 
-def steps(page: Path) -> list[Step]:
-    """Blocks that a reader of the page runs, in order."""
-    blocks: list[Step] = []
+def steps(page: Path) -> list[tuple[Passage, str]]:
+    """Blocks that a reader of the page runs, in order, each with the output that the page shows."""
+    blocks: list[tuple[Passage, str]] = []
     for fence in fences(page):
         if fence.language == "python" or (
             fence.language in SHELL and re.match(r"(source|make|python|pip) ", fence.text)
         ):
-            blocks.append(Step(fence, ""))
+            blocks.append((fence, ""))
         elif fence.language == "" and blocks:
-            blocks[-1] = blocks[-1]._replace(output=fence.text)
+            blocks[-1] = (blocks[-1][0], fence.text)
     return blocks
 
 
