@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import goldens
 import jax
 import jax.numpy as jnp
 import optax
+import torch
 from pictures import photo, save_photos
 from rich.console import Console
 from small_models import CLASSIFIER, NAMES, PREPROCESSING, save_classifier, save_segmentor
@@ -39,18 +41,15 @@ from activemlp_jax.weights.torch_names import to_torch
 class Kind(NamedTuple):
     """A kind of input: `make` writes a valid one, and `read` reads it as commands do."""
 
-    make: Callable[[Path], None]
+    make: Callable[[Path], object]
     read: Callable[[Path], object]
 
 
-def make_zip_checkpoint(path: Path) -> None:
-    shutil.copy(goldens.DATA / "micro_checkpoint.pth", path)
+CHECKPOINT = goldens.DATA / "micro_checkpoint.pth"
 
 
 def make_legacy_checkpoint(path: Path) -> None:
-    import torch
-
-    state_dict = torch.load(goldens.DATA / "micro_checkpoint.pth", weights_only=False)["model"]
+    state_dict = torch.load(CHECKPOINT, weights_only=False)["model"]
     torch.save({"model": state_dict}, path, _use_new_zipfile_serialization=False)
 
 
@@ -99,11 +98,9 @@ def read_run(path: Path) -> None:
             rewind_records(path / name, 0 if restored is None else int(restored.state.step))
 
 
-def image_maker(mode: str = "RGB", **options: Any) -> Callable[[Path], None]:
-    def make(path: Path) -> None:
-        photo(0, 60, 45).convert(mode).save(path, **options)
-
-    return make
+def image(mode: str = "RGB", **options: Any) -> Kind:
+    """A format and mode of images; the suffix of the file gives the format."""
+    return Kind(lambda path: photo(0, 60, 45).convert(mode).save(path, **options), read_image)
 
 
 def make_records(path: Path) -> None:
@@ -121,22 +118,22 @@ def read_records(path: Path) -> None:
 
 
 KINDS = {
-    "checkpoint.pth": Kind(make_zip_checkpoint, load_torch_checkpoint),
+    "checkpoint.pth": Kind(partial(shutil.copy, CHECKPOINT), load_torch_checkpoint),
     "legacy.pth": Kind(make_legacy_checkpoint, load_torch_checkpoint),
     "weights.safetensors": Kind(make_safetensors, load_torch_checkpoint),
     "model": Kind(save_classifier, read_model),
     "segmentor": Kind(save_segmentor, read_model),
     "described": Kind(make_description, read_card),
     "run": Kind(make_run, read_run),
-    "photo.jpg": Kind(image_maker(quality=90), read_image),
-    "gray.jpg": Kind(image_maker(mode="L", progressive=True), read_image),
-    "cmyk.jpg": Kind(image_maker(mode="CMYK"), read_image),
-    "photo.png": Kind(image_maker(), read_image),
-    "palette.png": Kind(image_maker(mode="P"), read_image),
-    "photo.webp": Kind(image_maker(), read_image),
-    "photo.gif": Kind(image_maker(), read_image),
-    "photo.bmp": Kind(image_maker(), read_image),
-    "photo.tiff": Kind(image_maker(compression="tiff_lzw"), read_image),
-    "photo.ppm": Kind(image_maker(), read_image),
+    "photo.jpg": image(quality=90),
+    "gray.jpg": image(mode="L", progressive=True),
+    "cmyk.jpg": image(mode="CMYK"),
+    "photo.png": image(),
+    "palette.png": image(mode="P"),
+    "photo.webp": image(),
+    "photo.gif": image(),
+    "photo.bmp": image(),
+    "photo.tiff": image(compression="tiff_lzw"),
+    "photo.ppm": image(),
     "records": Kind(make_records, read_records),
 }
