@@ -8,7 +8,6 @@ the project. What differs from a newcomer's machine:
 - blocks with `NOT_RUN` are left to other tests.
 """
 
-import json
 import os
 import shlex
 import shutil
@@ -16,22 +15,15 @@ import site
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from commands import run_main
 from documents import Passage, output_lines, steps
 from processes import ROOT, SMALL
-
-from activemlp_jax import predict
-from activemlp_jax.weights import convert
 
 # One process with tests/commands/test_train.py: whichever comes second finds the compiled programs
 # in JAX's cache.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
-
-NOTEBOOK = ROOT / "examples" / "activemlp.ipynb"
 
 # Runs the cells of a notebook and shows the last value of each as Jupyter does.
 RUN_NOTEBOOK = """
@@ -131,32 +123,6 @@ def test_what_the_pages_write_is_complete(place: Path):
     recipe = "Trained by the config `digits` on 1,437 images of `digits` for 4 epochs"
     assert recipe in text
     assert "on the 360 test images of `digits`, measured after 4 epochs." in text
-
-
-@pytest.mark.usefixtures("followed")
-def test_a_checkpoint_of_the_original_is_converted_and_asked(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(place)
-    checkpoint = ROOT / "tests" / "fixtures" / "micro_checkpoint.pth"
-    assert "wrote models/micro" in run_main(convert.main, checkpoint, "models/micro").stdout
-    result = run_main(predict.main, "models/micro", "digits/7.png", "--json")
-    (answer,) = map(json.loads, result.stdout.splitlines())
-    assert answer["image"] == "digits/7.png"
-    assert answer["classes"][0]["name"] in set("0123456789")
-
-
-def cells() -> list[dict[str, Any]]:
-    return json.loads(NOTEBOOK.read_text())["cells"]
-
-
-def test_the_notebook_is_kept_with_the_results_of_one_run_from_top_to_bottom():
-    code = [cell for cell in cells() if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
-    outputs = [output for cell in code for output in cell["outputs"]]
-    assert {output["output_type"] for output in outputs} <= {"execute_result", "stream"}
-    assert all(output.get("name", "stdout") == "stdout" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
 
 
 @pytest.mark.usefixtures("followed")
