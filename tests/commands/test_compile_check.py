@@ -11,7 +11,7 @@ from unittest import mock
 
 import jax
 import pytest
-from commands import error_line, run_main
+from commands import error_line
 from processes import ROOT
 
 from activemlp_jax import ActiveMLP, compile_check
@@ -35,15 +35,21 @@ OPEN_TOPOLOGY = compile_check.open_topology
 PARAMETERS = 4 * count_cost(MODEL, 32, 32).parameters  # bytes
 
 
-def found(*arguments: str) -> tuple[str, dict[str, Any]]:
-    """What was printed, and the record at its end."""
+def run(*arguments: str) -> str:
+    """Run the command as a process and return its output."""
     variables = {"TPU_LIBRARY_PATH": str(LIBRARY)} if LIBRARY.exists() else {}
     result = subprocess.run(
-        [sys.executable, "-m", "activemlp_jax.compile_check", *SMALL, *arguments],
+        [sys.executable, "-m", "activemlp_jax.compile_check", *arguments],
         cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    return result.stdout, json.loads(result.stdout.splitlines()[-1])
+    return result.stdout
+
+
+def found(*arguments: str) -> tuple[str, dict[str, Any]]:
+    """What was printed, and the record at its end."""
+    output = run(*SMALL, *arguments)
+    return output, json.loads(output.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -133,9 +139,7 @@ def test_a_missing_compiler_is_named_with_the_command_that_brings_it(
 
 
 def test_help_shows_examples():
-    result = run_main(compile_check.main, "--help")
-    assert result.returncode == 0
-    output = result.stdout
+    output = run("--help")  # absl shows the docstring of the program
     assert "--config configs/active_tiny.py --topology v5e:4x4" in output
     assert "--topology: A TPU slice" in output
     for name in ("images", "classes"):

@@ -38,22 +38,10 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
 
 
-def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "convert_torch_weights.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def converted(*arguments: str | Path) -> str:
-    result = convert(*arguments)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return result.stdout
-
-
 def run_here(*arguments: object) -> str:
     """Run the command in this process, which is quicker, and return its output."""
     result = run_main(main, *arguments)
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
@@ -75,7 +63,10 @@ def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def micro(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The model directory of the micro checkpoint, and what its conversion printed."""
     directory = tmp_path_factory.mktemp("models") / "micro"
-    return directory, converted(MICRO_CHECKPOINT, directory, "--verify")
+    command = [sys.executable, "convert_torch_weights.py", MICRO_CHECKPOINT, directory, "--verify"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stderr) == (0, "")
+    return directory, result.stdout
 
 
 def test_conversion_prints_what_it_found(micro: tuple[Path, str]):
@@ -114,7 +105,7 @@ def test_converted_weights_give_the_originals_logits(micro: tuple[Path, str], ki
 
 
 def test_the_weights_asked_for_become_the_default(micro: tuple[Path, str], tmp_path: Path):
-    output = converted(MICRO_CHECKPOINT, tmp_path / "raw", "--weights", "model")
+    output = run_here(MICRO_CHECKPOINT, tmp_path / "raw", "--weights", "model")
     assert "the raw weights are its default" in output
     _, ours = am.load_pretrained(tmp_path / "raw")
     _, raw = am.load_pretrained(micro[0], "model")
@@ -122,14 +113,14 @@ def test_the_weights_asked_for_become_the_default(micro: tuple[Path, str], tmp_p
 
 
 def test_weights_go_back_to_pytorch_bit_for_bit(micro: tuple[Path, str], tmp_path: Path):
-    output = converted(micro[0], tmp_path / "back.pth", "--to-torch")
+    output = run_here(micro[0], tmp_path / "back.pth", "--to-torch")
     assert "wrote the averaged (EMA) and raw weights to" in output
     back, expected = torch.load(tmp_path / "back.pth", weights_only=True), original()
     assert set(back) == {*expected, "activemlp_jax"}
     for key, state_dict in expected.items():
         assert_equal(back[key], state_dict)
 
-    converted(micro[0], tmp_path / "ema.pth", "--to-torch", "--weights", "ema")
+    run_here(micro[0], tmp_path / "ema.pth", "--to-torch", "--weights", "ema")
     back = torch.load(tmp_path / "ema.pth", weights_only=True)
     assert set(back) == {"model", "activemlp_jax"}
     assert_equal(back["model"], expected["model_ema"])
@@ -137,8 +128,8 @@ def test_weights_go_back_to_pytorch_bit_for_bit(micro: tuple[Path, str], tmp_pat
 
 def test_safetensors_go_both_ways(micro: tuple[Path, str], tmp_path: Path):
     path = tmp_path / "micro.safetensors"
-    converted(micro[0], path, "--to-torch")
-    output = converted(path, tmp_path / "again")
+    run_here(micro[0], path, "--to-torch")
+    output = run_here(path, tmp_path / "again")
     assert "weights: averaged (EMA), float32; epoch 3" in output
     _, ours = am.load_pretrained(tmp_path / "again")
     _, expected = am.load_pretrained(micro[0])
@@ -179,12 +170,12 @@ def test_what_a_state_dict_cannot_say_survives_the_way_there_and_back(suffix: st
     card = ModelCard(model, preprocessing, ("model",), "model", tuple("abcdefghij"))
     with write_directory_aside(tmp_path / "there") as place:
         write_model(place, card, {"model": variables})
-    converted(tmp_path / "there", tmp_path / f"file{suffix}", "--to-torch")
-    converted(tmp_path / f"file{suffix}", tmp_path / "back")
+    run_here(tmp_path / "there", tmp_path / f"file{suffix}", "--to-torch")
+    run_here(tmp_path / f"file{suffix}", tmp_path / "back")
     back = read_card(tmp_path / "back")
     assert back.preprocessing == preprocessing
     assert back.class_names == card.class_names
-    converted(tmp_path / f"file{suffix}", tmp_path / "larger", "--image-size", "96")
+    run_here(tmp_path / f"file{suffix}", tmp_path / "larger", "--image-size", "96")
     assert read_card(tmp_path / "larger").preprocessing == dataclasses.replace(
         preprocessing, image_size=96
     )
@@ -194,7 +185,7 @@ def test_a_published_variant_is_recognised_and_checked(tmp_path: Path):
     shapes = goldens.official_shapes("active_xtiny")
     weights = {key: torch.full(shape, 0.01) for key, shape in shapes.items()}
     torch.save({"state_dict": weights}, tmp_path / "xtiny.pth")
-    output = converted(
+    output = run_here(
         tmp_path / "xtiny.pth", tmp_path / "xtiny", "--model", "active_xtiny",
         "--num-classes", "1000",
     )  # fmt: skip
