@@ -353,14 +353,18 @@ def test_a_wrong_command_line_is_said_clearly(
     arguments: list[Any], message: str, micro: tuple[Path, str], tmp_path: Path
 ):
     places = {"OUT": tmp_path / "out", "MODEL": micro[0]}
-    line = error_line(main, *(places.get(argument, argument) for argument in arguments))
-    assert message in line
+    result = run_main(main, *(places.get(argument, argument) for argument in arguments))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr.splitlines()[-1]  # argparse prints the usage before
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth", ".safetensors"])
 def test_a_place_that_cannot_be_written_is_one_clear_line(suffix: str, micro: tuple[Path, str]):
     out = f"/proc/cannot{suffix}"
-    line = error_line(main, *((micro[0], out, "--to-torch") if suffix else (MICRO_CHECKPOINT, out)))
+    arguments = (micro[0], out, "--to-torch") if suffix else (MICRO_CHECKPOINT, out)
+    result = run_main(main, *arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
     assert "/proc/" in line
     assert "No such file or directory" in line
