@@ -98,7 +98,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         depth = len(self.drop_path_rates)
-        peg = depthwise(self.dim, self.dtype, self.param_dtype, name="peg")
+        peg = depthwise(self.dim, self.dtype, self.param_dtype, self.impl, name="peg")
         offset = None
         for j, rate in enumerate(self.drop_path_rates):
             makes_offset = j % self.offset_interval == 0 and j != depth - 1
@@ -190,9 +190,9 @@ class ActiveMLP(nn.Module):
         takes less memory and more time; results stay the same.
       param_dtype: dtype of the parameters, offsets, mixing weights and logits, and of sums over
         positions or images in both passes; None for float32, or `dtype` if that is wider.
-      impl: implementation of `sample_axis`. The default is fast, but its derivative rule supports
-        only first derivatives in reverse mode. With 'definition' and without `remat_stages`, the
-        model is plain linen, and `jax.jvp`, `jax.hessian` and the like work.
+      impl: implementation of `sample_axis`. The default is fast, but its derivative rules
+        support only first derivatives in reverse mode. With 'definition' and without
+        `remat_stages`, the model is plain linen, and `jax.jvp`, `jax.hessian` and the like work.
 
     Calls:
       `init(rng, images)` returns variables, and `apply(variables, images, train=False)` logits

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from activemlp_jax.ops.depthwise import depthwise_conv
+from activemlp_jax.ops.depthwise import conv_by_shifts, plain_conv_by_shifts
 
 Dtype = Any
 
@@ -70,7 +70,9 @@ class Conv(nn.Conv):
         return super().__call__(x).astype(self.dtype)
 
 
-def depthwise(channels: int, dtype: Dtype, param_dtype: Dtype, name: str | None = None) -> Conv:
+def depthwise(
+    channels: int, dtype: Dtype, param_dtype: Dtype, impl: str = "auto", name: str | None = None
+) -> Conv:
     """Create a depthwise 3x3 convolution that keeps the size of the map."""
     return Conv(
         channels,
@@ -80,13 +82,19 @@ def depthwise(channels: int, dtype: Dtype, param_dtype: Dtype, name: str | None 
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=depthwise_init,
-        conv_general_dilated=depthwise_conv,
+        conv_general_dilated=plain_conv_by_shifts if impl == "definition" else conv_by_shifts,
         name=name,
     )
 
 
 # The fast variance, E[x^2] - E[x]^2, suffers from cancellation.
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+@jax.checkpoint  # Computing erf again costs less than keeping float32 values for the backward pass.
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, computed in float32 or wider, in the dtype of `x`."""
+    return nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=False).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -100,6 +108,4 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dense = functools.partial(Dense, dtype=self.dtype, param_dtype=self.param_dtype)
-        x = dense(self.hidden, name="fc1")(x)
-        x = nn.gelu(x.astype(self.param_dtype), approximate=False).astype(self.dtype)
-        return dense(self.features, name="fc2")(x)
+        return dense(self.features, name="fc2")(gelu(dense(self.hidden, name="fc1")(x)))
