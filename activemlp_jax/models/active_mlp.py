@@ -43,16 +43,16 @@ class Block(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: bool = False
-    impl: str = "auto"
+    plain: bool = False
 
     def setup(self) -> None:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.makes_offset:
             self.offset_layer = OffsetLayer(self.share_dim, self.param_dtype)
         self.norm1 = LayerNorm(**dtypes)
-        self.atm = ActiveTokenMixer(**dtypes, impl=self.impl)
+        self.atm = ActiveTokenMixer(**dtypes, plain=self.plain)
         self.norm2 = LayerNorm(**dtypes)
-        self.mlp = Mlp(int(self.dim * self.mlp_ratio), self.dim, **dtypes)
+        self.mlp = Mlp(int(self.dim * self.mlp_ratio), self.dim, **dtypes, plain=self.plain)
         # Dropout with one draw per sample is drop path, scaled by 1 / keep.
         self.drop_path = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3))
 
@@ -93,12 +93,12 @@ class Stage(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     remat: bool = False
-    impl: str = "auto"
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         depth = len(self.drop_path_rates)
-        peg = depthwise(self.dim, self.dtype, self.param_dtype, self.impl, name="peg")
+        peg = depthwise(self.dim, self.dtype, self.param_dtype, self.plain, name="peg")
         offset = None
         for j, rate in enumerate(self.drop_path_rates):
             makes_offset = j % self.offset_interval == 0 and j != depth - 1
@@ -113,7 +113,7 @@ class Stage(nn.Module):
                 self.dtype,
                 self.param_dtype,
                 self.remat,
-                self.impl,
+                self.plain,
                 name=f"block_{j}",
             )
             x, offset = block(x, offset, train)
@@ -190,9 +190,10 @@ class ActiveMLP(nn.Module):
         takes less memory and more time; results stay the same.
       param_dtype: dtype of the parameters, offsets, mixing weights and logits, and of sums over
         positions or images in both passes; None for float32, or `dtype` if that is wider.
-      impl: implementation of `sample_axis`. The default is fast, but its derivative rules
-        support only first derivatives in reverse mode. With 'definition' and without
-        `remat_stages`, the model is plain linen, and `jax.jvp`, `jax.hessian` and the like work.
+      plain: whether to use only ordinary linen and JAX operations. By default the model uses faster
+        forms of the same functions, whose derivative rules support only first derivatives in
+        reverse mode. With `plain` and no `remat_stages`, `jax.jvp`, `jax.hessian` and the like
+        work.
 
     Calls:
       `init(rng, images)` returns variables, and `apply(variables, images, train=False)` logits
@@ -216,7 +217,7 @@ class ActiveMLP(nn.Module):
     dtype: Dtype = jnp.float32
     remat_stages: Sequence[int] = ()
     param_dtype: Dtype | None = None
-    impl: str = "auto"
+    plain: bool = False
 
     def __post_init__(self) -> None:
         check_architecture(
@@ -250,7 +251,7 @@ class ActiveMLP(nn.Module):
                 tuple(float(rate) for rate in rates[ends[i] - self.depths[i] : ends[i]]),
                 **dtypes,
                 remat=i in self.remat_stages,
-                impl=self.impl,
+                plain=self.plain,
             )
             for i in range(4)
         ]

@@ -1,6 +1,8 @@
 """Layers that the networks share: linen's own, with the original's initialization.
 
-`dtype` is the dtype of a layer's computation and result, `param_dtype` that of its parameters.
+`dtype` is the dtype of a layer's computation and result, `param_dtype` that of its parameters. With
+`plain`, a layer uses only ordinary linen and JAX operations. Otherwise it uses faster forms of the
+same functions from `ops`, some with derivative rules.
 """
 
 import functools
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from activemlp_jax.ops.depthwise import conv_by_shifts, plain_conv_by_shifts
+from activemlp_jax.ops.gelu import gelu, plain_gelu
 
 Dtype = Any
 
@@ -71,7 +74,7 @@ class Conv(nn.Conv):
 
 
 def depthwise(
-    channels: int, dtype: Dtype, param_dtype: Dtype, impl: str = "auto", name: str | None = None
+    channels: int, dtype: Dtype, param_dtype: Dtype, plain: bool = False, name: str | None = None
 ) -> Conv:
     """Create a depthwise 3x3 convolution that keeps the size of the map."""
     return Conv(
@@ -82,19 +85,13 @@ def depthwise(
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=depthwise_init,
-        conv_general_dilated=plain_conv_by_shifts if impl == "definition" else conv_by_shifts,
+        conv_general_dilated=plain_conv_by_shifts if plain else conv_by_shifts,
         name=name,
     )
 
 
 # The fast variance, E[x^2] - E[x]^2, suffers from cancellation.
 LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
-
-
-@jax.checkpoint  # Computing erf again costs less than keeping float32 values for the backward pass.
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, computed in float32 or wider, in the dtype of `x`."""
-    return nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=False).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -104,8 +101,11 @@ class Mlp(nn.Module):
     features: int
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dense = functools.partial(Dense, dtype=self.dtype, param_dtype=self.param_dtype)
-        return dense(self.features, name="fc2")(gelu(dense(self.hidden, name="fc1")(x)))
+        x = dense(self.hidden, name="fc1")(x)
+        x = plain_gelu(x) if self.plain else gelu(x)
+        return dense(self.features, name="fc2")(x)

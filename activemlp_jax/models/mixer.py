@@ -59,24 +59,25 @@ class ActiveTokenMixer(nn.Module):
     It returns `[B, H, W, C]`. If the collection 'intermediates' is mutable, the call stores
     `offset` and the mixing weights, `weight` `[B, 1, 1, C, 3]`, in it.
 
-    Mixing weights are computed in `param_dtype` from the mean over all positions. `impl` is the
-    implementation of `sample_axis`. On large maps, unless `impl` is 'definition', the same mix is
-    computed by one matmul per image; see `ops.folded_mixer`.
+    Mixing weights are computed in `param_dtype` from the mean over all positions. On large maps,
+    unless `plain`, the same mix is computed by one matmul per image; see `ops.folded_mixer`.
 
     Source: Active Token Mixer, section 3.
     """
 
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
-    impl: str = "auto"
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, offset: jax.Array) -> jax.Array:
         _, height, width, channels = x.shape
         offset_w, offset_h = jnp.split(offset, 2, axis=-1)
-        x_w = sample_axis(x, offset_w, "w", self.impl)
-        x_h = sample_axis(x, offset_h, "h", self.impl)
-        fusion = Mlp(channels // 4, 3 * channels, self.param_dtype, self.param_dtype, name="fusion")
+        impl = "definition" if self.plain else "auto"
+        x_w = sample_axis(x, offset_w, "w", impl)
+        x_h = sample_axis(x, offset_h, "h", impl)
+        wide = self.param_dtype
+        fusion = Mlp(channels // 4, 3 * channels, wide, wide, self.plain, name="fusion")
 
         def weigh(mean: jax.Array) -> jax.Array:
             logits = fusion(mean)
@@ -85,7 +86,7 @@ class ActiveTokenMixer(nn.Module):
             self.sow("intermediates", "weight", weight)
             return weight
 
-        if self.impl != "definition" and folded_mixer.saves_work(height, width, channels):
+        if not self.plain and folded_mixer.saves_work(height, width, channels):
             parameters = functools.partial(DenseParameters, self.param_dtype)
             layers = [parameters(name=name)(x) for name in ("atm_w", "atm_h")]
             layers.append(parameters(use_bias=False, name="atm_c")(x))

@@ -19,7 +19,7 @@ HEADS = {"upernet": 512, "fpn": 128}  # default width of each head
 AUXILIARY_MAP = 2  # index of the map that the auxiliary head reads
 BACKBONE_FIELDS = (
     *("depths", "embed_dims", "mlp_ratios", "share_dims"),
-    *("offset_interval", "drop_path_rate", "remat_stages", "impl"),
+    *("offset_interval", "drop_path_rate", "remat_stages", "plain"),
 )
 
 
