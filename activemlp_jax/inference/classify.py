@@ -17,7 +17,7 @@ from activemlp_jax.inference.imagenet_names import readable_names
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.models.active_mlp import ActiveMLP
-from activemlp_jax.models.layers import wide
+from activemlp_jax.models.layers import at_least_float32
 from activemlp_jax.weights.model_directory import ModelCard
 
 BATCH_SIZES = (1, 8, 32)  # few sizes to compile, and still little padding
@@ -64,7 +64,7 @@ class Classifier:
 
         def pooled(model: ActiveMLP, images: jax.Array) -> jax.Array:
             x = model.norm(model.features(images)[-1])
-            return x.mean(axis=(1, 2), dtype=wide(model.dtype))
+            return x.mean(axis=(1, 2), dtype=at_least_float32(model.dtype))
 
         return jnp.asarray(self.model.apply(variables, self._normalized(images), method=pooled))
 

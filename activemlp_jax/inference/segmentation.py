@@ -30,7 +30,7 @@ from activemlp_jax.inference.tiling import (
     plan_views,
     view_matrices,
 )
-from activemlp_jax.models.layers import wide
+from activemlp_jax.models.layers import at_least_float32
 from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.utils.errors import UserError
 
@@ -167,7 +167,7 @@ class Segmenter:
         height, width = image.shape[:2]
         views = plan_views(height, width, self.preprocessing, self.protocol)
         _, result_shape = self.key((height, width))
-        dtype = np.dtype(wide(self.model.dtype))
+        dtype = np.dtype(at_least_float32(self.model.dtype))
         batch: Batch = {}
         matrices = view_matrices(height, width, views)
         for i, (pixels, pair) in enumerate(zip(cut_views(image, views), matrices, strict=True)):

@@ -4,7 +4,7 @@ Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3. The numbe
 are from the authors' release.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,25 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.models.convolutions import DepthwiseConv, conv
-from activemlp_jax.models.layers import Dtype, Mlp, linear, norm, wide
+from activemlp_jax.models.layers import (
+    Conv,
+    Dense,
+    Dtype,
+    LayerNorm,
+    Mlp,
+    depthwise,
+    wide_param_dtype,
+)
 from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
+from activemlp_jax.ops.recompute import recompute
 
 MIN_IMAGE_SIDE = 32  # pixels; the total stride of the four stages
-
-
-def _recomputed(half: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the backward pass recompute `half` of a block and finish its gradients at once."""
-
-    def forward(block: nn.Module, *inputs: Any) -> Any:
-        return nn.vjp(half, block, *inputs)
-
-    def backward(transposed: Callable[..., Any], cotangents: Any) -> Any:
-        # XLA would defer weight-gradient matmuls to the end of the step, which keeps every block's
-        # activations alive. The barrier makes earlier blocks wait for the gradients of this half.
-        return jax.lax.optimization_barrier(transposed(cotangents))
-
-    return nn.remat(nn.custom_vjp(half, forward, backward))
 
 
 class Block(nn.Module):
@@ -41,41 +35,45 @@ class Block(nn.Module):
     recomputes each half from its input.
     """
 
+    dim: int
     mlp_ratio: float
     share_dim: int
     makes_offset: bool
     drop_path_rate: float
     dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
     remat: bool = False
+    plain: bool = False
 
-    @nn.compact
+    def setup(self) -> None:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.makes_offset:
+            self.offset_layer = OffsetLayer(self.share_dim, self.param_dtype)
+        self.norm1 = LayerNorm(**dtypes)
+        self.atm = ActiveTokenMixer(**dtypes, plain=self.plain)
+        self.norm2 = LayerNorm(**dtypes)
+        self.mlp = Mlp(int(self.dim * self.mlp_ratio), self.dim, **dtypes, plain=self.plain)
+        # Dropout with one draw per sample is drop path, scaled by 1 / keep.
+        self.drop_path = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3))
+
+    def mix_tokens(self, x: jax.Array, offset: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        if self.makes_offset:
+            offset = self.offset_layer(x)
+        assert offset is not None, "the first block of a stage makes offsets"
+        return self.atm(self.norm1(x), offset), offset
+
+    def mix_channels(self, x: jax.Array) -> jax.Array:
+        return self.mlp(self.norm2(x))
+
     def __call__(
         self, x: jax.Array, offset: jax.Array | None, train: bool
     ) -> tuple[jax.Array, jax.Array]:
-        channels = x.shape[-1]
-        # Dropout with one draw per sample is drop path, scaled by 1 / keep.
-        drop_path = nn.Dropout(
-            self.drop_path_rate, broadcast_dims=(1, 2, 3), deterministic=not train
-        )
-
-        def mix(
-            block: Block, x: jax.Array, offset: jax.Array | None
-        ) -> tuple[jax.Array, jax.Array]:
-            if block.makes_offset:
-                offset = OffsetLayer(block.share_dim, block.dtype, name="offset_layer")(x)
-            assert offset is not None, "the first block of a stage makes offsets"
-            mixer = ActiveTokenMixer(block.dtype, name="atm")
-            return mixer(norm(block.dtype, name="norm1")(x), offset), offset
-
-        def transform(block: Block, x: jax.Array) -> jax.Array:
-            mlp = Mlp(int(channels * block.mlp_ratio), channels, block.dtype, name="mlp")
-            return mlp(norm(block.dtype, name="norm2")(x))
-
+        mix_tokens, mix_channels = Block.mix_tokens, Block.mix_channels
         if self.remat:
-            mix, transform = _recomputed(mix), _recomputed(transform)
-        mixed, offset = mix(self, x, offset)
-        x = x + drop_path(mixed)
-        return x + drop_path(transform(self, x)), offset
+            mix_tokens, mix_channels = recompute(mix_tokens), recompute(mix_channels)
+        mixed, offset = mix_tokens(self, x, offset)
+        x = x + self.drop_path(mixed, deterministic=not train)
+        return x + self.drop_path(mix_channels(self, x), deterministic=not train), offset
 
 
 class Stage(nn.Module):
@@ -87,29 +85,35 @@ class Stage(nn.Module):
     the backward pass recomputes the halves of each block.
     """
 
+    dim: int
     mlp_ratio: float
     share_dim: int
     offset_interval: int
     drop_path_rates: Sequence[float]
     dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
     remat: bool = False
+    plain: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         depth = len(self.drop_path_rates)
-        peg = DepthwiseConv(self.dtype, name="peg")
+        peg = depthwise(self.dim, self.dtype, self.param_dtype, self.plain, name="peg")
         offset = None
         for j, rate in enumerate(self.drop_path_rates):
             makes_offset = j % self.offset_interval == 0 and j != depth - 1
             if makes_offset:
                 x = x + peg(x)
             block = Block(
+                self.dim,
                 self.mlp_ratio,
                 self.share_dim,
                 makes_offset,
                 rate,
                 self.dtype,
+                self.param_dtype,
                 self.remat,
+                self.plain,
                 name=f"block_{j}",
             )
             x, offset = block(x, offset, train)
@@ -181,10 +185,15 @@ class ActiveMLP(nn.Module):
       offset_interval: interval, in blocks, at which a stage computes new offsets.
       num_classes: number of outputs of the linear head.
       drop_path_rate: rate of the last block; rates grow linearly from 0 at the first block.
-      dtype: dtype of the computation. Parameters, offsets, mixing weights, logits, and sums over
-        positions or images in both passes are float32, or float64 if `dtype` is.
+      dtype: dtype of the computation.
       remat_stages: indices, 0 to 3, of the stages whose blocks the backward pass recomputes. This
         takes less memory and more time; results stay the same.
+      param_dtype: dtype of the parameters, offsets, mixing weights and logits, and of sums over
+        positions or images in both passes; None for float32, or `dtype` if that is wider.
+      plain: whether to use only ordinary linen and JAX operations. By default the model uses faster
+        forms of the same functions, whose derivative rules support only first derivatives in
+        reverse mode. With `plain` and no `remat_stages`, `jax.jvp`, `jax.hessian` and the like
+        work.
 
     Calls:
       `init(rng, images)` returns variables, and `apply(variables, images, train=False)` logits
@@ -207,6 +216,8 @@ class ActiveMLP(nn.Module):
     drop_path_rate: float = 0.0
     dtype: Dtype = jnp.float32
     remat_stages: Sequence[int] = ()
+    param_dtype: Dtype | None = None
+    plain: bool = False
 
     def __post_init__(self) -> None:
         check_architecture(
@@ -225,24 +236,28 @@ class ActiveMLP(nn.Module):
         super().__post_init__()
 
     def setup(self) -> None:
+        param_dtype = wide_param_dtype(self.dtype, self.param_dtype)
+        dtypes = {"dtype": self.dtype, "param_dtype": param_dtype}
         # The original pads by 2, which differs from 'SAME'.
-        self.stem = conv(self.embed_dims[0], 7, 4, 2, self.dtype)
+        self.stem = Conv(self.embed_dims[0], (7, 7), 4, 2, **dtypes)
         rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
         ends = np.cumsum(self.depths)
         self.stages = [
             Stage(
+                self.embed_dims[i],
                 self.mlp_ratios[i],
                 self.share_dims[i],
                 self.offset_interval,
                 tuple(float(rate) for rate in rates[ends[i] - self.depths[i] : ends[i]]),
-                self.dtype,
-                i in self.remat_stages,
+                **dtypes,
+                remat=i in self.remat_stages,
+                plain=self.plain,
             )
             for i in range(4)
         ]
-        self.downsamples = [conv(dim, 3, 2, 1, self.dtype) for dim in self.embed_dims[1:]]
-        self.norm = norm(self.dtype)
-        self.head = linear(self.num_classes, wide(self.dtype))
+        self.downsamples = [Conv(dim, (3, 3), 2, 1, **dtypes) for dim in self.embed_dims[1:]]
+        self.norm = LayerNorm(**dtypes)
+        self.head = Dense(self.num_classes, dtype=param_dtype, param_dtype=param_dtype)
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
         """Output of each stage before downsampling, not normalized.
@@ -280,7 +295,7 @@ class ActiveMLP(nn.Module):
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         x = self.norm(self.features(images, train)[-1])
-        x = x.mean(axis=(1, 2), dtype=wide(self.dtype))
+        x = x.mean(axis=(1, 2), dtype=self.head.param_dtype)
         return self.head(x)
 
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from activemlp_jax.models.layers import LayerNorm, LinearParameters
+from activemlp_jax.models.mixer import DenseParameters
 
 NORM_COST = 5  # operations that the published figures count per element of a LayerNorm's output
 
@@ -32,20 +32,25 @@ def count_cost(model: nn.Module, height: int, width: int) -> Cost:
       ValueError: the model does not accept images of that size.
     """
     macs = normalized = 0
+    in_layer = False  # layers call the layers of flax that they extend
 
     def count(
         next_method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
-        nonlocal macs, normalized
-        output = next_method(*args, **kwargs)
+        nonlocal macs, normalized, in_layer
         module = context.module
-        if context.method_name == "__call__" and module.has_variable("params", "kernel"):
-            # LinearParameters returns parameters, so only its input has the shape of the map.
-            array = args[0] if isinstance(module, LinearParameters) else output
-            positions = math.prod(array.shape[:-1])
-            macs += positions * module.get_variable("params", "kernel").size
-        elif context.method_name == "__call__" and isinstance(module, LayerNorm):
-            normalized += output.size
+        is_layer = isinstance(module, nn.Dense | nn.Conv | DenseParameters)
+        if in_layer or not is_layer or context.method_name != "__call__":
+            output = next_method(*args, **kwargs)
+            if isinstance(module, nn.LayerNorm):
+                normalized += output.size
+            return output
+        in_layer = True
+        output = next_method(*args, **kwargs)
+        in_layer = False
+        # DenseParameters returns parameters, so only its input has the shape of the map.
+        array = args[0] if isinstance(module, DenseParameters) else output
+        macs += math.prod(array.shape[:-1]) * module.get_variable("params", "kernel").size
         return output
 
     images = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)

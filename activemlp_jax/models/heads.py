@@ -10,8 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from activemlp_jax.models.convolutions import Conv, conv_init
-from activemlp_jax.models.layers import Dtype, wide
+from activemlp_jax.models.layers import Conv, Dtype
 from activemlp_jax.models.resizing import pool_adaptive, resize_bilinear, resize_nearest
 
 BATCH_NORM_MOMENTUM = 0.1
@@ -30,10 +29,11 @@ class BatchNorm(nn.Module):
     """
 
     dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        features, dtype = (x.shape[-1],), wide(self.dtype)
+        features, dtype = (x.shape[-1],), self.param_dtype
         scale = self.param("scale", nn.initializers.ones, features, dtype)
         bias = self.param("bias", nn.initializers.zeros, features, dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, dtype)
@@ -66,20 +66,14 @@ class ConvNormRelu(nn.Module):
     features: int
     size: int
     dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = nn.Conv(
-            self.features,
-            (self.size, self.size),
-            padding=self.size // 2,
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=wide(self.dtype),
-            kernel_init=conv_init(),
-            name="conv",
-        )(x)
-        return nn.relu(BatchNorm(self.dtype, name="bn")(x, train))
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        size = (self.size, self.size)
+        x = Conv(self.features, size, use_bias=False, **dtypes, name="conv")(x)
+        return nn.relu(BatchNorm(**dtypes, name="bn")(x, train))
 
 
 class Classifier(nn.Module):
@@ -87,16 +81,16 @@ class Classifier(nn.Module):
 
     num_classes: int
     dropout_rate: float
-    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = nn.Dropout(self.dropout_rate, broadcast_dims=(1, 2), deterministic=not train)(x)
-        return nn.Conv(
+        return Conv(
             self.num_classes,
             (1, 1),
-            dtype=wide(self.dtype),
-            param_dtype=wide(self.dtype),
+            dtype=self.param_dtype,
+            param_dtype=self.param_dtype,
             kernel_init=nn.initializers.normal(stddev=0.01),
             name="conv_seg",
         )(x)
@@ -109,9 +103,10 @@ class UperNetHead(nn.Module):
     channels: int
     dropout_rate: float
     dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def _block(self, size: int, name: str) -> ConvNormRelu:
-        return ConvNormRelu(self.channels, size, self.dtype, name=name)
+        return ConvNormRelu(self.channels, size, self.dtype, self.param_dtype, name=name)
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array], train: bool) -> jax.Array:
@@ -131,7 +126,9 @@ class UperNetHead(nn.Module):
         outputs.append(levels[-1])
         outputs = [resize_bilinear(x, *outputs[0].shape[1:3]) for x in outputs]
         fused = self._block(3, "fusion")(jnp.concatenate(outputs, axis=-1), train)
-        classifier = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
+        classifier = Classifier(
+            self.num_classes, self.dropout_rate, self.param_dtype, name="classifier"
+        )
         return classifier(fused, train)
 
 
@@ -142,11 +139,14 @@ class FcnHead(nn.Module):
     channels: int
     dropout_rate: float
     dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        x = ConvNormRelu(self.channels, 3, self.dtype, name="hidden")(x, train)
-        classifier = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
+        x = ConvNormRelu(self.channels, 3, self.dtype, self.param_dtype, name="hidden")(x, train)
+        classifier = Classifier(
+            self.num_classes, self.dropout_rate, self.param_dtype, name="classifier"
+        )
         return classifier(x, train)
 
 
@@ -155,10 +155,17 @@ class FpnNeck(nn.Module):
 
     channels: int
     dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     def _conv(self, size: int, name: str) -> Conv:
-        init = nn.initializers.xavier_uniform()
-        return Conv(self.channels, size, 1, size // 2, self.dtype, init, name=name)
+        return Conv(
+            self.channels,
+            (size, size),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name=name,
+        )
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array]) -> list[jax.Array]:
@@ -175,18 +182,23 @@ class FpnHead(nn.Module):
     channels: int
     dropout_rate: float
     dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, maps: Sequence[jax.Array], train: bool) -> jax.Array:
         total = None
         for i, x in enumerate(maps):
             for step in range(max(i, 1)):
-                block = ConvNormRelu(self.channels, 3, self.dtype, name=f"scale_{i}_{step}")
+                block = ConvNormRelu(
+                    self.channels, 3, self.dtype, self.param_dtype, name=f"scale_{i}_{step}"
+                )
                 x = block(x, train)
                 if i:
                     x = resize_bilinear(x, 2 * x.shape[1], 2 * x.shape[2])
             # If a side is odd, twice the side of the next smaller map is one pixel too long.
             total = x if total is None else total + resize_bilinear(x, *total.shape[1:3])
         assert total is not None, "expected four maps"
-        classifier = Classifier(self.num_classes, self.dropout_rate, self.dtype, name="classifier")
+        classifier = Classifier(
+            self.num_classes, self.dropout_rate, self.param_dtype, name="classifier"
+        )
         return classifier(total, train)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.models.layers import wide
+from activemlp_jax.models.layers import at_least_float32
 
 
 def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -20,7 +20,9 @@ def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
     if x.shape[1:3] == (height, width):
         return x
     shape = (x.shape[0], height, width, x.shape[3])
-    resized = jax.image.resize(x.astype(wide(x.dtype)), shape, "linear", antialias=False)
+    resized = jax.image.resize(
+        x.astype(at_least_float32(x.dtype)), shape, "linear", antialias=False
+    )
     return resized.astype(x.dtype)
 
 
@@ -51,7 +53,7 @@ def pool_adaptive(x: jax.Array, bins: int) -> jax.Array:
 
     Source: `torch.nn.functional.adaptive_avg_pool2d`.
     """
-    dtype = wide(x.dtype)
+    dtype = at_least_float32(x.dtype)
     rows, columns = (jnp.asarray(_pooling_matrix(side, bins), dtype) for side in x.shape[1:3])
     pooled = jnp.einsum("ih,jw,bhwc->bijc", rows, columns, x.astype(dtype), precision="highest")
     return pooled.astype(x.dtype)

@@ -13,13 +13,13 @@ from flax.core import FrozenDict
 
 from activemlp_jax.models.active_mlp import VARIANTS, ActiveMLP, list_models
 from activemlp_jax.models.heads import FcnHead, FpnHead, FpnNeck, UperNetHead
-from activemlp_jax.models.layers import Dtype, norm
+from activemlp_jax.models.layers import Dtype, LayerNorm, wide_param_dtype
 
 HEADS = {"upernet": 512, "fpn": 128}  # default width of each head
 AUXILIARY_MAP = 2  # index of the map that the auxiliary head reads
 BACKBONE_FIELDS = (
     *("depths", "embed_dims", "mlp_ratios", "share_dims"),
-    *("offset_interval", "drop_path_rate", "remat_stages"),
+    *("offset_interval", "drop_path_rate", "remat_stages", "plain"),
 )
 
 
@@ -35,8 +35,9 @@ class ActiveSegmentor(nn.Module):
       aux_channels: width of the auxiliary head.
       neck_channels: width of the feature pyramid of 'fpn'.
       dropout_rate: rate of the dropout of whole channels before each classifier.
-      dtype: dtype of the computation; None for the backbone's. Parameters, offsets, statistics and
-        logits are float32, or float64 if `dtype` is.
+      dtype: dtype of the computation; None for the backbone's.
+      param_dtype: dtype of the parameters, offsets, statistics and logits; None for the backbone's,
+        which is float32 by default, or `dtype` if that is wider.
 
     Calls:
       `init(rng, images)` returns `params` and `batch_stats`. `apply(variables, images)` returns
@@ -62,6 +63,7 @@ class ActiveSegmentor(nn.Module):
     neck_channels: int = 256
     dropout_rate: float = 0.1
     dtype: Dtype | None = None
+    param_dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         if self.head not in HEADS:
@@ -75,22 +77,26 @@ class ActiveSegmentor(nn.Module):
             raise ValueError(f"dropout_rate is {self.dropout_rate}, expected 0 <= rate < 1")
         if self.dtype is None:
             self.dtype = self.backbone.get("dtype", jnp.float32)
+        if self.param_dtype is None:
+            self.param_dtype = self.backbone.get("param_dtype")
         # Raises if a field is invalid, and fills in defaults, so that equal models compare equal.
         backbone = ActiveMLP(**{**self.backbone, "num_classes": 1, "dtype": self.dtype})
         self.backbone = FrozenDict({name: getattr(backbone, name) for name in BACKBONE_FIELDS})
         super().__post_init__()
 
     def setup(self) -> None:
-        self.active_mlp = ActiveMLP(**self.backbone, dtype=self.dtype)
-        self.norms = [norm(self.dtype) for _ in range(4)]
-        rest = self.dropout_rate, self.dtype
+        param_dtype = wide_param_dtype(self.dtype, self.param_dtype)
+        dtypes = {"dtype": self.dtype, "param_dtype": param_dtype}
+        self.active_mlp = ActiveMLP(**self.backbone, **dtypes)
+        self.norms = [LayerNorm(**dtypes) for _ in range(4)]
+        rest = self.dropout_rate, self.dtype, param_dtype
         channels = self.channels or HEADS[self.head]
         self.decode_head: nn.Module
         if self.head == "upernet":
             self.decode_head = UperNetHead(self.num_classes, channels, *rest)
             self.auxiliary_head = FcnHead(self.num_classes, self.aux_channels, *rest)
         else:
-            self.neck = FpnNeck(self.neck_channels, self.dtype)
+            self.neck = FpnNeck(self.neck_channels, **dtypes)
             self.decode_head = FpnHead(self.num_classes, channels, *rest)
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:

@@ -16,8 +16,7 @@ import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.inference import offsets as module
 from activemlp_jax.inference.offsets import BlockOffsets, inspect_offsets, mean_reach, show_to_model
-from activemlp_jax.models.convolutions import DepthwiseConv
-from activemlp_jax.models.layers import Mlp
+from activemlp_jax.models.layers import Mlp, depthwise
 from activemlp_jax.ops import reference
 from activemlp_jax.plots import offsets as pictures
 from activemlp_jax.plots.offsets import draw_offsets, draw_reach, draw_reads
@@ -74,7 +73,8 @@ def test_offsets_and_weights_of_the_first_block_are_those_computed_by_hand(
     stage = variables["params"]["stages_0"]
     block, atm = stage["block_0"], stage["block_0"]["atm"]
     stem = jnp.asarray(MODEL.apply(variables, images, method=lambda model, x: model.stem(x)))
-    x = np.asarray(stem + DepthwiseConv().apply({"params": stage["peg"]}, stem), np.float64)
+    peg = depthwise(stem.shape[-1], jnp.float32, jnp.float32)
+    x = np.asarray(stem + peg.apply({"params": stage["peg"]}, stem), np.float64)
     offset = linear(norm(x, block["offset_layer"]["norm"]), block["offset_layer"]["linear"])
     groups = offset.shape[-1] // 2
     offset_w, offset_h = offset[..., :groups], offset[..., groups:]

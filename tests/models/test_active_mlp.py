@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.test_util import check_grads
 
 import activemlp_jax as am
 from activemlp_jax.models.active_mlp import Stage
@@ -208,7 +209,7 @@ def test_drop_path_keeps_or_drops_whole_samples_and_scales_by_one_over_keep():
     # One stage of 1x1 maps, all samples alike. Its second block has two branches, each kept with
     # probability 3/4 and then scaled by 4/3: four results with known shares and a known maximum.
     rate, samples = 0.25, 8192
-    stage = Stage(4, 8, 1, (0.0, rate))
+    stage = Stage(32, 4, 8, 1, (0.0, rate))
     x = jnp.tile(
         jnp.asarray(goldens.normal(0, "stage", (1, 1, 1, 32)), jnp.float32), (samples, 1, 1, 1)
     )
@@ -223,7 +224,7 @@ def test_drop_path_keeps_or_drops_whole_samples_and_scales_by_one_over_keep():
         sorted(counts / samples), [1 / 16, 3 / 16, 3 / 16, 9 / 16], atol=0.02
     )
 
-    first_alone = Stage(4, 8, 1, (0.0, 1 - 1e-7)).apply(
+    first_alone = Stage(32, 4, 8, 1, (0.0, 1 - 1e-7)).apply(
         variables, x[:1], True, rngs={"dropout": jax.random.key(1)}
     )
     block = variables["params"]["block_1"]
@@ -293,8 +294,48 @@ def test_unknown_model_names_the_known_ones():
 
 
 @pytest.mark.usefixtures("float64")
+def test_a_plain_stage_has_forward_mode_and_second_derivatives():
+    stage = Stage(4, 2, 2, 2, (0.0, 0.0), jnp.float64, jnp.float64, plain=True)
+    x = jnp.asarray(goldens.normal(0, "stage", (1, 4, 4, 4)))
+    variables = jax.jit(stage.init, static_argnums=2)(jax.random.key(0), x, False)
+    apply = jax.jit(partial(stage.apply, train=False))
+    check_grads(apply, (variables, x), order=2, modes=["fwd", "rev"], eps=1e-4)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_plain_model_has_no_derivative_rules(plain: bool):
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    program = str(jax.make_jaxpr(micro(plain=plain).apply)(goldens.rule_variables(micro()), images))
+    assert ("custom_vjp" in program) != plain
+
+
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype", "kept"),
+    [
+        (jnp.bfloat16, None, jnp.float32),
+        (jnp.float64, None, jnp.float64),
+        (jnp.float32, jnp.float64, jnp.float64),
+    ],
+)
+@pytest.mark.usefixtures("float64")
+def test_parameters_and_logits_are_float32_or_wider(dtype: Any, param_dtype: Any, kept: Any):
+    model = micro(dtype=dtype, param_dtype=param_dtype)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    logits = jax.eval_shape(model.apply, variables, images)
+    maps = jax.eval_shape(partial(model.apply, method="features"), variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(kept)}
+    assert (logits.dtype, maps[0].dtype) == (kept, dtype)
+
+
+def test_parameters_narrower_than_float32_are_refused():
+    with pytest.raises(ValueError, match="param_dtype is bfloat16, expected float32 or wider"):
+        micro(param_dtype=jnp.bfloat16).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+@pytest.mark.usefixtures("float64")
 def test_a_stage_computed_again_has_the_same_gradients_and_drops_the_same_samples():
-    plain = Stage(2, 4, 2, (0.0, 0.5), jnp.float64)
+    plain = Stage(8, 2, 4, 2, (0.0, 0.5), jnp.float64, jnp.float64)
     again = plain.clone(remat=True)
     x = jnp.asarray(goldens.normal(0, "stage", (8, 5, 5, 8)))
     variables = jax.jit(plain.init, static_argnums=2)(jax.random.key(0), x, False)
@@ -324,7 +365,7 @@ def test_both_halves_of_each_block_asked_for_are_computed_again(stages: tuple[in
 
 
 def test_a_half_computed_again_gives_all_its_cotangents_at_once():
-    stage = Stage(2, 4, 2, (0.0, 0.0), remat=True)
+    stage = Stage(8, 2, 4, 2, (0.0, 0.0), remat=True)
     x = jnp.zeros((1, 4, 4, 8))
     variables = jax.eval_shape(partial(stage.init, train=False), jax.random.key(0), x)
 

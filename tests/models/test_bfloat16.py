@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import activemlp_jax as am
-from activemlp_jax.models.convolutions import Conv
-from activemlp_jax.models.layers import Linear
+from activemlp_jax.models.layers import Conv, Dense, depthwise
 from activemlp_jax.models.mixer import ActiveTokenMixer
 from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
 
@@ -58,7 +57,7 @@ def gradients(
 
         @jax.jit
         def transpose(variables: Any, inputs: list[jax.Array], cotangent: jax.Array) -> Any:
-            apply = module.clone(dtype=jnp.dtype(dtype)).apply
+            apply = module.clone(dtype=jnp.dtype(dtype), param_dtype=kept).apply
             out, transposed = jax.vjp(lambda variables: apply(variables, *inputs), variables)
             return transposed(cotangent.astype(out.dtype))[0]
 
@@ -82,8 +81,9 @@ def errors(ours: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("layer", "inputs", "output"),
     [
-        (Linear(8, True, jnp.bfloat16), [(BATCH, 56, 56, 16)], (BATCH, 56, 56, 8)),
-        (Conv(8, 3, 2, 1, jnp.bfloat16), [(BATCH, 111, 111, 4)], (BATCH, 56, 56, 8)),
+        (Dense(8, dtype=jnp.bfloat16), [(BATCH, 56, 56, 16)], (BATCH, 56, 56, 8)),
+        (Conv(8, (3, 3), 2, 1, dtype=jnp.bfloat16), [(BATCH, 111, 111, 4)], (BATCH, 56, 56, 8)),
+        (depthwise(8, jnp.bfloat16, jnp.float32), [(BATCH, 56, 56, 8)], (BATCH, 56, 56, 8)),
         (  # all tokens mapped at once
             ActiveTokenMixer(jnp.bfloat16),
             [(BATCH, 56, 56, 8), (BATCH, 56, 56, 4)],
@@ -95,7 +95,7 @@ def errors(ours: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
             (BATCH, 7, 7, 32),
         ),
     ],
-    ids=["linear", "convolution", "mixer of large maps", "mixer of small maps"],
+    ids=["dense", "convolution", "depthwise", "mixer of large maps", "mixer of small maps"],
 )
 def test_gradients_of_a_layer_are_the_exact_sums(
     layer: Any, inputs: list[tuple[int, ...]], output: tuple[int, ...]

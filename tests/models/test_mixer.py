@@ -41,7 +41,7 @@ def test_values_and_gradients_are_the_formulas(sides: tuple[int, int], dtype: st
         x = jnp.asarray(normal(1, "x", (2, *sides, CHANNELS)), dtype)
         offset = jnp.asarray(2 * normal(1, "offset", (2, *sides, 2 * GROUPS)), dtype)
         cotangent = jnp.asarray(normal(1, "cotangent", x.shape), dtype)
-        mixer = ActiveTokenMixer(jnp.dtype(dtype))
+        mixer = ActiveTokenMixer(jnp.dtype(dtype), jnp.dtype(dtype))
         variables = jax.eval_shape(mixer.init, jax.random.key(0), x, offset)
         # Biases too: they start at zero, where a mistake in them would not show.
         variables = jax.tree_util.tree_map_with_path(
@@ -80,7 +80,7 @@ def test_large_maps_are_multiplied_once_and_small_ones_four_times(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_for_offsets_are_of_the_highest_precision_forward_and_backward(dtype: str):
-    layer, x = OffsetLayer(2, jnp.dtype(dtype)), jax.ShapeDtypeStruct((1, 5, 5, 8), dtype)
+    layer, x = OffsetLayer(2), jax.ShapeDtypeStruct((1, 5, 5, 8), dtype)
     variables = jax.eval_shape(layer.init, jax.random.key(0), x)
 
     def loss(variables: Any, x: jax.Array) -> jax.Array:
