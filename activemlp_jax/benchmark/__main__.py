@@ -1,30 +1,25 @@
-"""Count the cost of models, and time models, data loading and scaling over devices.
+"""Count the cost of models, and time models, the operator and data loading.
 
 Examples:
   python -m activemlp_jax.benchmark table --image-size 384
   python -m activemlp_jax.benchmark table --head upernet --image-size 512x2048
   python -m activemlp_jax.benchmark data --config configs/throughput.py --num-threads 2
-  python -m activemlp_jax.benchmark scaling --config configs/digits.py --devices 4
   python -m activemlp_jax.benchmark model --model active_xtiny --compare
   python -m activemlp_jax.benchmark train --model active_xtiny --batch-size 16
   python -m activemlp_jax.benchmark op --csv results/op.csv
 """
 
 import argparse
-import os
 import re
-from collections.abc import Iterator
 from functools import partial
 from statistics import median
 
-import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 from activemlp_jax.benchmark.command import add_commands, run
 from activemlp_jax.benchmark.loading import measure
-from activemlp_jax.benchmark.scaling import device_counts, measure_scaling
 from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.data.base import EncodedSource
 from activemlp_jax.data.sources import open_source
@@ -126,36 +121,6 @@ def print_data_rates(
     say(f"{'ratio':14}{median(rates.ours) / median(rates.plain):9.2f}")
 
 
-def print_scaling(config: str, devices: int, classes: int, steps: int, rounds: int) -> None:
-    """Run the command `scaling`: print images per second for each number of devices.
-
-    Raises:
-      UserError: the config is invalid, or the machine has fewer devices.
-    """
-    jax.config.update("jax_num_cpu_devices", devices)  # for machines without an accelerator
-    settings = load_config(config)
-    check_config(settings)
-    rates = measure_scaling(settings, classes, device_counts(devices), steps, rounds)
-    kind = jax.devices()[0].device_kind
-    print(
-        f"{config}, {settings.batch_size} images a step and device, {kind}, {os.cpu_count()} cores"
-    )
-    for line in scaling_lines(rates):
-        print(line)
-
-
-def scaling_lines(rates: dict[int, list[float]]) -> Iterator[str]:
-    """Yield a line per number of devices: images per second, and the percentage of ideal."""
-    alone = median(rates[1])
-    for count, values in rates.items():
-        rate = median(values)
-        yield (
-            f"{count:4} device(s) {rate:9,.1f} images/s, median of {len(values)} "
-            f"({min(values):,.1f} to {max(values):,.1f}); {rate / alone:.2f} times one device's, "
-            f"{100 * rate / alone / count:.0f}% of ideal"
-        )
-
-
 def main() -> None:
     """Run the command line."""
     parser = Parser(
@@ -188,19 +153,6 @@ def main() -> None:
     data.add_argument("--num-workers", type=int, help="processes instead of threads (the config's)")
     data.add_argument("--steps", type=int, default=5, help="batches per round (5)")
     data.add_argument("--rounds", type=int, default=3, help="rounds of each, in turns (3)")
-    scaling = commands.add_parser(
-        "scaling",
-        help="images per second on 1, 2, 4 and so on of this machine's devices",
-        description="Times the train step, without data loading, on some of this machine's "
-        "devices, each with the config's batch size. CPU devices share the machine's cores.",
-    )
-    scaling.add_argument(
-        "--config", required=True, metavar="FILE", help="such as configs/digits.py"
-    )
-    scaling.add_argument("--devices", type=int, required=True, help="largest number to use")
-    scaling.add_argument("--classes", type=int, default=10, help="classes of the model (10)")
-    scaling.add_argument("--steps", type=int, default=10, help="steps per round (10)")
-    scaling.add_argument("--rounds", type=int, default=3, help="rounds of each, in turns (3)")
     add_commands(commands)
     arguments = vars(parser.parse_args())
     keep_freed_memory()  # as train.py does
@@ -212,9 +164,7 @@ def main() -> None:
                 print_costs(**arguments)
                 return
             check_numbers(arguments)
-            if command == "scaling":
-                print_scaling(**arguments)
-            elif command == "data":
+            if command == "data":
                 print_data_rates(**arguments)
             else:
                 run(command, arguments)
