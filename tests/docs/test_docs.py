@@ -40,7 +40,8 @@ COMMANDS = [found for page in PAGES for found in commands(page)]
 LINKS = [found for page in PAGES for found in links(page)]
 PYTHON = [fence for page in PAGES for fence in fences(page) if fence.language == "python"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OWN_FOLDERS = ("configs/", "docs/", "examples/", "tests/")  # what is named in them is there
+# What is named in these is there.
+OWN_FOLDERS = ("benchmarks/", "configs/", "docs/", "examples/", "tests/")
 PIP_OPTIONS = {"-c", "-e", "-q", "--extra-index-url"}
 
 

@@ -42,14 +42,21 @@ def imported(folder: Path) -> dict[str, str]:
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
             found |= {name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names}
-    own = {"activemlp_jax", "configs", "examples", *(path.stem for path in folder.rglob("*.py"))}
+    own = {"activemlp_jax", "configs", "examples"}
+    own |= {path.stem for place in (folder, ROOT / "benchmarks") for path in place.rglob("*.py")}
     not_others = own | sys.stdlib_module_names
     return {name: path for name, path in found.items() if name not in not_others}
 
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("activemlp_jax", EXTRAS), ("configs", ()), ("examples", ()), ("tests", ("test",))],
+    [
+        ("activemlp_jax", EXTRAS),
+        ("benchmarks", ("torch",)),
+        ("configs", ()),
+        ("examples", ()),
+        ("tests", ("test",)),
+    ],
 )
 def test_what_is_imported_is_asked_for_by_name(folder: str, extras: Iterable[str]):
     wanted = (requirement for extra in extras for requirement in EXTRAS[extra])
