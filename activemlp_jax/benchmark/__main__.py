@@ -161,10 +161,7 @@ def measure_all(
 ) -> None:
     """Time groups of contenders, print their figures, and update the CSV file after every group.
 
-    Args:
-      groups: titles and contenders; iterating compiles a group's contenders, which then take turns.
-      options: options of the command.
-      in_milliseconds: whether to print times instead of images per second.
+    Each group has a title; iterating over it compiles its contenders, which then take turns.
     """
     machine = this_machine(options.compare)
     file = Path(options.csv) if options.csv else None

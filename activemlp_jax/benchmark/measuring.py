@@ -119,13 +119,7 @@ def this_machine(with_torch: bool) -> Machine:
 def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> list[list[float]]:
     """Time contenders in turns, so that other load on the machine affects all of them alike.
 
-    Args:
-      contenders: contenders to time.
-      steps: runs per round.
-      rounds: rounds of each contender.
-
-    Returns:
-      Seconds per run: for each contender, one figure per round.
+    Returns the seconds per run: for each contender, one figure per round of `steps` runs.
     """
     for contender in contenders:
         contender.call(1)  # excludes threads and libraries that start late
@@ -141,11 +135,9 @@ def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> l
 def summarize(
     contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]
 ) -> list[Measurement]:
-    """Compute rates, ratios and fractions of contenders that were timed in turns.
+    """Compute rates, ratios and fractions from the `seconds` of `time_in_turns`.
 
-    Args:
-      contenders: contenders, with at least one of JAX for each `what`.
-      seconds: as `time_in_turns` returns them.
+    At least one contender of each `what` is JAX's.
     """
     timed = list(zip(contenders, seconds, map(median, seconds), strict=True))
     fastest: dict[str, float] = {}
@@ -187,12 +179,7 @@ def summarize(
 
 
 def table_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> Iterator[str]:
-    """Format measurements as lines of a table, 100 columns wide for names of usual length.
-
-    Args:
-      measurements: measurements of contenders that took turns.
-      in_milliseconds: whether to show times instead of images per second.
-    """
+    """Format measurements as lines of a table, 100 columns wide for names of usual length."""
 
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)

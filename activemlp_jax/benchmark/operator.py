@@ -43,12 +43,7 @@ class Case(NamedTuple):
         )
 
     def traffic(self, what: str) -> float:
-        """Count the bytes moved if each array is read or written once.
-
-        Args:
-          what: 'forward', which writes the result, or 'forward+backward', which also writes both
-            gradients.
-        """
+        """Bytes moved if each array is read or written once, 'forward' or 'forward+backward'."""
         features, offset = self.features.nbytes, self.offset.nbytes
         forward = 2.0 * features + offset
         # The backward pass reads features, offsets and cotangent, and writes two gradients.
@@ -56,17 +51,7 @@ class Case(NamedTuple):
 
 
 def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -> Iterator[Case]:
-    """Draw random inputs for every stage of `MODEL` along both axes.
-
-    Args:
-      batch_size: number of images.
-      image_size: side of the images in pixels.
-      dtype: dtype of the features.
-      deviation: standard deviation of the offsets, in pixels.
-
-    Raises:
-      ValueError: the model does not take images of that size.
-    """
+    """Draw inputs for every stage of `MODEL` and axis; offsets deviate by `deviation` pixels."""
     images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
     init = partial(create_model(MODEL).init_with_output, method="features")
     maps, _ = jax.eval_shape(init, jax.random.key(0), images)
