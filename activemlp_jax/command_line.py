@@ -11,9 +11,7 @@ from activemlp_jax.utils.errors import UserError, exit_with
 # the memory, or start more threads than the system allows, before they fail.
 LIMITS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 2**20),
-    "classes": (1, 2**20),
     "deviation": (0, 10**6),
-    "devices": (1, 1024),
     "image_size": (MIN_IMAGE_SIDE, 2**14),
     "num_threads": (0, 1024),
     "num_workers": (0, 1024),

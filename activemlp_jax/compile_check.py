@@ -15,13 +15,14 @@ import os
 import re
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
 from activemlp_jax.benchmark.hlo_cost import Bounds, Resources, count_bounds, count_resources
+from activemlp_jax.benchmark.measuring import say
 from activemlp_jax.distributed import sharding
 from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.cli_flags import chosen_config, start
@@ -38,35 +39,8 @@ LESS_MEMORY = (
 )
 
 
-class DataSize(NamedTuple):
-    """Size of the training set, which the program depends on; `origin` says where it is from."""
-
-    images: int
-    classes: int
-    origin: str
-
-
-class Images(NamedTuple):
-    """Number of images in a step and in the whole run."""
-
-    per_step: int
-    per_run: int
-
-
-def say(line: str) -> None:
-    """Print without buffering, because compiling takes long."""
-    print(line, flush=True)
-
-
 def open_topology(name: str) -> list[Any]:
-    """Describe the devices of a slice, which need not exist.
-
-    Args:
-      name: such as v5e:4x4, chips by chips, or cpu:8.
-
-    Raises:
-      UserError: the name is unknown, or the compiler is not installed.
-    """
+    """Describe the devices of a slice, such as v5e:4x4 or cpu:8, which need not exist."""
     # Do not use a TPU of this machine, as other processes may need it.
     jax.config.update("jax_platforms", "cpu")
     kind, _, size = name.partition(":")
@@ -101,25 +75,20 @@ def open_topology(name: str) -> list[Any]:
         raise UserError(f"--topology is {name}, which the compiler refuses: {error}") from error
 
 
-def data_size(config: ConfigDict, images: int | None, classes: int | None) -> DataSize:
-    """Determine the size of the config's training set, which need not be on this machine.
-
-    Args:
-      config: the whole config.
-      images: number of images to assume instead of the dataset's, or None.
-      classes: number of classes to assume instead of the dataset's, or None.
-    """
+def data_size(config: ConfigDict, images: int | None, classes: int | None) -> tuple[int, int, str]:
+    """Number of images and classes of the training set as far as not given, and their origin."""
     if images and classes:
-        return DataSize(images, classes, "as given")
+        return images, classes, "as given"
     try:
         source = open_data(config, config.data.train_split)
-        size = DataSize(len(source), len(source.class_names), f"of {config.data.name}")
+        num_images, num_classes = len(source), len(source.class_names)
+        origin = f"of {config.data.name}"
     except UserError:
         num_images, num_classes, name = TASKS[config.task].dataset
-        size = DataSize(num_images, num_classes, f"as {name} has; {config.data.name} is not here")
+        origin = f"as {name} has; {config.data.name} is not here"
     if images or classes:
-        return DataSize(images or size.images, classes or size.classes, "in part as given")
-    return size
+        origin = "in part as given"
+    return images or num_images, classes or num_classes, origin
 
 
 def rounded(value: float) -> str:
@@ -128,22 +97,15 @@ def rounded(value: float) -> str:
 
 
 def report_resources(resources: Resources, flops: float, chip: Chip | None) -> None:
-    """Print what a step needs on each device.
-
-    Args:
-      resources: of one device.
-      flops: floating-point operations of a step on one device, from the model's multiply-adds.
-      chip: data sheet of the device, or None.
-    """
+    """Print what a step of `flops` operations, by the model's multiply-adds, needs on a device."""
+    sizes = {
+        "state and batch": resources.arguments,
+        "results": resources.results,
+        "temporary": resources.temporary,
+        "program": resources.program,
+    }
     parts = " + ".join(
-        f"{name} {size / GIB:.2f}"
-        for name, size in (
-            ("state and batch", resources.arguments),
-            ("results", resources.results),
-            ("temporary", resources.temporary),
-            ("program", resources.program),
-        )
-        if size / GIB >= 0.005
+        f"{name} {size / GIB:.2f}" for name, size in sizes.items() if size / GIB >= 0.005
     )
     limit = "" if chip is None else f" of {chip.memory / GIB:.0f}"
     say(f"memory       {resources.memory / GIB:.2f} GiB{limit} a device: {parts}")
@@ -160,15 +122,15 @@ def report_resources(resources: Resources, flops: float, chip: Chip | None) -> N
     say(f"collectives  {'; '.join(collectives) or 'none'}")
 
 
-def report_bounds(bounds: Bounds, images: Images, hosts: int) -> None:
+def report_bounds(bounds: Bounds, batch_size: int, steps: int, hosts: int) -> None:
     """Print bounds from the data sheet: time of a step, images per second, hours of the run."""
     seconds = bounds._asdict()
     times = ", ".join(f"{name} {rounded(1e3 * value)} ms" for name, value in seconds.items())
-    rate = images.per_step / bounds.step
+    rate = batch_size / bounds.step
     say(f"least a step {times} (data sheet)")
     say(
         f"at most      {rate:,.0f} images/s, {rate / hosts:,.0f} from each host; "
-        f"at least {images.per_run / rate / 3600:,.1f} h for the run"
+        f"at least {steps * bounds.step / 3600:,.1f} h for the run"
     )
 
 
@@ -178,16 +140,16 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
     config = adopt_architecture(config)
     devices = open_topology(topology)
     check_config(config)
-    size = data_size(config, images, classes)
+    images, classes, origin = data_size(config, images, classes)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
-    trainer = build_trainer(config, size.classes, size.images, mesh)
+    trainer = build_trainer(config, classes, images, mesh)
     kind, hosts = devices[0].device_kind, len({device.process_index for device in devices})
     chip = CHIPS.get(kind)
     axes = ", ".join(f"{name} {number}" for name, number in mesh.shape.items())
     say(f"{path} on {topology}: {len(devices)} {kind} of {hosts} host(s), mesh {axes}")
     say(
         f"{config.batch_size:,} images a step, {config.batch_size / len(devices):g} a device; "
-        f"{size.images:,} images in {size.classes:,} classes, {size.origin}"
+        f"{images:,} images in {classes:,} classes, {origin}"
     )
     record: dict[str, Any] = {
         "config": path,
@@ -196,6 +158,11 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
         "hosts": hosts,
         "batch_size": config.batch_size,
     }
+
+    def finish(fits: bool | None) -> bool:
+        say(json_line({**record, "fits": fits}, "the record"))
+        return fits is not False
+
     say("compiling the train step; that takes a minute or two for a recipe's model")
     began = time.perf_counter()
     try:
@@ -205,8 +172,7 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
             raise UserError(f"the step of {path} does not compile: {error}") from error
         say(f"does not fit: {one_line(error)[:600]}")
         say(LESS_MEMORY)
-        say(json_line({**record, "fits": False}, "the record"))
-        return False
+        return finish(False)
     seconds = time.perf_counter() - began
     resources = count_resources(step, len(devices))
     say(f"compiled in {seconds:.0f} s")
@@ -220,19 +186,16 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
         "model_flops": flops,
     }
     if chip is None:
-        say(json_line({**record, "fits": None}, "the record"))
-        return True
+        return finish(None)
     if config.accumulation == 1:
         bounds = count_bounds(resources, flops, chip)
-        steps = trainer.steps
-        report_bounds(bounds, Images(config.batch_size, config.batch_size * steps), hosts)
+        report_bounds(bounds, config.batch_size, trainer.steps, hosts)
         record["least_seconds"] = bounds._asdict()
     else:
         say(f"no bounds: the compiler counts one of the {config.accumulation} parts of a batch")
     fits = resources.memory <= chip.memory
     say("fits" if fits else f"does not fit. {LESS_MEMORY}")
-    say(json_line({**record, "fits": fits}, "the record"))
-    return fits
+    return finish(fits)
 
 
 def _main() -> None:

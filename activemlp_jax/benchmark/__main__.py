@@ -1,40 +1,65 @@
-"""Count the cost of models, and time models, data loading and scaling over devices.
+"""Count the cost of models, and time models, the operator and data loading.
 
 Examples:
   python -m activemlp_jax.benchmark table --image-size 384
   python -m activemlp_jax.benchmark table --head upernet --image-size 512x2048
   python -m activemlp_jax.benchmark data --config configs/throughput.py --num-threads 2
-  python -m activemlp_jax.benchmark scaling --config configs/digits.py --devices 4
   python -m activemlp_jax.benchmark model --model active_xtiny --compare
   python -m activemlp_jax.benchmark train --model active_xtiny --batch-size 16
   python -m activemlp_jax.benchmark op --csv results/op.csv
 """
 
-import argparse
+import contextlib
+import importlib
 import os
 import re
-from collections.abc import Iterator
-from functools import partial
+import sys
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from statistics import median
+from types import ModuleType
 
 import jax
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from activemlp_jax.benchmark.command import add_commands, run
-from activemlp_jax.benchmark.loading import measure
-from activemlp_jax.benchmark.scaling import device_counts, measure_scaling
+from activemlp_jax.benchmark.measuring import (
+    MIB,
+    Contender,
+    Measurement,
+    Workload,
+    say,
+    summarize,
+    table_lines,
+    this_machine,
+    time_in_turns,
+    write_csv,
+)
+from activemlp_jax.benchmark.operator import Case, compile_operator, draw_cases
+from activemlp_jax.benchmark.programs import (
+    TRAINING,
+    compile_copy,
+    compile_forward,
+    compile_matmul,
+    compile_training,
+    draw_inputs,
+)
 from activemlp_jax.command_line import Parser, check_numbers
-from activemlp_jax.data.base import EncodedSource
-from activemlp_jax.data.sources import open_source
+from activemlp_jax.data.loader import train_batches
 from activemlp_jax.models.active_mlp import create_model, list_models
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.models.segmentor import HEADS, create_segmentor
+from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.cli_flags import load_config
 from activemlp_jax.training.config import check_config
-from activemlp_jax.utils.errors import UserError, errors_in_one_line
+from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command
+from activemlp_jax.utils.files import check_output_file
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_freed_memory
+
+PEER = Path("benchmarks", "torch_peer.py")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -48,18 +73,10 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def cost_table(names: list[str], height: int, width: int, head: str | None = None) -> Table:
-    """Make a table of the parameters and multiply-adds of models for one image.
-
-    Args:
-      names: names of classifiers, or of backbones if `head` is given.
-      height: height of the image in pixels.
-      width: width of the image in pixels.
-      head: head of segmentation models for ADE20K; None for ImageNet classifiers.
-
-    Raises:
-      ValueError: the models do not take images of that size, or a name is unknown.
-    """
+def print_costs(options: Namespace) -> None:
+    """Run `table`: print parameters and multiply-adds of models for one image."""
+    height, width = parse_size(options.size)
+    head = options.head
     classes = f"{head}, 150" if head else "1000"
     table = Table(title=f"one image of {height} x {width}, {classes} classes")
     table.add_column("backbone" if head else "model")
@@ -67,118 +84,186 @@ def cost_table(names: list[str], height: int, width: int, head: str | None = Non
     last = "with LayerNorms" if head else "as published"
     for heading in ("parameters", "GMACs conv+linear", f"GMACs {last}"):
         table.add_column(heading, justify="right")
-    for name in names:
+    for name in options.model or list_models():
         model = create_segmentor(name, head) if head else create_model(name)
         cost = count_cost(model, height, width)
-        table.add_row(
-            name,
-            f"{cost.parameters:,}",
-            f"{cost.macs / 1e9:.3f}",
-            f"{cost.published_macs / 1e9:.3f}",
-        )
-    return table
+        macs = (f"{macs / 1e9:.3f}" for macs in (cost.macs, cost.published_macs))
+        table.add_row(name, f"{cost.parameters:,}", *macs)
+    Console().print(table)
 
 
-def print_data_rates(
-    config: str,
-    data: str | None,
-    batch_size: int | None,
-    num_threads: int | None,
-    num_workers: int | None,
-    steps: int,
-    rounds: int,
-) -> None:
-    """Run the command `data`: print images per second, and the ratio to plain Pillow.
-
-    Raises:
-      UserError: the config is invalid, or does not train on random crops of image files.
-    """
-    settings = load_config(config)
-    for key, value in (
-        ("data.name", data),
-        ("data.num_threads", num_threads),
-        ("data.num_workers", num_workers),
-        ("batch_size", batch_size),
-    ):
-        if value is not None:
-            settings.update_from_flattened_dict({key: value})
-    check_config(settings)
-    source = open_source(settings.data.name, settings.data.train_split)
-    if settings.data.augmentation != "random_resized_crop" or not isinstance(source, EncodedSource):
-        raise UserError(
-            f"{config} does not train on random crops of image files, which this command times"
-        )
+def print_data_rate(options: Namespace) -> None:
+    """Run `data`: print images per second of the loader."""
+    config = load_config(options.config)
+    changes = {
+        "data.name": options.data,
+        "data.num_threads": options.num_threads,
+        "data.num_workers": options.num_workers,
+        "batch_size": options.batch_size,
+    }
+    config.update_from_flattened_dict({k: v for k, v in changes.items() if v is not None})
+    check_config(config)
+    source, data, steps = open_data(config, config.data.train_split), config.data, options.steps
     flags.FLAGS.mark_as_parsed()  # for Grain's worker processes
-    size = settings.data.image_size
-    workers = (
-        f"{settings.data.num_workers} process(es)"
-        if settings.data.num_workers
-        else f"{settings.data.num_threads} thread(s)"
+    threads, workers = f"{data.num_threads} thread(s)", f"{data.num_workers} process(es)"
+    say(
+        f"{data.name}: {config.batch_size} images of {data.image_size} x {data.image_size} a "
+        f"batch, {workers if data.num_workers else threads}"
     )
-    say = partial(print, flush=True)
-    say(f"{settings.data.name}: {settings.batch_size} images of {size} x {size} a batch, {workers}")
-    rates = measure(source, settings, steps, rounds)
-    for name, values in (("this pipeline", rates.ours), ("plain Pillow", rates.plain)):
-        say(
-            f"{name:14}{median(values):9,.0f} images/s, median of {rounds} "
-            f"({min(values):,.0f} to {max(values):,.0f})"
+    rates = []
+    for first in range(0, options.rounds * (steps + 1), steps + 1):
+        batches = train_batches(
+            source,
+            TASKS[config.task].transform,
+            config,
+            first_step=first,
+            last_step=first + steps + 1,
         )
-    say(f"{'ratio':14}{median(rates.ours) / median(rates.plain):9.2f}")
+        with contextlib.closing(batches):
+            next(batches)  # threads and processes start
+            began = time.perf_counter()
+            for _ in batches:
+                pass
+            rates.append(steps * config.batch_size / (time.perf_counter() - began))
+    say(
+        f"{'this pipeline':14}{median(rates):9,.0f} images/s, median of {options.rounds} "
+        f"({min(rates):,.0f} to {max(rates):,.0f})"
+    )
 
 
-def print_scaling(config: str, devices: int, classes: int, steps: int, rounds: int) -> None:
-    """Run the command `scaling`: print images per second for each number of devices.
+def load_torch_peer() -> ModuleType:
+    """Load the repository's file with PyTorch's side of the benchmarks.
 
     Raises:
-      UserError: the config is invalid, or the machine has fewer devices.
+      UserError: there is no such file, or PyTorch, its device or its compiler is missing.
     """
-    jax.config.update("jax_num_cpu_devices", devices)  # for machines without an accelerator
-    settings = load_config(config)
-    check_config(settings)
-    rates = measure_scaling(settings, classes, device_counts(devices), steps, rounds)
-    kind = jax.devices()[0].device_kind
-    print(
-        f"{config}, {settings.batch_size} images a step and device, {kind}, {os.cpu_count()} cores"
-    )
-    for line in scaling_lines(rates):
-        print(line)
-
-
-def scaling_lines(rates: dict[int, list[float]]) -> Iterator[str]:
-    """Yield a line per number of devices: images per second, and the percentage of ideal."""
-    alone = median(rates[1])
-    for count, values in rates.items():
-        rate = median(values)
-        yield (
-            f"{count:4} device(s) {rate:9,.1f} images/s, median of {len(values)} "
-            f"({min(values):,.1f} to {max(values):,.1f}); {rate / alone:.2f} times one device's, "
-            f"{100 * rate / alone / count:.0f}% of ideal"
+    # By default JAX reserves three quarters of a GPU's memory, which PyTorch needs too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    places = (Path(__file__).parents[2], Path.cwd())
+    path = next((place / PEER for place in places if (place / PEER).is_file()), None)
+    if path is None:
+        raise UserError(
+            f"--compare needs {PEER} of this project's repository; there is none in {places[0]} or "
+            "in the current folder"
         )
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        raise UserError(f"--compare needs PyTorch: {install_command('torch')}") from error
+    sys.path.append(str(path.parent))
+    peer = importlib.import_module(path.stem)
+    peer.check_machine()
+    return peer
 
 
-def main() -> None:
-    """Run the command line."""
+def measure_all(
+    groups: Iterable[tuple[str, Iterable[Contender]]], options: Namespace, in_milliseconds: bool
+) -> None:
+    """Time groups of contenders, print their figures, and update the CSV file after every group.
+
+    Each group has a title; iterating over it compiles its contenders, which then take turns.
+    """
+    machine = this_machine(options.compare)
+    file = Path(options.csv) if options.csv else None
+    if file:
+        check_output_file(file)
+    others = f", torch {machine.torch_version}" if options.compare else ""
+    say(
+        f"{machine.device_kind}, {machine.cores} cores of {machine.cpu}; "
+        f"jax {machine.jax_version}{others}"
+    )
+    measurements: list[Measurement] = []
+    for title, compiling in groups:
+        say(f"\n{title}")
+        contenders = []
+        for contender in compiling:
+            what, implementation = contender.what, contender.implementation
+            say(f"compiled {what}, {implementation}, in {contender.compile_seconds:.1f} s")
+            contenders.append(contender)
+        say(f"{options.rounds} rounds of {options.steps}, in turns")
+        seconds = time_in_turns(contenders, options.steps, options.rounds)
+        group = summarize(contenders, seconds)
+        for line in table_lines(group, in_milliseconds):
+            say(line)
+        if statistics := jax.devices()[0].memory_stats():
+            peak = statistics["peak_bytes_in_use"] / MIB
+            say(f"JAX has held {peak:,.1f} MiB of the device at most so far")
+        measurements += group
+        if file:
+            write_csv(file, measurements, machine)
+
+
+def print_models(options: Namespace) -> None:
+    """Run `model` or `train`: print images per second of classifiers."""
+    peer = load_torch_peer() if options.compare else None
+    images, size, dtype = options.batch_size, options.image_size, options.dtype
+    names = options.model or list_models()
+    for name in names:
+        count_cost(create_model(name), size, size)  # raises for a wrong name or size
+
+    def contenders(workload: Workload) -> Iterator[Contender]:
+        yield compile_matmul()
+        inputs, ours = draw_inputs(workload), []
+        compiling = (
+            compile_training(workload, inputs, options.parts)
+            if options.parts
+            else compile_forward(workload, inputs)
+        )
+        for contender in compiling:
+            ours.append(contender)
+            yield contender
+        if peer:
+            yield from peer.prepare_models(ours, inputs)
+
+    groups = (
+        (
+            f"{name}, {images} images of {size} x {size} in {dtype}",
+            contenders(Workload(name, images, size, dtype)),
+        )
+        for name in names
+    )
+    measure_all(groups, options, in_milliseconds=False)
+
+
+def print_operator(options: Namespace) -> None:
+    """Run `op`: print milliseconds of each implementation of `sample_axis`."""
+    peer = load_torch_peer() if options.compare else None
+
+    def contenders(case: Case) -> Iterator[Contender]:
+        yield compile_copy()
+        yield from compile_operator(case)
+        if peer:
+            yield from peer.prepare_operators(case)
+
+    cases = draw_cases(options.batch_size, options.image_size, options.dtype, options.deviation)
+    groups = ((case.title(), contenders(case)) for case in cases)
+    measure_all(groups, options, in_milliseconds=True)
+
+
+def make_parser() -> Parser:
+    """Make the parser; the options' `run` is the function that runs the command."""
     parser = Parser(
         prog="python -m activemlp_jax.benchmark",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("table", help="parameters and multiply-adds, counted from shapes")
-    table.add_argument("--image-size", default="224", help="side in pixels, or HEIGHTxWIDTH (224)")
+
+    def add(name: str, run: Callable[[Namespace], None], text: str, more: str = "") -> Parser:
+        description = f"{text[0].upper()}{text[1:]}. {more}"
+        command = commands.add_parser(name, help=text, description=description)
+        command.set_defaults(run=run)
+        return command
+
+    table = add("table", print_costs, "parameters and multiply-adds, counted from shapes")
+    table.add_argument(
+        "--image-size", dest="size", default="224", help="side in pixels, or HEIGHTxWIDTH (224)"
+    )
     table.add_argument(
         "--head", choices=list(HEADS), help="segmentation models with this head, not classifiers"
     )
-    table.add_argument(
-        "--model", action="append", choices=list_models(), help="only this one; may be repeated"
-    )
-    data = commands.add_parser(
-        "data",
-        help="images per second of data loading alone",
-        description="Times the loading of a config's batches on this host, without training, and "
-        "that of a plain implementation which reads, decodes and transforms every sample with "
-        "Pillow alone, in as many threads, to the same pixels.",
-    )
+
+    data = add("data", print_data_rate, "images per second of data loading alone")
     data.add_argument(
         "--config", required=True, metavar="FILE", help="such as configs/throughput.py"
     )
@@ -187,44 +272,64 @@ def main() -> None:
     data.add_argument("--num-threads", type=int, help="threads that read (the config's)")
     data.add_argument("--num-workers", type=int, help="processes instead of threads (the config's)")
     data.add_argument("--steps", type=int, default=5, help="batches per round (5)")
-    data.add_argument("--rounds", type=int, default=3, help="rounds of each, in turns (3)")
-    scaling = commands.add_parser(
-        "scaling",
-        help="images per second on 1, 2, 4 and so on of this machine's devices",
-        description="Times the train step, without data loading, on some of this machine's "
-        "devices, each with the config's batch size. CPU devices share the machine's cores.",
+    data.add_argument("--rounds", type=int, default=3, help="rounds (3)")
+
+    how = "JAX, with --compare in turns with PyTorch, next to a square matrix product."
+    model = add("model", print_models, "images per second of classifiers, forward", how)
+    model.set_defaults(parts=())
+    train = add(
+        "train",
+        print_models,
+        "images per second of their gradient, and of the step that train.py runs",
+        how,
     )
-    scaling.add_argument(
-        "--config", required=True, metavar="FILE", help="such as configs/digits.py"
+    train.add_argument(
+        "--only",
+        dest="parts",
+        nargs=1,
+        choices=TRAINING,
+        default=TRAINING,
+        help="only one of them (both)",
     )
-    scaling.add_argument("--devices", type=int, required=True, help="largest number to use")
-    scaling.add_argument("--classes", type=int, default=10, help="classes of the model (10)")
-    scaling.add_argument("--steps", type=int, default=10, help="steps per round (10)")
-    scaling.add_argument("--rounds", type=int, default=3, help="rounds of each, in turns (3)")
-    add_commands(commands)
-    arguments = vars(parser.parse_args())
+    for command in (table, model, train):
+        command.add_argument(
+            "--model", action="append", metavar="NAME", help="only this; may be repeated (all)"
+        )
+
+    operator = add(
+        "op", print_operator, "milliseconds of the operator in each of its implementations"
+    )
+    operator.add_argument(
+        "--deviation", type=float, default=2.0, help="of the offsets, in pixels (2)"
+    )
+    for command, steps in ((model, 3), (train, 3), (operator, 10)):
+        command.add_argument("--batch-size", type=int, default=8, help="images at a time (8)")
+        command.add_argument("--image-size", type=int, default=224, help="side in pixels (224)")
+        command.add_argument(
+            "--dtype", choices=["float32", "bfloat16"], default="float32", help="(float32)"
+        )
+        command.add_argument("--rounds", type=int, default=5, help="rounds of each, in turns (5)")
+        command.add_argument("--steps", type=int, default=steps, help=f"times per round ({steps})")
+        command.add_argument(
+            "--compare",
+            action="store_true",
+            help=f"with PyTorch; needs the extra torch and the repository's {PEER}",
+        )
+        command.add_argument("--csv", metavar="FILE", help="file to write the figures to")
+    return parser
+
+
+def main() -> None:
+    """Run the command line."""
+    options = make_parser().parse_args()
     keep_freed_memory()  # as train.py does
     collect_garbage_rarely()
-    command = arguments.pop("command")
-    with errors_in_one_line(arguments.get("csv") or ""):
+    with errors_in_one_line(getattr(options, "csv", None) or ""):
         try:
-            if command == "table":
-                print_costs(**arguments)
-                return
-            check_numbers(arguments)
-            if command == "scaling":
-                print_scaling(**arguments)
-            elif command == "data":
-                print_data_rates(**arguments)
-            else:
-                run(command, arguments)
+            check_numbers(vars(options))
+            options.run(options)
         except ValueError as error:  # from an unknown model or a wrong image size
             raise UserError(str(error)) from error
-
-
-def print_costs(model: list[str] | None, image_size: str, head: str | None) -> None:
-    """Run the command `table`."""
-    Console().print(cost_table(model or list_models(), *parse_size(image_size), head))
 
 
 if __name__ == "__main__":

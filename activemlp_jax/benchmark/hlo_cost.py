@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 
 from activemlp_jax.utils.hardware import Chip
 
-ITEM = re.compile(r"\b(pred|[a-z]+\d+)(?:e\w+)?\[([\d,]*)\]")  # such as bf16[64,56,56,64]
+# The result, kind, arguments and attributes of a line of a program's text, such as
+# `%s = f32[8]{0} all-reduce-start(%a), replica_groups={{0,1},{2,3}}`
 COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
-    r"collective-permute)(?P<start>-start)?\((?P<rest>.*)"
+    r"collective-permute)(?P<start>-start)?\((?P<arguments>.*?)\)(?P<attributes>.*)"
 )
+ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # such as bf16[64,56], or pred[8]
+# Groups of devices: of 4 in [2,4]<=[8], {{0,1,2,3},{4,5,6,7}} and mesh['a'=2,'b'=4] {'b'}
+GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
 
 
 class Traffic(NamedTuple):
@@ -50,35 +54,16 @@ class Resources(NamedTuple):
         return self.arguments + self.results + self.temporary + self.program
 
 
-def _size(dtype: str, shape: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
-    return math.prod(int(side) for side in shape.split(",") if side) * bits // 8
-
-
-def _top_level(result: str) -> list[str]:
-    """Split a tuple in HLO's text form into its elements; anything else is a single element."""
-    if not result.startswith("("):
-        return [result]
-    elements, depth = [""], 0
-    for character in result[1:-1]:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth == 0:
-            elements.append("")
-        else:
-            elements[-1] += character
-    return elements
-
-
 def _group_size(attributes: str, devices: int) -> int:
-    """Read how many devices take part together from the attributes of a collective operation."""
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
-        return int(match[1])
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return match[1].count(",") + 1
-    if match := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
-        sides = dict(re.findall(r"('\w+')=(\d+)", match[1]))
-        return math.prod(int(sides[axis]) for axis in re.findall(r"'\w+'", match[2]))
-    return devices
+    """Read how many devices take part together; all of them if no groups are given."""
+    match = GROUPS.search(attributes)
+    if match is None:
+        return devices
+    size, members, mesh, axes = match.groups()
+    if mesh:
+        sides = re.findall(r"('\w+')=(\d+)", mesh)
+        return math.prod(int(side) for axis, side in sides if axis in axes)
+    return int(size) if size else members.count(",") + 1
 
 
 def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
@@ -90,11 +75,14 @@ def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
     """
     counts: dict[str, Traffic] = {}
     for match in COLLECTIVE.finditer(text):
-        kind, result = match["kind"], match["result"]
-        if match["start"] and kind != "all-reduce":
-            result = _top_level(result)[1]  # the results, between the operands and the state
-        size = sum(_size(*item) for item in ITEM.findall(result))
-        group = _group_size(match["rest"], devices)
+        kind, number = match["kind"], match["arguments"].count("%")
+        # Each argument has a result. A start gives the arguments, the results, then its state.
+        first = number if match["start"] and kind != "all-reduce" else 0
+        size = sum(
+            math.prod(int(side) for side in shape.split(",") if side) * int(bits or 8) // 8
+            for bits, shape in ARRAY.findall(match["result"])[first : first + number]
+        )
+        group = _group_size(match["attributes"], devices)
         share = {
             "all-reduce": 2 * (group - 1) / group,
             "all-gather": (group - 1) / group,
@@ -118,8 +106,8 @@ def count_resources(compiled: Any, devices: int) -> Resources:
         cost.get("flops", 0.0),
         cost.get("bytes accessed", 0.0),
         count_collectives(text, devices),
-        len(re.findall(r" gather\(", text)),
-        len(re.findall(r" scatter\(", text)),
+        text.count(" gather("),
+        text.count(" scatter("),
     )
 
 

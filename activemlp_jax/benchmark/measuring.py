@@ -1,4 +1,4 @@
-"""Timing in turns, and its results: rates, ratios and rows of a CSV file."""
+"""Timing in turns, and its results: rates, ratios, lines of a table and rows of a CSV file."""
 
 import csv
 import datetime
@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -19,6 +20,9 @@ from activemlp_jax.utils.files import write_aside
 
 MATMUL, COPY = "matmul", "copy"  # contenders that the other rates are given as fractions of
 JAX = "jax"  # first word of the implementations that the others are compared with
+MIB = 2**20
+
+say: Callable[[str], None] = partial(print, flush=True)  # compiling and timing take long
 
 
 class Workload(NamedTuple):
@@ -115,13 +119,7 @@ def this_machine(with_torch: bool) -> Machine:
 def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> list[list[float]]:
     """Time contenders in turns, so that other load on the machine affects all of them alike.
 
-    Args:
-      contenders: contenders to time.
-      steps: runs per round.
-      rounds: rounds of each contender.
-
-    Returns:
-      Seconds per run: for each contender, one figure per round.
+    Returns the seconds per run: for each contender, one figure per round of `steps` runs.
     """
     for contender in contenders:
         contender.call(1)  # excludes threads and libraries that start late
@@ -137,47 +135,42 @@ def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> l
 def summarize(
     contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]
 ) -> list[Measurement]:
-    """Compute rates, ratios and fractions of contenders that were timed in turns.
+    """Compute rates, ratios and fractions from the `seconds` of `time_in_turns`.
 
-    Args:
-      contenders: contenders, with at least one of JAX for each `what`.
-      seconds: as `time_in_turns` returns them.
+    At least one contender of each `what` is JAX's.
     """
-    medians = [median(times) for times in seconds]
+    timed = list(zip(contenders, seconds, map(median, seconds), strict=True))
     fastest: dict[str, float] = {}
-    product = copy = None
-    for contender, middle in zip(contenders, medians, strict=True):
+    matmul_rate = copy_rate = None
+    for contender, _, middle in timed:
         if contender.implementation.split()[0] == JAX:
             fastest[contender.what] = min(middle, fastest.get(contender.what, middle))
         if contender.what == MATMUL and contender.flops:
-            product = contender.flops / middle
+            matmul_rate = contender.flops / middle
         if contender.what == COPY and contender.traffic:
-            copy = contender.traffic / middle
+            copy_rate = contender.traffic / middle
     measurements = []
-    for contender, middle, times in zip(contenders, medians, seconds, strict=True):
-        workload = contender.workload
+    for contender, times, middle in timed:
+        name, images, size, dtype = contender.workload
         flops = contender.flops / middle if contender.flops else None
         moved = contender.traffic / middle if contender.traffic else None
-
-        def rate(time: float, images: int = workload.batch_size) -> float | None:
-            return images / time if images else None
-
+        rates = [images / time if images else None for time in (middle, max(times), min(times))]
         measurements.append(
             Measurement(
                 contender.what,
-                workload.model,
+                name,
                 contender.implementation,
-                workload.batch_size or None,
-                workload.image_size or None,
-                workload.dtype,
-                rate(middle),
-                rate(max(times)),
-                rate(min(times)),
+                images or None,
+                size or None,
+                dtype,
+                rates[0],
+                rates[1],
+                rates[2],
                 fastest[contender.what] / middle,
                 flops and flops / 1e9,
-                flops and product and flops / product,
+                flops and matmul_rate and flops / matmul_rate,
                 moved and moved / 1e9,
-                moved and copy and moved / copy,
+                moved and copy_rate and moved / copy_rate,
                 contender.memory,
                 contender.compile_seconds,
             )
@@ -185,9 +178,41 @@ def summarize(
     return measurements
 
 
-def _cell(value: object) -> object:
-    """Round to four digits, more than a measurement has."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def table_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> Iterator[str]:
+    """Format measurements as lines of a table, 100 columns wide for names of usual length."""
+
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    unit, form = ("ms", ",.3f") if in_milliseconds else ("images/s", ",.1f")
+    heading = ["", "", unit, "min to max", "GFLOP/s", "matmul", "GB/s", "copy", "to jax", "MiB"]
+    rows = [[*heading, "compile s"]]
+    for row in measurements:
+        shown = [row.images_per_second, row.images_per_second_min, row.images_per_second_max]
+        if in_milliseconds:
+            times = [1e3 * (row.batch_size or 0) / rate if rate else None for rate in shown]
+            shown = [times[0], times[2], times[1]]
+        rows.append(
+            [
+                row.what,
+                row.implementation,
+                cell(shown[0], form),
+                " to ".join(cell(value, form) for value in shown[1:] if value),
+                cell(row.gflops, ",.1f"),
+                cell(row.matmul_fraction, ".1%"),
+                cell(row.gigabytes, ",.1f"),
+                cell(row.copy_fraction, ".1%"),
+                cell(row.ratio_to_jax, ".2f"),
+                cell(row.memory_bytes and row.memory_bytes / MIB, ",.1f"),
+                cell(row.compile_seconds, ".1f"),
+            ]
+        )
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for cells in zip(*columns, strict=True):
+        padded = [text.rjust(width) for text, width in zip(cells, widths, strict=True)]
+        names = [text.ljust(width) for text, width in zip(cells[:2], widths, strict=False)]
+        yield "  ".join([*names, *padded[2:]])
 
 
 def write_csv(path: Path, measurements: Sequence[Measurement], machine: Machine) -> None:
@@ -196,10 +221,14 @@ def write_csv(path: Path, measurements: Sequence[Measurement], machine: Machine)
     Raises:
       UserError: the file cannot be written.
     """
+
+    def cell(value: object) -> object:  # four digits, more than a measurement has
+        return float(f"{value:.4g}") if isinstance(value, float) else value
+
     try:
         with write_aside(path) as aside, aside.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
-            writer.writerows([_cell(value) for value in (*row, *machine)] for row in measurements)
+            writer.writerows([cell(value) for value in (*row, *machine)] for row in measurements)
     except OSError as error:
         raise UserError(f"--csv {path}: {error.strerror or error}") from error

@@ -1,14 +1,14 @@
 """The operator alone, in each of its implementations, at the shapes of a model's stages."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.benchmark.measuring import JAX, Contender, Workload
+from activemlp_jax.benchmark.measuring import JAX, Contender, Workload, say
 from activemlp_jax.benchmark.programs import compile_function
 from activemlp_jax.models.active_mlp import VARIANTS, create_model
 from activemlp_jax.ops.sample_axis import IMPLEMENTATIONS, sample_axis
@@ -43,12 +43,7 @@ class Case(NamedTuple):
         )
 
     def traffic(self, what: str) -> float:
-        """Count the bytes moved if each array is read or written once.
-
-        Args:
-          what: 'forward', which writes the result, or 'forward+backward', which also writes both
-            gradients.
-        """
+        """Bytes moved if each array is read or written once, 'forward' or 'forward+backward'."""
         features, offset = self.features.nbytes, self.offset.nbytes
         forward = 2.0 * features + offset
         # The backward pass reads features, offsets and cotangent, and writes two gradients.
@@ -56,67 +51,43 @@ class Case(NamedTuple):
 
 
 def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -> Iterator[Case]:
-    """Draw random inputs for every stage of `MODEL` along both axes.
-
-    Args:
-      batch_size: number of images.
-      image_size: side of the images in pixels.
-      dtype: dtype of the features.
-      deviation: standard deviation of the offsets, in pixels.
-
-    Raises:
-      ValueError: the model does not take images of that size.
-    """
-    model = create_model(MODEL)
+    """Draw inputs for every stage of `MODEL` and axis; offsets deviate by `deviation` pixels."""
     images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
-
-    def features(images: jax.Array) -> list[jax.Array]:
-        return model.init_with_output(jax.random.key(0), images, method="features")[0]
-
-    shapes = [leaf.shape for leaf in jax.eval_shape(features, images)]
+    init = partial(create_model(MODEL).init_with_output, method="features")
+    maps, _ = jax.eval_shape(init, jax.random.key(0), images)
     rng = np.random.default_rng(0)
-    for stage, (shape, share) in enumerate(zip(shapes, VARIANTS[MODEL]["share_dims"], strict=True)):
+    for stage, (leaf, share) in enumerate(zip(maps, VARIANTS[MODEL]["share_dims"], strict=True)):
         workload = Workload(f"{MODEL} stage {stage + 1}", batch_size, image_size, dtype)
-        offset_shape = (*shape[:-1], shape[-1] // share)
+        offset_shape = (*leaf.shape[:-1], leaf.shape[-1] // share)
         for axis in ("h", "w"):
-            x, cotangent = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+            x, cotangent = (jnp.asarray(rng.standard_normal(leaf.shape), dtype) for _ in range(2))
             offset = jnp.asarray(deviation * rng.standard_normal(offset_shape), jnp.float32)
             yield Case(workload, axis, x, offset, cotangent)
 
 
-def compile_operator(case: Case, say: Callable[[str], None]) -> Iterator[Contender]:
-    """Compile the JAX implementations for this backend, forward and with gradients.
-
-    Args:
-      case: inputs of the operator.
-      say: called with a message for each implementation that is left out.
-    """
+def compile_operator(case: Case) -> Iterator[Contender]:
+    """Compile the JAX implementations for this backend, forward and with gradients."""
     for name in IMPLEMENTATIONS:
         kind, _, platform = name.partition("_")
         if kind == "pallas" and platform != jax.default_backend():
             say(f"without {JAX} {name}, which is interpreted here")
             continue
-        forward = partial(sample_axis, axis=case.axis, impl=name)
+        sample = partial(sample_axis, axis=case.axis, impl=name)
 
-        def both(
-            x: jax.Array,
-            offset: jax.Array,
-            cotangent: jax.Array,
-            forward: Callable[..., jax.Array] = forward,
-        ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-            result, pull = jax.vjp(forward, x, offset)
+        def both(x: Any, offset: Any, cotangent: Any, sample: Any = sample) -> Any:
+            result, pull = jax.vjp(sample, x, offset)
             return result, pull(cotangent)
 
         inputs = (case.features, case.offset)
         for what, function, arguments in (
-            ("forward", forward, inputs),
+            ("forward", sample, inputs),
             ("forward+backward", both, (*inputs, case.cotangent)),
         ):
             yield compile_function(
                 f"{case.axis} {what}",
-                f"{JAX} {name}",
                 case.workload,
-                function,
-                arguments,
+                jax.jit(function),
+                *arguments,
+                implementation=f"{JAX} {name}",
                 traffic=case.traffic(what),
             )

@@ -1,7 +1,7 @@
 """JAX's side of the benchmarks: classifiers, their train step, a matrix product and a copy."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from activemlp_jax.training.trainer import build_trainer, train_flops
 from activemlp_jax.utils.types import Params, Variables
 
 CLASSES = 1000
+TRAINING = ("gradient", "step")
 
 
 class Inputs(NamedTuple):
@@ -63,37 +64,44 @@ def draw_inputs(workload: Workload) -> Inputs:
     return Inputs(variables, rng.integers(0, 256, shape, np.uint8), labels)
 
 
+def as_images(pixels: np.ndarray) -> np.ndarray:
+    """Convert bytes to float32 with about the mean and deviation of normalized images."""
+    return (pixels.astype(np.float32) - 127.5) / 73.9
+
+
 def compile_function(
     what: str,
-    implementation: str,
     workload: Workload,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    function: Any,
+    *arguments: Any,
+    implementation: str = JAX,
+    is_step: bool = False,
     flops: float | None = None,
     traffic: float | None = None,
 ) -> Contender:
-    """Compile a function of arrays into a contender.
+    """Compile a jitted function into a contender.
 
     Args:
       what: what the function does; contenders that do the same are compared.
-      implementation: name of the implementation, with `JAX` as first word.
       workload: model and input.
-      function: function to jit.
+      function: the jitted function.
       arguments: arguments of `function`.
+      implementation: name of the implementation, with `JAX` as first word.
+      is_step: whether a run's first argument is the first result of the run before.
       flops: floating-point operations of a run, from the model's multiply-adds.
       traffic: bytes that a run moves at least.
     """
     began = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
+    compiled = function.lower(*arguments).compile()
     elapsed = time.perf_counter() - began
 
-    # On a CPU, PyTorch waits for every run too.
-    waits_for_each = jax.default_backend() == "cpu"
-
     def call(times: int) -> None:
+        nonlocal arguments
         for _ in range(times):
             result = compiled(*arguments)
-            if waits_for_each:
+            if is_step:
+                arguments = (result[0], *arguments[1:])
+            elif jax.default_backend() == "cpu":  # there, PyTorch waits for every run too
                 jax.block_until_ready(result)
         jax.block_until_ready(result)
 
@@ -107,7 +115,8 @@ def compile_matmul() -> Contender:
     side, dtype = (2048, "float32") if on_cpu else (8192, "bfloat16")
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
     workload = Workload(f"{side} x {side}", 0, 0, dtype)
-    return compile_function(MATMUL, JAX, workload, jnp.matmul, (square, square), 2.0 * side**3)
+    matmul = jax.jit(jnp.matmul)
+    return compile_function(MATMUL, workload, matmul, square, square, flops=2.0 * side**3)
 
 
 def compile_copy() -> Contender:
@@ -115,7 +124,8 @@ def compile_copy() -> Contender:
     megabytes = 128 if jax.default_backend() == "cpu" else 1024
     array = jnp.ones((megabytes, 2**18), jnp.float32)
     workload = Workload(f"{megabytes} MiB", 0, 0, "float32")
-    return compile_function(COPY, JAX, workload, jnp.negative, (array,), traffic=2.0 * array.nbytes)
+    copy = jax.jit(jnp.negative)
+    return compile_function(COPY, workload, copy, array, traffic=2.0 * array.nbytes)
 
 
 def compile_forward(workload: Workload, inputs: Inputs) -> Iterator[Contender]:
@@ -124,27 +134,20 @@ def compile_forward(workload: Workload, inputs: Inputs) -> Iterator[Contender]:
     size = workload.image_size
     flops = 2.0 * count_cost(model, size, size).macs * workload.batch_size
     images = jnp.asarray(as_images(inputs.pixels))
-    yield compile_function("forward", JAX, workload, model.apply, (inputs.variables, images), flops)
-
-
-def as_images(pixels: np.ndarray) -> np.ndarray:
-    """Convert bytes to float32 with about the mean and deviation of normalized images."""
-    return (pixels.astype(np.float32) - 127.5) / 73.9
-
-
-TRAINING = ("gradient", "step")
+    apply = jax.jit(model.apply)
+    yield compile_function("forward", workload, apply, inputs.variables, images, flops=flops)
 
 
 def compile_training(
-    workload: Workload, inputs: Inputs, parts: Sequence[str] = TRAINING
+    workload: Workload, inputs: Inputs, parts: Sequence[str]
 ) -> Iterator[Contender]:
-    """Compile `parts` of training: the loss gradient, and the whole step that `train.py` runs."""
+    """Compile `parts` of `TRAINING`: the loss gradient, and the whole step that `train.py` runs."""
     config = recipe(workload)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    examples = EPOCH_MULTIPLE * workload.batch_size
-    trainer = build_trainer(config, CLASSES, examples, mesh)
+    trainer = build_trainer(config, CLASSES, EPOCH_MULTIPLE * workload.batch_size, mesh)
     flops = train_flops(config, trainer.model)
     batch = sharding.put_batch({"image": inputs.pixels, "label": inputs.labels}, mesh)
+    variables = sharding.put_everywhere(inputs.variables, mesh)
     key = jax.random.key(0)
 
     def gradient(variables: Variables, task_inputs: Any) -> tuple[jax.Array, Params]:
@@ -153,24 +156,12 @@ def compile_training(
 
         return jax.value_and_grad(loss)(variables["params"])
 
-    task_inputs = jax.jit(trainer.task.inputs)(batch, key)
-    variables = sharding.put_everywhere(inputs.variables, mesh)
-    arguments = (variables, task_inputs)
     if "gradient" in parts:
-        yield compile_function("gradient", JAX, workload, gradient, arguments, flops)
-    if "step" not in parts:
-        return
-
-    began = time.perf_counter()
-    compiled = trainer.train_step.lower(trainer.state, trainer.batch).compile()
-    elapsed = time.perf_counter() - began
-    state = trainer.first_state(variables)
-
-    def call(times: int) -> None:
-        nonlocal state
-        for _ in range(times):
-            state, _ = compiled(state, batch)
-        jax.block_until_ready(state)
-
-    memory = count_resources(compiled, devices=1).memory
-    yield Contender("step", JAX, workload, call, flops, memory, elapsed)
+        task_inputs = jax.jit(trainer.task.inputs)(batch, key)
+        function = jax.jit(gradient)
+        yield compile_function("gradient", workload, function, variables, task_inputs, flops=flops)
+    if "step" in parts:
+        state = trainer.first_state(variables)
+        yield compile_function(
+            "step", workload, trainer.train_step, state, batch, is_step=True, flops=flops
+        )

@@ -19,7 +19,7 @@ PROGRAM = """
   %all-reduce.1 = f32[2,3]{1,0:T(2,128)S(1)} all-reduce(%d), replica_groups=[2,4]<=[8], t=%add
   %ars = (f32[5]{0}, f32[6]{0}) all-reduce-start(%e, %f), replica_groups={{0,1},{2,3},{4,5},{6,7}}
   %ard = (f32[5]{0}, f32[6]{0}) all-reduce-done(%ars)
-  %s = ((f32[4],f32[8]),(f32[16],f32[32])) all-gather-start() replica_groups=mesh['a'=2,'b'=4] {'b'}
+%s = ((u8[4],u8[8]),(u8[16],u8[32])) all-gather-start(%g,%h), replica_groups=mesh['a'=2,'b'=4] {'b'}
   %agd = (f32[16]{0}, f32[32]{0}) all-gather-done(%ags)
   %rs = f32[4]{0} reduce-scatter(%h), replica_groups=[2,4]<=[8]
   %rss = ((f32[16]{0}), f32[4]{0}, u32[]) reduce-scatter-start(%h), replica_groups=[2,4]<=[8]
@@ -30,7 +30,7 @@ PROGRAM = """
 
 def test_collectives_are_counted_by_kind_with_the_bytes_they_give_and_send():
     first, second, third = 4 * (32 + 1) + 2 * 16, 4 * 6, 4 * 11
-    gathered = 4 * (16 + 32)
+    gathered = 16 + 32
     assert count_collectives(PROGRAM, 8) == {
         "all-reduce": Traffic(
             3, first + second + third, 2 * (7 / 8 * first + 3 / 4 * second + 1 / 2 * third)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from activemlp_jax.benchmark.command import figure_lines
 from activemlp_jax.benchmark.measuring import (
     COLUMNS,
     Contender,
@@ -14,6 +13,7 @@ from activemlp_jax.benchmark.measuring import (
     Measurement,
     Workload,
     summarize,
+    table_lines,
     time_in_turns,
     write_csv,
 )
@@ -126,7 +126,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path):
 
 
 def test_tables_fit_100_columns_and_tell_only_what_is_known():
-    heading, product, _, peer = figure_lines(measured(), in_milliseconds=False)
+    heading, product, _, peer = table_lines(measured(), in_milliseconds=False)
     assert max(map(len, (heading, product, peer))) <= 100
     assert in_words(heading) == "images/s min to max GFLOP/s matmul to jax MiB compile s"
     assert in_words(product) == "matmul jax 40.0 100.0% 1.00 3.0 1.5"
@@ -136,6 +136,6 @@ def test_tables_fit_100_columns_and_tell_only_what_is_known():
 def test_the_operators_times_are_told_in_milliseconds():
     contenders = [moving("h forward", "jax gather", 2e6), moving("copy", "jax", 4e6)]
     found = summarize(contenders, [[0.5e-3, 1e-3, 2e-3], [1e-3]])
-    heading, line, _ = figure_lines(found, in_milliseconds=True)
+    heading, line, _ = table_lines(found, in_milliseconds=True)
     assert in_words(heading) == "ms min to max GB/s copy to jax MiB compile s"
     assert in_words(line) == "h forward jax gather 1.000 0.500 to 2.000 2.0 50.0% 1.00 3.0 1.5"

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import torch_peer
 from small_models import BACKBONE
 from torch import Tensor
 from torch.nn import functional
 
 import activemlp_jax as am
-from activemlp_jax.benchmark import torch_peer
 from activemlp_jax.benchmark.measuring import JAX, Contender, Workload
 from activemlp_jax.benchmark.operator import Case
 from activemlp_jax.benchmark.programs import Inputs, as_images, draw_inputs
@@ -87,8 +87,7 @@ def prepared(workload: Workload, whats: tuple[str, ...]) -> tuple[Inputs, list[C
 
     inputs = draw_inputs(workload)
     ours = [Contender(what, JAX, workload, nothing, 1e6, None, 0.0) for what in whats]
-    operators = {"gather": torch_peer.gather_operator}
-    return inputs, list(torch_peer.prepare_models(ours, inputs, operators, as_it_is))
+    return inputs, list(torch_peer.prepare_models(ours, inputs, as_it_is))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -124,12 +123,13 @@ def test_the_peers_step_moves_its_weights_and_their_average(
     assert followed != pytest.approx(moved, rel=1e-9)
 
 
-def test_peers_of_the_operator_go_forward_and_back():
+def test_peers_of_the_operator_go_forward_and_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch_peer, "find_deform_conv2d", lambda: deform_conv2d)
     rng = np.random.default_rng(0)
     x, cotangent = (jnp.asarray(rng.standard_normal((1, 4, 4, 8))) for _ in range(2))
     offset = jnp.asarray(rng.standard_normal((1, 4, 4, 4)), jnp.float32)
     case = Case(Workload("a stage", 1, 32, "float32"), "w", x, offset, cotangent)
-    peers = list(torch_peer.prepare_operators(case, deform_conv2d, as_it_is))
+    peers = list(torch_peer.prepare_operators(case, as_it_is))
     assert [(peer.what, peer.implementation) for peer in peers] == [
         (f"w {what}", f"torch {name}")
         for name in ("gather eager", "gather", "deform_conv2d")
@@ -137,11 +137,14 @@ def test_peers_of_the_operator_go_forward_and_back():
     ]
 
 
-def test_a_torchvision_that_is_not_here_is_told_of(monkeypatch: pytest.MonkeyPatch):
+def test_a_torchvision_that_is_not_here_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     def broken(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    told: list[str] = []
     monkeypatch.setattr(torch_peer.importlib, "import_module", broken)
-    assert torch_peer.find_deform_conv2d(told.append) is None
-    assert told == ["without torchvision's deform_conv2d: No module named 'torchvision.ops'"]
+    torch_peer.find_deform_conv2d.cache_clear()
+    assert torch_peer.find_deform_conv2d() is None
+    told = capsys.readouterr().out
+    assert told == "without torchvision's deform_conv2d: No module named 'torchvision.ops'\n"

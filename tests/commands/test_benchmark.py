@@ -1,7 +1,8 @@
-"""The benchmark's commands `model`, `train` and `op`: real runs at small sizes, and bad input."""
+"""The benchmark's commands that measure: real runs at small sizes, and bad input."""
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,13 @@ import pytest
 from commands import error_line
 from small_models import BACKBONE
 
-from activemlp_jax.benchmark import command
-from activemlp_jax.benchmark.__main__ import main
+from activemlp_jax.benchmark import __main__ as command
 from activemlp_jax.benchmark.measuring import COLUMNS
 from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.ops.sample_axis import IMPLEMENTATIONS
 from activemlp_jax.utils.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 MICRO = {**BACKBONE, "share_dims": (2, 4, 4, 8)}
 
 QUICK = ("--image-size", "32", "--batch-size", "1", "--rounds", "2", "--steps", "1")
@@ -88,13 +89,33 @@ def test_training_is_timed_by_gradient_and_step_or_one_of_them(
 ):
     monkeypatch.setitem(VARIANTS, "micro", MICRO)
     path = tmp_path / "train.csv"
-    options = command.Options(2, 32, "float32", 2, 1, False, str(path))
-    command.print_models(whats, ["micro"], options)
+    only = ["--only", whats[0]] if len(whats) == 1 else []
+    size = ["--batch-size", "2", "--image-size", "32", "--rounds", "2", "--steps", "1"]
+    words = ["train", "--model", "micro", *only, *size, "--csv", str(path)]
+    options = command.make_parser().parse_args(words)
+    options.run(options)
     rows = rows_of(path)
     assert [row["what"] for row in rows] == ["matmul", *whats]
     memory = [float(row["memory_bytes"]) for row in rows[1:]]
     assert memory == sorted(set(memory))  # a step has moments, and the average
     assert "2 rounds of 1, in turns" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "heading"),
+    [
+        ("throughput", "photos:10240: 32 images of 224 x 224 a batch, 1 thread(s)"),
+        ("digit_scenes", "digit_scenes: 32 images of 64 x 64 a batch, 1 thread(s)"),
+    ],
+)
+def test_the_loader_is_timed_alone(config: str, heading: str):
+    size = ("--batch-size", "32", "--steps", "1", "--rounds", "1", "--num-threads", "1")
+    result = benchmark("data", "--config", f"configs/{config}.py", *size)
+    assert result.returncode == 0, result.stderr
+    first, rate = result.stdout.splitlines()
+    assert first == heading
+    assert re.fullmatch(r"this pipeline +[\d,]+ images/s, median of 1 \([\d,]+ to [\d,]+\)", rate)
 
 
 @pytest.mark.parametrize(
@@ -111,16 +132,32 @@ def test_training_is_timed_by_gradient_and_step_or_one_of_them(
             "test_benchmark.py is not a folder",
         ),
         (["op", "--csv", "/"], "/ cannot be written: it is a folder"),
+        (["data", "--config", "nothing.py"], "there is no config file nothing.py"),
+        (["data", "--config", "configs/digits.py", "--steps", "0"], "--steps is 0, expected at"),
+        (["data", "--config", "configs/digits.py", "--batch-size", "0"], "--batch-size is 0, exp"),
     ],
 )
 def test_what_cannot_be_measured_is_one_clear_line(arguments: list[str], message: str):
-    assert message in error_line(main, *arguments)
+    assert message in error_line(command.main, *arguments)
 
 
 def test_a_missing_pytorch_or_compiler_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and there is no no-such-comp"):
-        command.check_peer()
+        command.load_torch_peer()
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"PyTorch: pip install -c .* -e '\.\[torch\]'"):
-        command.check_peer()
+        command.load_torch_peer()
+
+
+def test_a_comparison_needs_the_file_of_the_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("CXX", sys.executable)
+    package = tmp_path / "site-packages" / "activemlp_jax" / "benchmark"
+    monkeypatch.setattr(command, "__file__", str(package / "__main__.py"))
+    monkeypatch.chdir(ROOT)
+    assert command.load_torch_peer().__file__ == str(ROOT / "benchmarks" / "torch_peer.py")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^--compare needs benchmarks/torch_peer.py of this proj"):
+        command.load_torch_peer()

@@ -54,7 +54,6 @@ def test_a_number_beyond_its_limits_is_named_with_what_was_expected(name: str):
         (benchmark.main, ["model", "--rounds", f"{10**9}"], "--rounds is 1000000000, expected at"),
         (benchmark.main, ["model", "--batch-size", f"{10**12}"], "expected at most 1,048,576"),
         (benchmark.main, ["data", "--config", "no.py", "--num-workers", "2000"], "most 1,024"),
-        (benchmark.main, ["scaling", "--config", "no.py", "--devices", "2000"], "most 1,024"),
     ],
 )  # fmt: skip
 def test_a_command_line_that_cannot_work_is_one_clear_line(

@@ -43,7 +43,7 @@ PYTHON = [  # but the signatures in api.md
     if fence.language == "python" and page.name != "api.md"
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OWN_FOLDERS = ("configs/", "docs/", "examples/", "tests/")  # what is named in them is there
+OWN_FOLDERS = ("benchmarks/", "configs/", "docs/", "examples/", "tests/")
 
 
 class AcceptedError(Exception):

@@ -12,7 +12,9 @@ from processes import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-OWN = {"activemlp_jax", "configs", "examples", *(p.stem for p in (ROOT / "tests").rglob("*.py"))}
+FOLDERS = ("benchmarks", "tests")
+OWN = {"activemlp_jax", "configs", "examples"}
+OWN |= {path.stem for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
 
 
 def normal(name: str) -> str:
@@ -31,7 +33,13 @@ def distributions(*extras: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("activemlp_jax", EXTRAS), ("configs", ()), ("examples", ()), ("tests", ("test",))],
+    [
+        ("activemlp_jax", EXTRAS),
+        ("benchmarks", ("torch",)),
+        ("configs", ()),
+        ("examples", ()),
+        ("tests", ("test",)),
+    ],
 )
 def test_imported_packages_are_required(folder: str, extras: Iterable[str]):
     imported: dict[str, str] = {}

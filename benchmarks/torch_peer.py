@@ -1,4 +1,4 @@
-"""ActiveMLP in PyTorch, made fast with simple means, to compare JAX with.
+"""ActiveMLP in PyTorch, made fast with simple means, which `benchmark --compare` compares JAX with.
 
 It is `torch_reference/active_mlp.py` with faster operators, compiled by `torch.compile`. Needs the
 extra `torch`.
@@ -7,30 +7,43 @@ extra `torch`.
 import gc
 import importlib
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property, partial
+from typing import Any
 
 import jax
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.nn import functional
 
-from activemlp_jax.benchmark.measuring import Contender, Workload
+from activemlp_jax.benchmark.measuring import Contender, Workload, say
 from activemlp_jax.benchmark.operator import Case
 from activemlp_jax.benchmark.programs import CLASSES, Inputs, as_images, recipe
 from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.torch_reference.active_mlp import ActiveTokenMixer, Block, TorchActiveMLP
-from activemlp_jax.utils.errors import one_line
+from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.weights.torch_names import to_torch
 
 # Samples maps `[B, H, W, C]` at offsets `[B, H, W, G]` along an axis, 1 or 2, and returns their
 # convolution with a weight `[C, C, 1, 1]` and a bias.
 Operator = Callable[[Tensor, Tensor, int, Tensor, Tensor | None], Tensor]
 Compiler = Callable[[Any], Any]
+
+
+def check_machine() -> None:
+    """Raise UserError if PyTorch lacks JAX's device, or the compiler that it needs is missing."""
+    backend = jax.default_backend()
+    if backend != "cpu" and not (backend == "gpu" and torch.cuda.is_available()):
+        raise UserError(f"--compare: JAX computes on {backend}, which this PyTorch does not")
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"--compare: torch.compile needs a C++ compiler, and there is no {compiler}; install "
+            "one, or name it by CXX"
+        )
 
 
 def sample_groups(x: Tensor, offset: Tensor, dim: int) -> Tensor:
@@ -161,8 +174,9 @@ def compile_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def find_deform_conv2d(say: Callable[[str], None]) -> Callable[..., Tensor] | None:
-    """Import torchvision's `deform_conv2d`; if that fails, tell `say` why and return None."""
+@cache
+def find_deform_conv2d() -> Callable[..., Tensor] | None:
+    """Import torchvision's `deform_conv2d`; if that fails, print why and return None."""
     try:
         return importlib.import_module("torchvision.ops").deform_conv2d
     except (ImportError, OSError, RuntimeError) as error:  # the last two: built for another PyTorch
@@ -173,10 +187,10 @@ def find_deform_conv2d(say: Callable[[str], None]) -> Callable[..., Tensor] | No
 EAGER = ("deform_conv2d",)  # not compiled, as in the original
 
 
-def list_operators(say: Callable[[str], None]) -> dict[str, Operator]:
+def list_operators() -> dict[str, Operator]:
     """Operators to compare models with, by name; on a CPU only gathering."""
     operators: dict[str, Operator] = {"gather": gather_operator}
-    if jax.default_backend() != "cpu" and (function := find_deform_conv2d(say)):
+    if jax.default_backend() != "cpu" and (function := find_deform_conv2d()):
         operators["deform_conv2d"] = partial(deform_operator, function)
     return operators
 
@@ -201,7 +215,7 @@ def capture(once: Callable[[], Any]) -> Callable[[], Any]:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             once()
     except RuntimeError as error:
-        print(f"without a CUDA graph: {one_line(error)}", flush=True)
+        say(f"without a CUDA graph: {one_line(error)}")
         return once
 
     def replay() -> Callable[[], Any]:
@@ -241,76 +255,69 @@ def _make_contender(
     return Contender(what, title, workload, call, flops, memory, elapsed, traffic)
 
 
-class Peer(NamedTuple):
-    """A PyTorch classifier, its compiled form and its inputs.
+class Peer:
+    """A PyTorch classifier with its inputs; each method is one run of what a contender measures.
 
     Args:
       model: the model, on the device.
       compiled: the compiled model.
-      images: `[B, H, W, 3]`, float32.
-      labels: `[B]`, int64.
-      mixed: autocast context of the forward pass.
-      config: training config.
+      inputs: inputs of all contenders.
+      workload: model and input.
     """
 
-    model: nn.Module
-    compiled: Any
-    images: Tensor
-    labels: Tensor
-    mixed: torch.autocast
-    config: ConfigDict
+    def __init__(self, model: nn.Module, compiled: Any, inputs: Inputs, workload: Workload):
+        self.model, self.compiled, self.config = model, compiled, recipe(workload)
+        self.parameters: list[Tensor] = list(model.parameters())
+        device = self.parameters[0].device
+        self.images = torch.from_numpy(as_images(inputs.pixels)).to(device)
+        self.labels = torch.from_numpy(inputs.labels).long().to(device)
+        mixed = workload.dtype == "bfloat16"
+        self.mixed = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
 
+    def forward(self) -> Tensor:
+        """Compute the logits."""
+        with torch.inference_mode(), self.mixed:
+            return self.compiled(self.images)
 
-def _make_forward(peer: Peer) -> Callable[[], Any]:
-    def once() -> Tensor:
-        with torch.inference_mode(), peer.mixed:
-            return peer.compiled(peer.images)
+    def gradient(self) -> None:
+        """Compute the gradient of the loss."""
+        self.model.zero_grad(set_to_none=True)
+        with self.mixed:
+            logits = self.compiled(self.images).float()
+        smoothing = self.config.label_smoothing
+        functional.cross_entropy(logits, self.labels, label_smoothing=smoothing).backward()
 
-    return once
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW as in training."""
+        settings = self.config.optimizer
+        return torch.optim.AdamW(
+            self.parameters,
+            lr=settings.warmup_learning_rate,
+            betas=(settings.b1, settings.b2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+            capturable=self.parameters[0].is_cuda,
+        )
 
+    @cached_property
+    def average(self) -> list[Tensor]:
+        """Average of the weights, which starts as the weights."""
+        return [parameter.detach().clone() for parameter in self.parameters]
 
-def _make_gradient(peer: Peer) -> Callable[[], Any]:
-    smoothing = peer.config.label_smoothing
-
-    def once() -> None:
-        peer.model.zero_grad(set_to_none=True)
-        with peer.mixed:
-            logits = peer.compiled(peer.images).float()
-        functional.cross_entropy(logits, peer.labels, label_smoothing=smoothing).backward()
-
-    return once
-
-
-def _make_step(peer: Peer) -> Callable[[], Any]:
-    gradient, settings = _make_gradient(peer), peer.config.optimizer
-    parameters: list[Tensor] = list(peer.model.parameters())
-    average = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.warmup_learning_rate,
-        betas=(settings.b1, settings.b2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-        capturable=parameters[0].is_cuda,
-    )
-
-    def once() -> None:
-        gradient()
-        optimizer.step()
+    def step(self) -> None:
+        """Update the weights and their average."""
+        average = self.average  # made before the first update
+        self.gradient()
+        self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average, parameters, 1 - peer.config.ema_decay)
-
-    return once
-
-
-MAKERS = {"forward": _make_forward, "gradient": _make_gradient, "step": _make_step}
+            torch._foreach_lerp_(average, self.parameters, 1 - self.config.ema_decay)
 
 
 def prepare_models(
     jax_contenders: Sequence[Contender],
     inputs: Inputs,
-    operators: Mapping[str, Operator],
     compiler: Compiler = compile_model,
 ) -> Iterator[Contender]:
     """Compile PyTorch's counterparts of JAX's contenders.
@@ -318,7 +325,6 @@ def prepare_models(
     Args:
       jax_contenders: forward, or gradient and step, of one workload.
       inputs: inputs of all contenders.
-      operators: operators to use in PyTorch, keyed by name.
       compiler: compiles the models, except for operators in `EAGER`.
     """
     # Otherwise torch reaches its limit of programs per function, and does not compile later models.
@@ -327,31 +333,22 @@ def prepare_models(
         gc.collect()  # CUDA graphs of earlier models hold their memory
         torch.cuda.empty_cache()
     workload, device = jax_contenders[0].workload, choose_device()
-    for name, operator in operators.items():
+    for name, operator in list_operators().items():
         held = _allocated_bytes()
         model = build_peer(workload.model, inputs, operator, device)
-        peer = Peer(
-            model,
-            model if name in EAGER else compiler(model),
-            torch.from_numpy(as_images(inputs.pixels)).to(device),
-            torch.from_numpy(inputs.labels).long().to(device),
-            torch.autocast(device.type, torch.bfloat16, enabled=workload.dtype == "bfloat16"),
-            recipe(workload),
-        )
+        peer = Peer(model, model if name in EAGER else compiler(model), inputs, workload)
         for contender in jax_contenders:
-            once = MAKERS[contender.what](peer)
+            once = getattr(peer, contender.what)
             yield _make_contender(contender.what, name, workload, once, contender.flops, held)
 
 
-def prepare_operators(
-    case: Case, deform_conv2d: Callable[..., Tensor] | None, compiler: Compiler = compile_function
-) -> Iterator[Contender]:
+def prepare_operators(case: Case, compiler: Compiler = compile_function) -> Iterator[Contender]:
     """Compile the operator in PyTorch, forward and with gradients.
+
+    The kernel of `deform_conv2d` is the identity, and its time includes the multiplication by that.
 
     Args:
       case: inputs of the operator.
-      deform_conv2d: torchvision's function, or None. Its kernel is the identity, and its time
-        includes the multiplication by that.
       compiler: compiles one of the two variants of `sample_groups`.
     """
     torch._dynamo.reset()
@@ -365,7 +362,7 @@ def prepare_operators(
     x, offset = put(case.features, dtype), put(case.offset, torch.float32)
     cotangent = put(case.cotangent, dtype)
     functions = {"gather eager": sample_groups, "gather": compiler(sample_groups)}
-    if deform_conv2d:
+    if deform_conv2d := find_deform_conv2d():
         identity = torch.eye(x.shape[-1], dtype=dtype, device=device)[:, :, None, None]
         deform = partial(deform_operator, deform_conv2d)
         functions["deform_conv2d"] = lambda x, offset, dim: deform(x, offset, dim, identity, None)
