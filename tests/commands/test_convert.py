@@ -20,7 +20,8 @@ from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.utils.digests import sha256
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.weights.convert import main
-from activemlp_jax.weights.model_directory import ModelCard, read_card, write_model
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import read_card, write_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -251,26 +252,11 @@ class RunsCommand:
 
 BROKEN: dict[str, tuple[Any, str]] = {
     "a truncated zip": (MICRO_CHECKPOINT.read_bytes()[:900_000], "or is broken or truncated"),
-    "an empty file": (b"", "is empty"),
-    "a text file": (b"hello\n", "is not a PyTorch checkpoint"),
     "another architecture": (
         {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(1000)},
         "misses blocks.0.0.norm1.weight, which every such model has; found conv1.weight",
     ),
-    "one extra key": (state_dict(surprise=torch.zeros(3)), "keys 1 unknown (surprise)"),
     "one missing key": (state_dict(norm__weight=None), "keys 1 missing (norm.weight)"),
-    "one wrong shape": (
-        state_dict(blocks__1__0__mlp__fc2__bias=torch.zeros(5)),
-        "blocks.1.0.mlp.fc2.bias has shape (5,), the model expects (16,)",
-    ),
-    "a missing block": (
-        {k: v for k, v in state_dict().items() if not k.startswith("blocks.2.1.")},
-        "stage 2 has a block 3, but only 3 blocks",
-    ),
-    "NaN weights": (
-        state_dict(head__bias=torch.full((10,), torch.nan)),
-        "head.bias has 10 of 10 values not finite",
-    ),
     "NaN in the average only": (
         {"model": state_dict(), "model_ema": state_dict(head__bias=torch.full((10,), torch.nan))},
         "ema: head.bias has 10 of 10 values not finite",
@@ -315,13 +301,12 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command in this process, which is quicker; gives what it said of its refusal."""
+def refuse(run_here: Any, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command, which must refuse; gives what it said."""
 
     def run(*arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, "argv", ["convert_torch_weights.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
-            main()
+            run_here(*arguments)
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
@@ -346,24 +331,13 @@ def test_a_file_that_cannot_be_converted_is_one_clear_line(case: str, refuse: An
     assert [file.name for file in tmp_path.iterdir()] == ["broken.pth"], "nothing is left behind"
 
 
-def save_hostile(path: Path, proof: Path) -> str:
-    torch.save({"model": state_dict(), "args": RunsCommand(proof)}, path)
-    return "needs posix.system to be read, and only tensors and argparse.Namespace are allowed"
-
-
-def save_half(path: Path, proof: Path) -> str:
-    del proof
-    path.write_bytes(MICRO_CHECKPOINT.read_bytes()[:700_000])
-    return "is not a PyTorch checkpoint, or is broken or truncated"
-
-
-@pytest.mark.parametrize("save", [save_hostile, save_half])
-def test_a_process_refuses_in_one_line_and_runs_nothing(save: Any, tmp_path: Path):
+def test_a_process_refuses_in_one_line_and_runs_nothing(tmp_path: Path):
     path, proof = tmp_path / "given.pth", tmp_path / "it_ran"
-    message = save(path, proof)
+    torch.save({"model": state_dict(), "args": RunsCommand(proof)}, path)
     result = convert(path, tmp_path / "out")
     assert result.returncode == 2
     assert result.stdout == ""
+    message = "needs posix.system to be read, and only tensors and argparse.Namespace are allowed"
     assert_one_line(result.stderr, message)
     assert not proof.exists(), "the command was run"
     assert [file.name for file in tmp_path.iterdir()] == ["given.pth"]
