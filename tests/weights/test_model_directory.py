@@ -34,6 +34,7 @@ class Task(NamedTuple):
 
     model: am.ActiveMLP
     preprocessing: Preprocessing
+    name: str = "classification"
 
 
 NAMES = tuple("abcdefghij")
