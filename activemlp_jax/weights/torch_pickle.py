@@ -277,11 +277,9 @@ class TorchFile(io.BufferedReader):
                 case "LIST":
                     stack.append(items)
                 case "DICT":
-                    stack.append(_set_items({}, items))
-                case "SETITEM" | "SETITEMS":
-                    stack.append(_set_items(items[0], items[1:]))
-                case "APPEND" | "APPENDS" | "ADDITEMS":
-                    stack.append(_extend(items[0], items[1:]))
+                    stack.append(_add({}, items))
+                case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS" | "ADDITEMS":
+                    stack.append(_add(items[0], items[1:]))
                 case "FROZENSET":
                     stack.append(Opaque("frozenset"))
                 case "GLOBAL" | "INST":
@@ -330,9 +328,11 @@ class TorchFile(io.BufferedReader):
         return storage
 
 
-def _set_items(target: Any, items: list[Any]) -> Any:
-    """Add alternating keys and values to the dict `target` and return it."""
-    if isinstance(target, dict):
+def _add(target: Any, items: list[Any]) -> Any:
+    """Add items to a list, or alternating keys and values to a dict, and return it."""
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashing a nested tuple or a huge integer could take forever.
             is_simple = isinstance(key, str | bytes | float | None) or (
@@ -340,16 +340,7 @@ def _set_items(target: Any, items: list[Any]) -> Any:
             )
             target[key if is_simple else Opaque("key")] = value
     elif not isinstance(target, Opaque):
-        raise ValueError("items set on something other than a dict")
-    return target
-
-
-def _extend(target: Any, items: list[Any]) -> Any:
-    """Add items to the list `target` and return it."""
-    if isinstance(target, list):
-        target.extend(items)
-    elif not isinstance(target, Opaque):
-        raise ValueError("items added to something other than a list")
+        raise ValueError("items added to something other than a list or a dict")
     return target
 
 
