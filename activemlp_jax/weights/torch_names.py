@@ -265,11 +265,14 @@ def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dic
     names = {path: torch_name(path, backbone(model).depths) for path in shapes}
     missing = [name for name in names.values() if name not in state_dict]
     unknown = sorted(set(state_dict) - set(names.values()))
-    if missing or unknown:
-        detail = [f"{len(missing)} missing ({list_keys(missing)})"] if missing else []
-        detail += [f"{len(unknown)} unknown ({list_keys(unknown)})"] if unknown else []
+    wrong = [
+        f"{len(keys)} {kind} ({list_keys(keys)})"
+        for kind, keys in (("missing", missing), ("unknown", unknown))
+        if keys
+    ]
+    if wrong:
         raise ValueError(
-            f"the state dict does not fit {describe_architecture(model)}: keys {', '.join(detail)}"
+            f"the state dict does not fit {describe_architecture(model)}: keys {', '.join(wrong)}"
         )
     flat = {}
     for path, name in names.items():
