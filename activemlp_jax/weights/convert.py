@@ -128,9 +128,11 @@ def _preprocessing(
                 "size: leave it out"
             )
         return embedded.preprocessing if embedded else ScenePreprocessing()
-    preprocessing = embedded.preprocessing if embedded else Preprocessing()
+    fields = dataclasses.asdict(embedded.preprocessing) if embedded else {}
     size = recorded if wanted is None else wanted
-    return preprocessing if size is None else dataclasses.replace(preprocessing, image_size=size)
+    if size is not None:
+        fields["image_size"] = size
+    return Preprocessing(**fields)
 
 
 def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:

@@ -17,9 +17,8 @@ FORMAT = 2
 ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_interval")
 HEAD = ("head", "channels", "aux_channels", "neck_channels")
 
-
 # What a model.json has to hold: its objects, and the keys that each needs at least.
-KEYS = {
+KEYS: dict[str, tuple[str, ...]] = {
     "it": ("format", "task", "architecture", "classes", "preprocessing", "weights", "source"),
     "architecture": (),
     "classes": ("number", "names"),

@@ -107,7 +107,7 @@ def infer_model(state_dict: Shapes) -> Model:
     else:
         widths["channels"] = "decode_head.bottleneck.conv.weight"
         widths["aux_channels"] = "auxiliary_head.convs.0.conv.weight"
-    rows = {field: _rows(state_dict, key) for field, key in widths.items()}
+    rows: dict[str, Any] = {field: _rows(state_dict, key) for field, key in widths.items()}
     return ActiveSegmentor(network, head, **rows)
 
 

@@ -5,6 +5,7 @@ Needs the extra `torch`.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def largest_difference(directory: Path, state_dicts: Mapping[str, StateDict]) ->
 
 def _flax_logits(directory: Path, card: ModelCard, inputs: np.ndarray) -> dict[str, Logits]:
     has_aux = isinstance(card.model, ActiveSegmentor) and card.model.head == "upernet"
-    options = {"return_aux": True} if has_aux else {}
+    options: dict[str, Any] = {"return_aux": True} if has_aux else {}
     logits = {}
     with jax.enable_x64(True):
         model = card.model.clone(dtype=jnp.float64)
