@@ -1,9 +1,4 @@
-"""Convert PyTorch weights of ActiveMLP to a model directory, or a model directory to PyTorch.
-
-Examples:
-  python convert_torch_weights.py activemlp_tiny.pth models/active_tiny --verify
-  python convert_torch_weights.py models/active_tiny back.pth --to-torch
-"""
+"""Convert PyTorch weights of ActiveMLP to a model directory, or back; `--help` has examples."""
 
 from activemlp_jax.weights.convert import main
 

@@ -34,7 +34,8 @@ from activemlp_jax.utils.runtime import (
     keep_compiled_programs,
     keep_freed_memory,
 )
-from activemlp_jax.weights.model_directory import check_classes, read_card, read_weights
+from activemlp_jax.weights.model_card import check_classes
+from activemlp_jax.weights.model_directory import read_card, read_weights
 
 
 class Evaluation(NamedTuple):

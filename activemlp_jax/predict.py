@@ -34,7 +34,8 @@ from activemlp_jax.utils.errors import UserError, errors_in_one_line
 from activemlp_jax.utils.json_files import json_line
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_compiled_programs
 from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.model_directory import ModelCard, read_card, read_weights
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import read_card, read_weights
 
 
 def read_variables(directory: str, card: ModelCard) -> Variables:

@@ -28,12 +28,8 @@ from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_co
 from activemlp_jax.utils.files import check_output, write_directory_aside
 from activemlp_jax.utils.runtime import collect_garbage_rarely
 from activemlp_jax.weights.convert import NAMES
-from activemlp_jax.weights.model_directory import (
-    ModelCard,
-    Variables,
-    read_card,
-    read_weights,
-)
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import Variables, read_card, read_weights
 from activemlp_jax.weights.torch_files import write_checkpoint
 from activemlp_jax.weights.torch_names import to_torch
 

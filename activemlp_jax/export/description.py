@@ -18,7 +18,7 @@ from activemlp_jax.tasks.registry import TASKS
 from activemlp_jax.utils.errors import one_line
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.convert import NAMES
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 PAPER = "https://arxiv.org/abs/2203.06108"
 CITATION = """\

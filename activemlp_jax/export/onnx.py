@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 from activemlp_jax.weights.torch_files import DESCRIPTION, as_tensor
 from activemlp_jax.weights.torch_names import to_torch
 

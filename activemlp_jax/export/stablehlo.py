@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from activemlp_jax.models.segmentor import Model
 from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.architecture import Model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

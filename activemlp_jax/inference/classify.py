@@ -18,7 +18,7 @@ from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.layers import at_least_float32
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 BATCH_SIZES = (1, 8, 32)  # few sizes to compile, and still little padding
 T = TypeVar("T")

@@ -13,10 +13,10 @@ from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.tiling import PUBLISHED, cut_views, plan_views
+from activemlp_jax.models.segmentor import Model, backbone
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.architecture import Model
-from activemlp_jax.weights.model_directory import ModelCard, backbone
+from activemlp_jax.weights.model_card import ModelCard
 
 STRIDES = (4, 8, 16, 32)  # input pixels between tokens, by stage
 

@@ -1,9 +1,8 @@
 """Preprocessing of a model's images, with or without a card."""
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.models.segmentor import ActiveSegmentor
-from activemlp_jax.weights.architecture import Model
-from activemlp_jax.weights.model_directory import ModelCard, check_card
+from activemlp_jax.models.segmentor import ActiveSegmentor, Model
+from activemlp_jax.weights.model_card import ModelCard, check_card
 
 
 def preprocessing_for(model: Model, card: ModelCard | None) -> Preprocessing | ScenePreprocessing:

@@ -9,7 +9,7 @@ from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.tiling import PUBLISHED, Protocol
 from activemlp_jax.models.segmentor import ActiveSegmentor
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 
 def segment(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from activemlp_jax.models.active_mlp import VARIANTS, ActiveMLP, list_models
+from activemlp_jax.models.active_mlp import VARIANTS, ActiveMLP, create_model, list_models
 from activemlp_jax.models.heads import FcnHead, FpnHead, FpnNeck, UperNetHead
 from activemlp_jax.models.layers import Dtype, LayerNorm, wide_param_dtype
 
@@ -164,3 +164,19 @@ def create_segmentor(
         raise ValueError(f"no backbone {backbone!r}, expected one of {', '.join(list_models())}")
     fields = {**VARIANTS[backbone], "drop_path_rate": drop_path_rate}
     return ActiveSegmentor(fields, head, num_classes, dtype=dtype)
+
+
+Model = ActiveMLP | ActiveSegmentor
+
+
+def backbone(model: Model) -> ActiveMLP:
+    """Return the backbone of `model`: a classifier itself, or the ActiveMLP of a segmentor."""
+    return ActiveMLP(**model.backbone) if isinstance(model, ActiveSegmentor) else model
+
+
+def variant_name(model: Model) -> str | None:
+    """Return the published variant of the backbone, or None; the number of classes is ignored."""
+    network = backbone(model)
+    plain = network.clone(drop_path_rate=0.0, dtype=jnp.float32, remat_stages=())
+    same = (name for name in list_models() if create_model(name, network.num_classes) == plain)
+    return next(same, None)

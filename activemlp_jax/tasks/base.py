@@ -15,10 +15,10 @@ from PIL import Image
 
 from activemlp_jax.data.base import Example, Source
 from activemlp_jax.inference.files import ImageFile
+from activemlp_jax.models.segmentor import Model, backbone
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Batch, Variables
-from activemlp_jax.weights.architecture import Model
-from activemlp_jax.weights.model_directory import ARCHITECTURE, ModelCard, backbone
+from activemlp_jax.weights.model_card import ARCHITECTURE, ModelCard
 
 Sums = dict[str, np.ndarray]  # totals over a dataset, from which metrics are computed
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of each array of a batch

@@ -47,7 +47,7 @@ from activemlp_jax.tasks.base import (
 from activemlp_jax.tasks.evaluation import evaluate
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Batch, Variables
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 NUM_HARDEST = 5
 

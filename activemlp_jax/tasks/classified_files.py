@@ -21,7 +21,7 @@ from activemlp_jax.inference.files import ImageFile, read_images, unbroken, watc
 from activemlp_jax.inference.imagenet_names import readable_names
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 TOP_CLASSES = 5  # per image
 

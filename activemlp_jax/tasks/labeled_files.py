@@ -11,7 +11,7 @@ from activemlp_jax.inference.segmentation import Segmenter, segment_image
 from activemlp_jax.plots.overlays import class_shares, draw_overlay, label_picture
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # endings of the files to write
 MAX_LISTED = 5  # classes per image

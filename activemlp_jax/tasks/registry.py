@@ -9,7 +9,7 @@ from activemlp_jax.tasks.base import Options, Task
 from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.tasks.segmentation import Segmentation
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Segmentation)}
 

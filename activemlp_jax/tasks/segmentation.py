@@ -52,7 +52,7 @@ from activemlp_jax.tasks.metrics import class_metrics, scene_metrics
 from activemlp_jax.tasks.segmentation_report import class_table, watch_parts
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Batch, Variables
-from activemlp_jax.weights.model_directory import HEAD, ModelCard
+from activemlp_jax.weights.model_card import HEAD, ModelCard
 from activemlp_jax.weights.torch_names import BACKBONE, variable_shapes
 
 AUXILIARY_WEIGHT = 0.4

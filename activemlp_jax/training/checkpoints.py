@@ -27,7 +27,7 @@ from activemlp_jax.utils.errors import Interrupted, UserError, one_line
 from activemlp_jax.utils.files import write_aside
 from activemlp_jax.utils.json_files import expect, read_json
 from activemlp_jax.utils.orbax_logs import without_tracebacks
-from activemlp_jax.weights.finite import describe_non_finite
+from activemlp_jax.weights.model_directory import describe_non_finite
 
 SCORE_KEY = "score"
 NOT_EVALUATED = -1.0  # below every score

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from activemlp_jax.models.segmentor import Model
 from activemlp_jax.tasks.base import Task
 from activemlp_jax.tasks.registry import TASKS
 from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.architecture import Model
 from activemlp_jax.weights.model_directory import read_card, read_weights
 from activemlp_jax.weights.torch_files import choose_kind
 

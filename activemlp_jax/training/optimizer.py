@@ -8,7 +8,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from activemlp_jax.weights.architecture import Model, backbone
+from activemlp_jax.models.segmentor import Model, backbone
 from activemlp_jax.weights.torch_names import BACKBONE
 
 

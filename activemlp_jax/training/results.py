@@ -14,7 +14,8 @@ from activemlp_jax.training.workdir import EPOCHS_FILE, read_records
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.model_directory import ModelCard, write_model
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import write_model
 
 CURVES, CONFUSION, EXAMPLES = "curves.png", "confusion_matrix.png", "scenes.png"
 

@@ -12,6 +12,7 @@ from activemlp_jax.data.base import Source
 from activemlp_jax.data.loader import sample_order
 from activemlp_jax.distributed import sharding
 from activemlp_jax.models.flops import count_cost
+from activemlp_jax.models.segmentor import Model
 from activemlp_jax.tasks.base import Sums, Task
 from activemlp_jax.tasks.registry import make_task
 from activemlp_jax.training.init_from import draw_variables
@@ -19,7 +20,6 @@ from activemlp_jax.training.optimizer import make_optimizer
 from activemlp_jax.training.schedules import learning_rate_schedule
 from activemlp_jax.training.step import TrainState, make_train_step
 from activemlp_jax.utils.types import Params, Record, Variables
-from activemlp_jax.weights.architecture import Model
 
 
 @dataclasses.dataclass(frozen=True)

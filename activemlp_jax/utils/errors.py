@@ -17,9 +17,7 @@ class UserError(ValueError):
 class Interrupted(Exception):  # noqa: N818 - not an error
     """Raised when a run was asked to stop and has saved its state.
 
-    Args:
-      message: for the user.
-      status: exit status, 128 plus the number of the signal, as in shells.
+    `status` is the exit status, 128 plus the number of the signal, as in shells.
     """
 
     def __init__(self, message: str, status: int):
@@ -33,7 +31,7 @@ def install_command(extra: str) -> str:
 
 
 def one_line(message: object) -> str:
-    """Make a message one printable line, because names from files may hold any character."""
+    """Make a message one line; unprintable characters, as in file names, become question marks."""
     line = " ".join(str(message).split())
     return "".join(character if character.isprintable() else "?" for character in line)
 
@@ -45,10 +43,7 @@ def command_name() -> str:
 
 
 def exit_with(message: object) -> NoReturn:
-    """Print the command's name and the message as one line to standard error; exit with status 2.
-
-    Unprintable characters become question marks.
-    """
+    """Print command name and message as one line to standard error; exit with status 2."""
     print(f"{command_name()}: error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -57,11 +52,9 @@ def exit_with(message: object) -> NoReturn:
 def errors_in_one_line(output: object = "") -> Iterator[None]:
     """Context for the work of a command; reports errors of its input or output as one line.
 
-    Errors in the command's own code keep their traceback. Ctrl-C, SIGTERM and SIGHUP end the
-    process, with the exit status that shells expect, after the code inside has cleaned up.
-
-    Args:
-      output: file or folder that the command writes; named if an `OSError` names no file.
+    An `OSError` without a file name is reported as one of `output`. Errors in the command's own
+    code keep their traceback. Ctrl-C, SIGTERM and SIGHUP end the process, with the exit status that
+    shells expect, after the code inside has cleaned up.
     """
     previous = {
         number: signal.signal(number, _exit_on_signal)

@@ -21,8 +21,6 @@ KINDS = {
 def read_file(path: str | os.PathLike[str], most: int) -> bytes:
     """Read a regular file of at most `most` bytes.
 
-    Pipes and devices are refused, because reading one may block or never end.
-
     Raises:
       UserError: the file is missing, unreadable, too large, or not a regular file.
     """
@@ -40,7 +38,7 @@ def read_file(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open a regular file for reading; raise UserError for any other kind."""
+    """Open a regular file; raise UserError for pipes and devices, which may block or never end."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)  # or a pipe without a writer blocks
     kind = KINDS.get(stat.S_IFMT(os.fstat(descriptor).st_mode))
     if kind:
@@ -94,15 +92,15 @@ def write_aside(path: Path) -> Iterator[Path]:
 def write_directory_aside(directory: Path) -> Iterator[Path]:
     """Yield a new, empty directory that replaces `directory` if nothing is raised.
 
-    A kill between the two renames leaves `.NAME.previous`, which `recover_directory` restores.
-    A link at `directory` is replaced, not followed.
+    A kill between the two renames leaves `.NAME.previous`, which the next write restores. A link
+    at `directory` is replaced, not followed.
 
     Raises:
       OSError: the directory cannot be written.
     """
     aside, previous = partial_path(directory), previous_path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    recover_directory(directory)
+    _recover_directory(directory)
     _remove(aside)
     try:
         aside.mkdir()
@@ -112,12 +110,12 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
         os.rename(aside, directory)
         _remove(previous)
     finally:
-        recover_directory(directory)
+        _recover_directory(directory)
         if aside.exists():
             shutil.rmtree(aside)
 
 
-def recover_directory(directory: Path) -> None:
+def _recover_directory(directory: Path) -> None:
     """Undo a replacement of `directory` that a kill interrupted; if it had finished, clean up."""
     previous = previous_path(directory)
     if os.path.lexists(previous):
@@ -128,14 +126,7 @@ def recover_directory(directory: Path) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Check that `output` can be written; missing parent folders are created later.
-
-    Args:
-      output: file or folder to write.
-
-    Raises:
-      UserError: the nearest existing parent is not a folder, or not writable.
-    """
+    """Raise UserError unless the nearest existing parent of `output` is a writable folder."""
     parent = next(path for path in output.parents if os.path.lexists(path))
     if not parent.is_dir():
         raise UserError(f"{output} cannot be written: {parent} is not a folder")
@@ -144,17 +135,14 @@ def check_output(output: Path) -> None:
 
 
 def check_output_file(output: Path) -> str:
-    """Check that the file `output` can be written; it may already exist.
+    """Raise UserError unless the file `output` can be written or replaced.
 
     Returns:
       'replaced' if it exists, else 'wrote', for the message after writing.
-
-    Raises:
-      UserError: as `check_output`, or `output` exists and is not a regular file.
     """
-    if output.exists():
-        kind = KINDS.get(stat.S_IFMT(output.stat().st_mode))
-        if kind:  # writing would replace a device by a file
-            raise UserError(f"{output} cannot be written: it is {kind}")
+    exists = output.exists()
+    kind = KINDS.get(stat.S_IFMT(output.stat().st_mode)) if exists else None
+    if kind:  # writing would replace a device by a file
+        raise UserError(f"{output} cannot be written: it is {kind}")
     check_output(output)
-    return "replaced" if output.exists() else "wrote"
+    return "replaced" if exists else "wrote"

@@ -1,5 +1,6 @@
 """Parsing JSON from untrusted files within limits, and printing JSON on one line."""
 
+import itertools
 import json
 import math
 import os
@@ -18,11 +19,7 @@ _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def parse_json(text: str | bytes, name: object) -> Any:
-    """Parse JSON, with limits on its size, its depth and its numbers.
-
-    Args:
-      text: JSON, in UTF-8 if bytes.
-      name: name of the text in error messages.
+    """Parse JSON, in UTF-8 if bytes; error messages call it `name`.
 
     Raises:
       UserError: the text is too long, too deeply nested or not JSON, a number is not finite in 64
@@ -32,7 +29,9 @@ def parse_json(text: str | bytes, name: object) -> Any:
         raise UserError(f"{name} has {len(text):,} bytes, expected at most {MOST_BYTES:,}")
     try:
         text = text.decode() if isinstance(text, bytes) else text
-        depth = _depth(text)
+        brackets = re.sub(r"[^][{}]", "", _STRING.sub("", text))
+        levels = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+        depth = max(levels, default=0)  # the parser recurses as deep
         if depth > MOST_DEPTH:
             raise ValueError(f"nested {depth} levels deep, expected at most {MOST_DEPTH}")
         return json.loads(
@@ -62,12 +61,8 @@ def expect(value: Any, name: str, kind: Any, low: float, high: float) -> Any:
 def json_line(record: Any, name: object) -> str:
     """Format a record as one line of JSON, escaping only what standard output cannot show.
 
-    Args:
-      record: JSON-serializable.
-      name: name of the record in error messages.
-
     Raises:
-      UserError: a number in the record is not finite.
+      UserError: a number in the record is not finite; the message calls the record `name`.
     """
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -86,15 +81,6 @@ def short(value: object, most: int = 80) -> str:
     """The `repr` of a value, cut to `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _depth(text: str) -> int:
-    """Nesting depth of the brackets outside strings; the parser recurses as deep."""
-    depth = deepest = 0
-    for character in re.sub(r"[^][{}]", "", _STRING.sub("", text)):
-        depth += 1 if character in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def _integer(digits: str) -> int:

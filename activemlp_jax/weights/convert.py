@@ -10,30 +10,17 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.models.active_mlp import VARIANTS, list_models
-from activemlp_jax.models.segmentor import ActiveSegmentor
+from activemlp_jax.models.segmentor import ActiveSegmentor, Model, backbone
 from activemlp_jax.utils.digests import sha256
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.files import check_output, write_directory_aside
 from activemlp_jax.utils.json_files import expect
 from activemlp_jax.utils.runtime import collect_garbage_rarely
-from activemlp_jax.weights.architecture import (
-    MAX_ROWS,
-    Model,
-    backbone,
-    infer_model,
-    list_keys,
-)
-from activemlp_jax.weights.model_directory import (
-    CARD_ERRORS,
-    ModelCard,
-    read_card,
-    read_weights,
-    write_model,
-)
+from activemlp_jax.weights.model_card import CARD_ERRORS, ModelCard
+from activemlp_jax.weights.model_directory import read_card, read_weights, write_model
 from activemlp_jax.weights.torch_files import (
     KINDS,
     TorchCheckpoint,
@@ -41,7 +28,13 @@ from activemlp_jax.weights.torch_files import (
     read_checkpoint,
     write_checkpoint,
 )
-from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch, to_torch
+from activemlp_jax.weights.torch_names import (
+    BATCH_COUNT,
+    MAX_ROWS,
+    from_torch,
+    infer_model,
+    to_torch,
+)
 
 NAMES = {"ema": "averaged (EMA)", "model": "raw"}
 TORCH_SUFFIXES = (".pth", ".pt", ".safetensors")  # formats that --to-torch writes
@@ -122,45 +115,39 @@ def _expected_model(arguments: argparse.Namespace, inferred: Model) -> Model:
     return inferred.clone(**fields)
 
 
-def _embedded_card(source: Path, checkpoint: TorchCheckpoint) -> ModelCard | None:
-    """Return the model card that `--to-torch` stored in the file, if any."""
-    if checkpoint.description is None:
-        return None
-    try:
-        card = ModelCard.from_json(checkpoint.description)
-        return dataclasses.replace(card, source=dict(card.source))
-    except CARD_ERRORS as error:
-        raise UserError(f"{source} has a broken description of its model: {error}") from error
-
-
 def _preprocessing(
-    model: Model, embedded: ModelCard | None, image_sizes: tuple[int | None, int | None]
+    model: Model, embedded: ModelCard | None, recorded: int | None, wanted: int | None
 ) -> Preprocessing | ScenePreprocessing:
-    """Return the preprocessing, given the `image_sizes` of the file and of --image-size."""
+    """Return the preprocessing, given the image sizes of the file and of --image-size."""
     if embedded and type(embedded.model) is not type(model):
         raise ValueError("the description of its model is for another task than its weights")
     if isinstance(model, ActiveSegmentor):
-        if image_sizes[-1] is not None:
+        if wanted is not None:
             raise ValueError(
                 "--image-size does not go with a segmentation model, which takes scenes of any "
                 "size: leave it out"
             )
         return embedded.preprocessing if embedded else ScenePreprocessing()
     fields = dataclasses.asdict(embedded.preprocessing) if embedded else {}
-    for size in image_sizes:
-        if size is not None:
-            fields["image_size"] = size
+    size = recorded if wanted is None else wanted
+    if size is not None:
+        fields["image_size"] = size
     return Preprocessing(**fields)
 
 
 def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(source)
-    embedded = _embedded_card(source, checkpoint)
+    embedded = None  # the model card that `--to-torch` stored in the file
+    if checkpoint.description is not None:
+        try:
+            embedded = ModelCard.from_json(checkpoint.description)
+        except CARD_ERRORS as error:
+            raise UserError(f"{source} has a broken description of its model: {error}") from error
     default = choose_kind(checkpoint.weights, arguments.weights or "auto", source)
     try:
         model = _expected_model(arguments, infer_model(checkpoint.weights[default]))
-        image_sizes = (checkpoint.image_size, arguments.image_size)
-        preprocessing = _preprocessing(model, embedded, image_sizes)
+        sizes = checkpoint.image_size, arguments.image_size
+        preprocessing = _preprocessing(model, embedded, *sizes)
         variables = {
             kind: from_torch(state_dict, model) for kind, state_dict in checkpoint.weights.items()
         }
@@ -169,7 +156,13 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
     digest = sha256(source)
     names = (embedded.class_names if embedded else None) or checkpoint.class_names
     class_names = names if names and len(names) == model.num_classes else None
-    origin = _origin(source.name, digest, checkpoint, embedded)
+    if embedded and embedded.source:  # keep where the weights come from
+        copy = {"copied_from": source.name, "copied_from_sha256": digest}
+        origin = {**embedded.source, **copy}
+    else:
+        origin = {"file": source.name, "sha256": digest, "epoch": checkpoint.epoch}
+        if checkpoint.iteration is not None:
+            origin["iteration"] = checkpoint.iteration
     card = ModelCard(model, preprocessing, tuple(variables), default, class_names, origin)
     print(one_line(f"{source}: SHA-256 {digest}"))
     _print_summary(card, checkpoint)
@@ -180,40 +173,22 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
     print(one_line(f"wrote {target}; the {NAMES[default]} weights are its default"))
 
 
-def _origin(
-    name: str, digest: str, checkpoint: TorchCheckpoint, embedded: ModelCard | None
-) -> dict[str, Any]:
-    """Return the origin of the weights: what the file `name` records, or else the file itself."""
-    if embedded and embedded.source:
-        return {**embedded.source, "copied_from": name, "copied_from_sha256": digest}
-    origin = {"file": name, "sha256": digest, "epoch": checkpoint.epoch}
-    if checkpoint.iteration is not None:
-        origin["iteration"] = checkpoint.iteration
-    return origin
-
-
 def _print_summary(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
-    arrays = {
-        key: array
-        for key, array in checkpoint.weights[card.default_kind].items()
-        if not key.endswith(STATISTICS)
-    }
-    parameters = sum(array.size for array in arrays.values())
-    types = ", ".join(sorted({str(array.dtype) for array in arrays.values()}))
+    state_dict = checkpoint.weights[card.default_kind]
+    arrays = [array for key, array in state_dict.items() if not key.endswith(STATISTICS)]
+    parameters = sum(array.size for array in arrays)
+    types = ", ".join(sorted({str(array.dtype) for array in arrays}))
     name = card.name or f"of no published variant, depths {backbone(card.model).depths}"
-    classes = f"{card.model.num_classes} classes"
+    classes = card.describe_classes()
     preprocessing = card.preprocessing
     if isinstance(card.model, ActiveSegmentor):
         name += f", under the head {card.model.head!r}"
-    if card.class_names:
-        classes += f" ({list_keys(list(card.class_names), 3)})"
-    elif checkpoint.class_names:
+    if checkpoint.class_names and not card.class_names:
         classes += f"; the file names {len(checkpoint.class_names)}, which are left out"
-    if card.source.get("iteration") is not None:
-        progress = f"iteration {card.source['iteration']}"
-    else:
-        epoch = card.source.get("epoch")
-        progress = f"epoch {'unknown' if epoch is None else epoch}"
+    iteration, epoch = card.source.get("iteration"), card.source.get("epoch")
+    progress = f"epoch {'unknown' if epoch is None else epoch}"
+    if iteration is not None:
+        progress = f"iteration {iteration}"
     if isinstance(preprocessing, ScenePreprocessing):
         images = f"resized into {preprocessing.long_side} x {preprocessing.short_side} pixels"
     else:
@@ -252,7 +227,3 @@ def _to_torch(source: Path, target: Path, chosen: str | None) -> None:
     write_checkpoint(target, weights, card.to_json(), card.class_names)
     kinds_written = " and ".join(NAMES[kind] for kind in keys)
     print(one_line(f"wrote the {kinds_written} weights to {target}"))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE
+from activemlp_jax.models.segmentor import Model
 from activemlp_jax.utils.errors import UserError, install_command
 from activemlp_jax.utils.files import KINDS as FILE_KINDS
 from activemlp_jax.utils.files import write_aside
 from activemlp_jax.utils.json_files import parse_json
-from activemlp_jax.weights.architecture import Model, is_segmentor, list_keys
-from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch
+from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch, is_segmentor, list_keys
 from activemlp_jax.weights.torch_pickle import Opaque, Tensor, TorchFile
 
 StateDict = dict[str, np.ndarray]
@@ -60,15 +60,10 @@ class TorchCheckpoint(NamedTuple):
 
 
 def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
-    """Return `kind`, with 'auto' resolved to 'ema' if available, and otherwise to 'model'.
-
-    Args:
-      kinds: the available kinds of weights, out of `KINDS`.
-      kind: 'auto', or the kind that is wanted.
-      where: the file or directory that has the weights, for the error.
+    """Return `kind`, one of `kinds`, or for 'auto' the preferred one of them.
 
     Raises:
-      UserError: `kinds` does not contain `kind`.
+      UserError: `kinds` does not contain `kind`; the message starts with `where`.
     """
     if kind == "auto":
         return next(name for name in KINDS if name in kinds)
@@ -88,9 +83,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
         'state_dict', ...}`; or a state dict, bare or under 'state_dict'. The prefix 'module.' of
         data-parallel training is dropped.
 
-    Returns:
-      A `TorchCheckpoint`.
-
     Raises:
       UserError: the file is missing, broken, or of another type; it needs a class other than
         tensors and `argparse.Namespace`, which the message names; its values are not finite or of
@@ -107,7 +99,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
         if status.st_size == 0:
             raise UserError(f"{path} is empty")
         read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-        return read(path, status.st_size)
+        return _checkpoint(path, *read(path, status.st_size))
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
     except OSError as error:
@@ -116,41 +108,68 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
         raise UserError(f"{path} is too large for this machine's memory") from error
 
 
-def _read_torch(path: Path, size: int) -> TorchCheckpoint:
+def _checkpoint(
+    path: Path, weights: dict[str, StateDict], content: Mapping[Any, Any]
+) -> TorchCheckpoint:
+    """Check the values of state dicts, and combine them with what else the file contains."""
+    description = content.get(DESCRIPTION)
+    if description is not None:
+        try:
+            description = parse_json(description, "it")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} has a broken description of its model: {error}") from error
+    weights = _restore_kind(weights, description)
+    for kind, state_dict in weights.items():
+        for key, array in state_dict.items():
+            _check_values(array, f"{path}: {kind}: {_key_text(key)}")
+    args, meta = content.get("args"), content.get("meta")
+    settings = args.state if isinstance(args, Opaque) and isinstance(args.state, dict) else {}
+    meta = meta if isinstance(meta, dict) else {}
+    names = meta.get("CLASSES")
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        names = ()
+    return TorchCheckpoint(
+        weights,
+        description=description,
+        epoch=_int_or_none(content.get("epoch"), 0),
+        image_size=_int_or_none(settings.get("input_size"), MIN_IMAGE_SIDE),
+        iteration=_int_or_none(meta.get("iter"), 0),
+        # One of mmsegmentation's names for ADE20K ends with a space.
+        class_names=tuple(map(str.strip, names)) or None,
+    )
+
+
+def _read_torch(path: Path, size: int) -> tuple[dict[str, StateDict], Mapping[Any, Any]]:
+    """Read the state dicts by kind, and the whole content of the file."""
     with TorchFile(path) as file:
         content = file.content
         if not isinstance(content, dict):
             kind = content.name if isinstance(content, Opaque) else type(content).__name__
             raise UserError(f"{path} holds a {kind}, expected a dict of weights")
-        description = _parse_description(content.pop(DESCRIPTION, None), path)
         state_dicts = _find_state_dicts(content, path)
-        for name, state_dict in state_dicts.items():
-            _check_sizes(state_dict, f"{path}: {name}: ", size)
-        weights = {
-            name: {key: _read_values(file, key, value) for key, value in state_dict.items()}
-            for name, state_dict in state_dicts.items()
-        }
-    args, meta = content.get("args"), content.get("meta")
-    meta = meta if isinstance(meta, dict) else {}
-    settings = args.state if isinstance(args, Opaque) and isinstance(args.state, dict) else {}
-    return _checkpoint(
-        path,
-        weights,
-        description,
-        epoch=_int_or_none(content.get("epoch"), 0),
-        image_size=_int_or_none(settings.get("input_size"), MIN_IMAGE_SIDE),
-        iteration=_int_or_none(meta.get("iter"), 0),
-        class_names=_class_names(meta.get("CLASSES")),
-    )
+        for kind, state_dict in state_dicts.items():
+            _check_sizes(state_dict, f"{path}: {kind}: ", size)
+        weights: dict[str, StateDict] = {kind: {} for kind in state_dicts}
+        for kind, state_dict in state_dicts.items():
+            for key, tensor in state_dict.items():
+                try:
+                    weights[kind][key] = tensor.read(file)
+                except ValueError as error:
+                    raise UserError(
+                        f"{path} is broken or truncated: {_key_text(key)}: {error}"
+                    ) from error
+    return weights, content
 
 
-def _read_safetensors(path: Path, size: int) -> TorchCheckpoint:
+def _read_safetensors(path: Path, size: int) -> tuple[dict[str, StateDict], Mapping[Any, Any]]:
+    """Read the state dict, and the metadata of the file."""
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if header > min(size, MAX_HEADER_BYTES):
         raise UserError(
             f"{path} is not a readable safetensors file: its header has {header:,} bytes"
         )
+    weights = {}
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -161,27 +180,10 @@ def _read_safetensors(path: Path, size: int) -> TorchCheckpoint:
                         f"{path}: model: {_key_text(key)} has values of type {type_name}, "
                         "expected floating"
                     )
-        weights = load_file(path)
+                weights[key] = file.get_tensor(key)
     except (SafetensorError, KeyError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from error
-    description = _parse_description(metadata.get(DESCRIPTION), path)
-    return _checkpoint(path, _find_state_dicts(weights, path), description)
-
-
-def _checkpoint(
-    path: Path, weights: dict[str, StateDict], description: Any, **rest: Any
-) -> TorchCheckpoint:
-    weights = _restore_kind(weights, description)
-    for kind, state_dict in weights.items():
-        for key, array in state_dict.items():
-            check = _check_count if key.endswith(f".{BATCH_COUNT}") else _check_weight
-            check(array, f"{path}: {kind}: {_key_text(key)}")
-    return TorchCheckpoint(weights, description=description, **rest)
-
-
-def _int_or_none(value: object, low: int) -> int | None:
-    """Return `value` from a file if it is a 64-bit integer of at least `low`, or else None."""
-    return value if type(value) is int and low <= value < 2**63 else None
+    return _find_state_dicts(weights, path), metadata
 
 
 def _restore_kind(weights: dict[str, StateDict], description: Any) -> dict[str, StateDict]:
@@ -194,20 +196,78 @@ def _restore_kind(weights: dict[str, StateDict], description: Any) -> dict[str, 
         return weights
 
 
-def _class_names(names: object) -> tuple[str, ...] | None:
-    if not isinstance(names, list | tuple) or not names:
-        return None
-    # One of mmsegmentation's names for ADE20K ends with a space.
-    return tuple(map(str.strip, names)) if all(isinstance(name, str) for name in names) else None
+def _int_or_none(value: object, low: int) -> int | None:
+    """Return `value` from a file if it is a 64-bit integer of at least `low`, or else None."""
+    return value if type(value) is int and low <= value < 2**63 else None
 
 
-def _parse_description(description: Any, path: Path) -> Any:
-    if description is None:
-        return None
-    try:
-        return parse_json(description, "it")
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} has a broken description of its model: {error}") from error
+def _find_state_dicts(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Return the state dicts of a file by kind."""
+    nested = content.get("state_dict")
+    values = {kind: content.get(key) for kind, key in KINDS.items()}
+    state_dicts = {
+        kind: value for kind, value in values.items() if isinstance(value, dict) and value
+    }
+    if not state_dicts and isinstance(nested, dict) and nested:
+        state_dicts = {"model": nested}
+    rest = {key: value for key, value in content.items() if key != DESCRIPTION}
+    if not state_dicts and all(isinstance(value, STATE_DICT_VALUES) for value in rest.values()):
+        state_dicts = {"model": rest} if rest else {}
+    if not state_dicts:
+        keys = list_keys([*map(_key_text, rest)], 8) or "nothing"
+        raise UserError(
+            f"{path} holds no weights: expected a state dict, or one under 'model', 'model_ema' or "
+            f"'state_dict', found {keys}"
+        )
+    for kind, state_dict in state_dicts.items():
+        if all(str(key).startswith("module.") for key in state_dict):  # data-parallel training
+            state_dicts[kind] = {key.removeprefix("module."): v for key, v in state_dict.items()}
+    return state_dicts
+
+
+def _check_sizes(state_dict: Mapping[Any, Any], prefix: str, file_size: int) -> None:
+    """Raise UserError unless all values are dense tensors, in total no larger than the file."""
+    # Tensors can share and repeat values, so a small file can claim any size.
+    total = 0
+    for key, value in state_dict.items():
+        name = f"{prefix}{_key_text(key)}"
+        if isinstance(value, Opaque):
+            raise UserError(f"{name} is not a dense tensor: {value.name}")
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise UserError(f"{prefix}{key!r:.200} is a {kind}, expected a named tensor")
+        if value.type_name != str(value.storage.dtype):  # a dtype that numpy lacks
+            raise UserError(f"{name} has values of type {value.type_name}, expected floating")
+        if 0 in value.shape:
+            raise UserError(f"{name} has shape {value.shape}, expected no side of 0")
+        total += value.nbytes
+        if total > file_size:
+            raise UserError(
+                f"{name} has {value.nbytes} bytes, {total} with the tensors before it, more than "
+                f"the whole file with {file_size}"
+            )
+
+
+def _key_text(key: object) -> str:
+    """Return a key, which may be any object, as a short text for an error."""
+    return str(key.name if isinstance(key, Opaque) else key)[:200]
+
+
+def _check_values(array: np.ndarray, name: str) -> None:
+    """Raise UserError for a weight that is not finite floating, or an invalid count of batches."""
+    if name.endswith(f".{BATCH_COUNT}"):
+        highest = np.iinfo(np.int32).max  # the flax variable is int32
+        if array.dtype != np.int64 or array.shape:
+            found = f"type {array.dtype} and shape {array.shape}"
+            raise UserError(f"{name} has {found}, expected one count of type int64")
+        if not 0 <= array <= highest:
+            raise UserError(f"{name} is {array}, expected a count between 0 and {highest}")
+        return
+    if array.dtype.name not in WEIGHT_DTYPES:
+        raise UserError(f"{name} has values of type {array.dtype}, expected floating")
+    not_finite = array.size - int(np.isfinite(array).sum())
+    if not_finite:
+        raise UserError(f"{name} has {not_finite} of {array.size} values not finite")
 
 
 def load_torch_checkpoint(
@@ -248,9 +308,9 @@ def write_checkpoint(
 
     Args:
       path: a `.safetensors` file, which holds one kind of weights; with any other suffix, a file
-        for `torch.load` with the original's keys.
-      weights: state dicts by kind, see `TorchCheckpoint`. For a segmentation model one kind, which
-        is written in mmsegmentation's form.
+        for `torch.load`.
+      weights: PyTorch names to arrays, by kind. For a segmentation model one kind, which is written
+        in mmsegmentation's form.
       description: the content of a `model.json`, stored next to the weights.
       class_names: the names of the classes by label, for mmsegmentation.
 
@@ -263,36 +323,26 @@ def write_checkpoint(
             if path.suffix == ".safetensors":
                 (state_dict,) = weights.values()
                 save_file(dict(state_dict), partial, metadata={"format": "pt", DESCRIPTION: text})
-            else:
-                _save_torch(path, partial, weights, text, class_names)
+                return
+            try:
+                import torch
+            except ImportError as error:
+                raise UserError(
+                    f"{path} needs PyTorch: {install_command('torch')}, or use a .safetensors file"
+                ) from error
+            content: dict[str, Any] = {
+                KINDS[kind]: {name: as_tensor(value) for name, value in state_dict.items()}
+                for kind, state_dict in weights.items()
+            }
+            if any(map(is_segmentor, weights.values())):
+                (tensors,) = content.values()
+                meta = {"CLASSES": tuple(class_names)} if class_names else {}
+                content = {"meta": meta, "state_dict": tensors}
+            with partial.open("wb") as file:
+                torch.save({**content, DESCRIPTION: text}, file)
     except (RuntimeError, SafetensorError) as error:  # torch and safetensors on a full disk
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"{path} cannot be written: {cause}") from error
-
-
-def _save_torch(
-    path: Path,
-    partial: Path,
-    weights: Mapping[str, StateDict],
-    text: str,
-    class_names: Sequence[str] | None,
-) -> None:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f"{path} needs PyTorch: {install_command('torch')}, or use a .safetensors file"
-        ) from error
-    content: dict[str, Any] = {
-        KINDS[kind]: {name: as_tensor(value) for name, value in state_dict.items()}
-        for kind, state_dict in weights.items()
-    }
-    if any(map(is_segmentor, weights.values())):
-        (tensors,) = content.values()
-        meta = {"CLASSES": tuple(class_names)} if class_names else {}
-        content = {"meta": meta, "state_dict": tensors}
-    with partial.open("wb") as file:
-        torch.save({**content, DESCRIPTION: text}, file)
 
 
 def as_tensor(value: np.ndarray) -> Any:
@@ -302,81 +352,3 @@ def as_tensor(value: np.ndarray) -> Any:
     if value.dtype == jnp.bfloat16:  # torch.from_numpy takes only numpy's own dtypes
         return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(value)
-
-
-def _find_state_dicts(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Return the state dicts of a file by kind."""
-    nested = content.get("state_dict")
-    values = {kind: content.get(key) for kind, key in KINDS.items()}
-    found = {kind: value for kind, value in values.items() if isinstance(value, dict) and value}
-    if not found and isinstance(nested, dict) and nested:
-        found = {"model": nested}
-    if not found and content and all(isinstance(v, STATE_DICT_VALUES) for v in content.values()):
-        found = {"model": dict(content)}
-    if not found:
-        keys = list_keys([*map(_key_text, content)]) or "nothing"
-        raise UserError(
-            f"{path} holds no weights: expected a state dict, or one under 'model', 'model_ema' or "
-            f"'state_dict', found {keys}"
-        )
-    return {kind: _strip_prefix(state_dict) for kind, state_dict in found.items()}
-
-
-def _strip_prefix(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Remove the 'module.' that data-parallel training puts in front of every key."""
-    if all(str(key).startswith("module.") for key in state_dict):
-        return {key.removeprefix("module."): value for key, value in state_dict.items()}
-    return state_dict
-
-
-def _check_sizes(state_dict: Mapping[Any, Any], prefix: str, file_size: int) -> None:
-    """Raise UserError unless all values are dense tensors, in total no larger than the file."""
-    # Tensors can share and repeat values, so a small file can claim any size.
-    total = 0
-    for key, value in state_dict.items():
-        name = f"{prefix}{_key_text(key)}"
-        if isinstance(value, Opaque):
-            raise UserError(f"{name} is not a dense tensor: {value.name}")
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise UserError(f"{prefix}{key!r:.200} is a {kind}, expected a named tensor")
-        if value.type_name != str(value.storage.dtype):  # a dtype that numpy lacks
-            raise UserError(f"{name} has values of type {value.type_name}, expected floating")
-        if 0 in value.shape:
-            raise UserError(f"{name} has shape {value.shape}, expected no side of 0")
-        total += value.nbytes
-        if total > file_size:
-            raise UserError(
-                f"{name} has {value.nbytes} bytes, {total} with the tensors before it, more than "
-                f"the whole file with {file_size}"
-            )
-
-
-def _key_text(key: object) -> str:
-    """Return a key, which may be any object, as a short text for an error."""
-    return str(key.name if isinstance(key, Opaque) else key)[:200]
-
-
-def _read_values(file: TorchFile, key: str, tensor: Tensor) -> np.ndarray:
-    try:
-        return tensor.read(file)
-    except ValueError as error:
-        raise UserError(f"{file.path} is broken or truncated: {_key_text(key)}: {error}") from error
-
-
-def _check_weight(array: np.ndarray, name: str) -> None:
-    if array.dtype.name not in WEIGHT_DTYPES:
-        raise UserError(f"{name} has values of type {array.dtype}, expected floating")
-    not_finite = array.size - int(np.isfinite(array).sum())
-    if not_finite:
-        raise UserError(f"{name} has {not_finite} of {array.size} values not finite")
-
-
-def _check_count(array: np.ndarray, name: str) -> None:
-    """Raise UserError unless `array` is a valid count of batches seen by a batch norm."""
-    if array.dtype != np.int64 or array.shape:
-        found = f"type {array.dtype} and shape {array.shape}"
-        raise UserError(f"{name} has {found}, expected one count of type int64")
-    highest = np.iinfo(np.int32).max  # the flax variable is int32
-    if not 0 <= array <= highest:
-        raise UserError(f"{name} is {array}, expected a count between 0 and {highest}")

@@ -1,11 +1,12 @@
-"""Convert the names and layouts of the original's PyTorch state dicts to flax variables and back.
+"""Convert the original's PyTorch state dicts to flax variables and back, and infer their model.
 
 `MODULE_NAMES`, `SEGMENTATION_NAMES` and `LEAF_NAMES` hold all pairs of names. A PyTorch linear
 layer stores `[out, in]`, a convolution `[out, in / groups, k, k]`; flax stores `[in, out]` and
 `[k, k, in / groups, out]`. The ATM's linear layers `atm_h` and `atm_w` are 1x1 convolutions in the
-original.
+original. The model follows from the keys and the shapes.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,14 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from activemlp_jax.weights.architecture import (
-    Model,
-    backbone,
-    count_depths,
-    describe_architecture,
-    infer_model,
-    list_keys,
-)
+from activemlp_jax.models.active_mlp import ActiveMLP
+from activemlp_jax.models.segmentor import ActiveSegmentor, Model, backbone, variant_name
 
 # (pattern of a module's flax path, PyTorch name); LAST stands for the stage's last block.
 MODULE_NAMES = (
@@ -63,12 +58,126 @@ LEAF_NAMES = {
 }
 BATCH_COUNT = "num_batches_tracked"  # the only integer variable: int64 in PyTorch, int32 in flax
 
-MAX_LISTED = 3  # keys in an error
+MAX_BLOCKS = 500  # in all stages together; published variants have up to 41
+MAX_ROWS = 2**20  # first dimension of a weight: features, hidden features or classes
+MAX_KEY_LENGTH = 100  # characters of a key in an error
 
-Path = tuple[str, ...]  # the collection, then the keys in its tree
+Shapes = Mapping[str, Any]  # PyTorch names to objects with a `shape`
+VariablePath = tuple[str, ...]  # the collection, then the keys in its tree
 
 
-def torch_name(path: Path, depths: Iterable[int]) -> str:
+def list_keys(keys: list[str], limit: int = 3) -> str:
+    """Join the first `limit` keys, long ones truncated, and say how many more there are."""
+    text = ", ".join(key[:MAX_KEY_LENGTH] for key in keys[:limit])
+    return f"{text} and {len(keys) - limit} more" if len(keys) > limit else text
+
+
+def title(model: Model) -> str:
+    """Name the variant and the head of a model, as in 'active_large under upernet'."""
+    name = variant_name(model) or "an ActiveMLP of no published variant"
+    return f"{name} under {model.head}" if isinstance(model, ActiveSegmentor) else name
+
+
+def describe_architecture(model: Model) -> str:
+    """Describe the variant, the head and the size of a model, for errors."""
+    network = backbone(model)
+    return f"{title(model)} (depths {network.depths}, embed_dims {network.embed_dims})"
+
+
+def is_segmentor(state_dict: Shapes) -> bool:
+    """Return whether the state dict is from a segmentation model."""
+    return any(key.startswith(("backbone.", "decode_head.")) for key in state_dict)
+
+
+def infer_model(state_dict: Shapes) -> Model:
+    """Infer the model of a state dict, which may hold anything that has a `shape`.
+
+    Raises:
+      ValueError: a required key is missing or has an impossible shape; the message names it.
+    """
+    if not is_segmentor(state_dict):
+        fields = infer_architecture(state_dict)
+        return ActiveMLP(**fields, num_classes=_rows(state_dict, "head.weight"))
+    network = infer_architecture(state_dict, "backbone.")
+    widths = {"num_classes": "decode_head.conv_seg.weight"}
+    head = "fpn" if any(key.startswith("neck.") for key in state_dict) else "upernet"
+    if head == "fpn":
+        widths["channels"] = "decode_head.scale_heads.0.0.conv.weight"
+        widths["neck_channels"] = "neck.lateral_convs.0.conv.weight"
+    else:
+        widths["channels"] = "decode_head.bottleneck.conv.weight"
+        widths["aux_channels"] = "auxiliary_head.convs.0.conv.weight"
+    rows: dict[str, Any] = {field: _rows(state_dict, key) for field, key in widths.items()}
+    return ActiveSegmentor(network, head, **rows)
+
+
+def _rows(state_dict: Shapes, key: str) -> int:
+    """Return the first dimension of a weight; raises ValueError if it is missing or invalid."""
+    if key not in state_dict:
+        keys = f"found {list_keys(list(state_dict))}" if state_dict else "it is empty"
+        raise ValueError(f"the state dict misses {key}, which every such model has; {keys}")
+    shape = tuple(state_dict[key].shape)
+    if not shape or 0 in shape:
+        raise ValueError(f"{key} has shape {shape}, which no ActiveMLP has")
+    if shape[0] > MAX_ROWS:
+        raise ValueError(f"{key} has {shape[0]:,} rows, expected at most {MAX_ROWS:,}")
+    return shape[0]
+
+
+def _count_depths(blocks: set[tuple[int, int]]) -> tuple[int, ...]:
+    """Return the number of blocks of each stage, given all (stage, block) indices."""
+    return tuple(1 + max((j for i, j in blocks if i == stage), default=-1) for stage in range(4))
+
+
+def infer_architecture(state_dict: Shapes, prefix: str = "") -> dict[str, Any]:
+    """Infer the fields of an ActiveMLP whose keys start with `prefix`, except `num_classes`.
+
+    If several values of `offset_interval` give the same network, the smallest is returned.
+
+    Raises:
+      ValueError: a required key is missing or has an impossible shape; the message names it.
+    """
+    blocks, offset_layers = set(), set()
+    for key in state_dict:
+        if match := re.match(re.escape(prefix) + r"blocks\.(\d)\.(\d{1,9})\.(\w+)", key):
+            block = int(match[1]), int(match[2])
+            blocks.add(block)
+            if match[3] == "offset_layer":
+                offset_layers.add(block)
+    depths = _count_depths(blocks)
+    for stage, depth in enumerate(depths):
+        count = sum(i == stage for i, _ in blocks)
+        if count != depth:
+            raise ValueError(f"stage {stage} has a block {depth - 1}, but only {count} blocks")
+    if sum(depths) > MAX_BLOCKS:
+        raise ValueError(f"there are {sum(depths)} blocks, expected at most {MAX_BLOCKS}")
+    embed_dims, hidden_dims, offsets = (
+        [_rows(state_dict, f"{prefix}blocks.{stage}.0.{layer}.weight") for stage in range(4)]
+        for layer in ("norm1", "mlp.fc1", "offset_layer.1")
+    )
+
+    def count_mismatches(interval: int) -> int:
+        expected = {(i, j) for i in range(4) for j in range(0, depths[i] - 1, interval)}
+        return len(offset_layers ^ expected)
+
+    return {
+        "depths": depths,
+        "embed_dims": tuple(embed_dims),
+        "mlp_ratios": tuple(map(_ratio, hidden_dims, embed_dims)),
+        "share_dims": tuple(2 * dim // n for dim, n in zip(embed_dims, offsets, strict=True)),
+        "offset_interval": min(range(1, max(depths) + 1), key=count_mismatches),
+    }
+
+
+def _ratio(hidden: int, dim: int) -> float:
+    """Return a ratio with `int(dim * ratio) == hidden`, as an integer if possible."""
+    if hidden % dim == 0:
+        return hidden // dim
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def torch_name(path: VariablePath, depths: Iterable[int]) -> str:
     """Return the PyTorch name of the variable at the flax `path`, in a model with these depths."""
     collection, *module, leaf = path
     names: tuple[tuple[str, str], ...] = MODULE_NAMES + SEGMENTATION_NAMES
@@ -86,11 +195,11 @@ def torch_name(path: Path, depths: Iterable[int]) -> str:
     raise ValueError(f"no PyTorch name for the parameter {'/'.join(path[1:])}")
 
 
-def _is_pointwise_convolution(path: Path) -> bool:
+def _is_pointwise_convolution(path: VariablePath) -> bool:
     return path[-1] == "kernel" and path[-2] in ("atm_w", "atm_h")
 
 
-def _to_torch_layout(path: Path, value: np.ndarray) -> np.ndarray:
+def _to_torch_layout(path: VariablePath, value: np.ndarray) -> np.ndarray:
     if path[-1] == "kernel":
         value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
     if LEAF_NAMES.get((path[0], path[-1])) == BATCH_COUNT:
@@ -98,7 +207,7 @@ def _to_torch_layout(path: Path, value: np.ndarray) -> np.ndarray:
     return value[:, :, None, None] if _is_pointwise_convolution(path) else value
 
 
-def _to_flax_layout(path: Path, value: np.ndarray) -> np.ndarray:
+def _to_flax_layout(path: VariablePath, value: np.ndarray) -> np.ndarray:
     if _is_pointwise_convolution(path):
         value = value[:, :, 0, 0]
     if path[-1] == "kernel":
@@ -108,11 +217,11 @@ def _to_flax_layout(path: Path, value: np.ndarray) -> np.ndarray:
     return value
 
 
-def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _torch_shape(path: VariablePath, shape: tuple[int, ...]) -> tuple[int, ...]:
     return _to_torch_layout(path, np.broadcast_to(np.zeros(()), shape)).shape
 
 
-def as_numpy(value: Any) -> np.ndarray:
+def _as_numpy(value: Any) -> np.ndarray:
     """Return a numpy view of an array or a PyTorch tensor."""
     if hasattr(value, "detach"):
         import torch  # installed, because the value is a tensor
@@ -124,7 +233,7 @@ def as_numpy(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def variable_shapes(model: Model) -> dict[Path, tuple[int, ...]]:
+def variable_shapes(model: Model) -> dict[VariablePath, tuple[int, ...]]:
     """Return the shapes of all variables of `model` by flax path, without computing any."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -156,15 +265,18 @@ def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dic
     names = {path: torch_name(path, backbone(model).depths) for path in shapes}
     missing = [name for name in names.values() if name not in state_dict]
     unknown = sorted(set(state_dict) - set(names.values()))
-    if missing or unknown:
-        detail = [f"{len(missing)} missing ({list_keys(missing, MAX_LISTED)})"] if missing else []
-        detail += [f"{len(unknown)} unknown ({list_keys(unknown, MAX_LISTED)})"] if unknown else []
+    wrong = [
+        f"{len(keys)} {kind} ({list_keys(keys)})"
+        for kind, keys in (("missing", missing), ("unknown", unknown))
+        if keys
+    ]
+    if wrong:
         raise ValueError(
-            f"the state dict does not fit {describe_architecture(model)}: keys {', '.join(detail)}"
+            f"the state dict does not fit {describe_architecture(model)}: keys {', '.join(wrong)}"
         )
     flat = {}
     for path, name in names.items():
-        value = as_numpy(state_dict[name])
+        value = _as_numpy(state_dict[name])
         expected = _torch_shape(path, shapes[path])
         if value.shape != expected:
             raise ValueError(f"{name} has shape {value.shape}, the model expects {expected}")
@@ -199,7 +311,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """
     flat = traverse_util.flatten_dict(dict(variables))
     matches = (re.search(r"\bstages_(\d+)/block_(\d+)/", "/".join(path)) for path in flat)
-    depths = count_depths({(int(match[1]), int(match[2])) for match in matches if match})
+    depths = _count_depths({(int(match[1]), int(match[2])) for match in matches if match})
     return {
         torch_name(path, depths): np.asarray(_to_torch_layout(path, np.asarray(value)), order="C")
         for path, value in flat.items()

@@ -28,7 +28,7 @@ from activemlp_jax.utils.json_files import short
 MAX_PICKLE_BYTES = 2 * 2**20  # a large model with its optimizer needs a quarter of a MB
 LEGACY_HEADER = (0x1950A86A20F9469CFC6C, 1001)  # first two pickles of files before PyTorch 1.6
 MAX_DIMENSIONS = 8
-MAX_ARGUMENTS = 16  # of a call, and of a reference to a storage
+MAX_ARGUMENTS = 16  # of a call
 
 # Names that a pickle may contain. No name is ever resolved; other names are rejected with an error.
 ALLOWED_NAMES = re.compile(
@@ -38,18 +38,17 @@ ALLOWED_NAMES = re.compile(
     r"|collections\.(Counter|OrderedDict)|argparse\.Namespace|_codecs\.encode"
     r"|builtins\.(set|complex|bytearray)"
 )
-LITERAL_OPCODES = (  # opcodes that push their argument
-    *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-)
-EMPTY_CONTAINERS: dict[str, Callable[[], Any]] = {
+# What an opcode that pushes its own argument leaves on the stack, in the words of `pickletools`.
+LITERALS = {"int", "int_or_bool", "float", "str", "bytes", "bytes_or_str"}
+NEW_OBJECTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
     "EMPTY_SET": lambda: Opaque("set"),
 }
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 STORAGE_DTYPES = {
     "Float": np.float32,
     "Double": np.float64,
@@ -70,17 +69,9 @@ STORAGE_DTYPES = {
     "QUInt2x4": np.uint8,
     "Untyped": np.uint8,
 }
-# Errors that a broken pickle or a broken archive causes.
 BROKEN_FILE_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
+    *(ArithmeticError, AttributeError, EOFError, LookupError, NotImplementedError),
+    *(TypeError, ValueError, struct.error, zipfile.BadZipFile),
 )
 
 
@@ -130,21 +121,16 @@ class Tensor:
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def read(self, file: io.BufferedIOBase) -> np.ndarray:
-        """Read the values; tensors of the same storage share memory.
-
-        Args:
-          file: the open file that holds the storage.
-
-        Returns:
-          An array of `shape`.
+        """Read the values from the open file; tensors of the same storage share memory.
 
         Raises:
           ValueError: the file does not hold all values.
         """
-        storage = self.storage
+        storage, itemsize = self.storage, self.storage.dtype.itemsize
         steps = [step if n > 1 else 0 for n, step in zip(self.shape, self.strides, strict=True)]
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, steps, strict=True))
-        if (last + 1) * storage.dtype.itemsize > storage.size:
+        # numpy checks this too, but with numbers that can overflow.
+        if (last + 1) * itemsize > storage.size:
             raise ValueError("its values are not all in the file")
         if storage.values is None:
             values = np.empty(storage.size, np.uint8)
@@ -152,10 +138,9 @@ class Tensor:
             if file.readinto(values.data) != storage.size:
                 raise ValueError("its values are not all in the file")
             storage.values = values
-        usable = storage.size // storage.dtype.itemsize * storage.dtype.itemsize
-        values = storage.values[:usable].view(storage.dtype)[self.offset :]
-        strides = [step * storage.dtype.itemsize for step in steps]
-        return np.lib.stride_tricks.as_strided(values, self.shape, strides)
+        strides = [step * itemsize for step in steps]
+        start = self.offset * itemsize
+        return np.ndarray(self.shape, storage.dtype, storage.values.data, start, strides)
 
 
 class TorchFile(io.BufferedReader):
@@ -262,67 +247,59 @@ class TorchFile(io.BufferedReader):
         memo: dict[int, Any] = {}
         argument: Any
         for opcode, argument, _ in pickletools.genops(pickle):
+            taken = opcode.stack_before
             items: list[Any] = []
-            if pickletools.markobject in opcode.stack_before:  # takes everything since the mark
+            if pickletools.markobject in taken:  # takes everything since the mark
                 items, stack = stack, outer_stacks.pop()
+                taken = taken[: taken.index(pickletools.markobject)]
+            if taken:
+                items = stack[-len(taken) :] + items
+                del stack[-len(taken) :]
             match opcode.name:
-                case "PROTO" | "FRAME" | "STOP":
+                case "PROTO" | "FRAME" | "POP":
                     pass
-                case name if name in LITERAL_OPCODES:
-                    stack.append(argument)
-                case name if name in CONSTANTS:
-                    stack.append(CONSTANTS[name])
-                case name if name in EMPTY_CONTAINERS:
-                    stack.append(EMPTY_CONTAINERS[name]())
+                case "STOP":
+                    return items.pop()
+                case name if name in NEW_OBJECTS:
+                    stack.append(NEW_OBJECTS[name]())
                 case "MARK":
                     outer_stacks.append(stack)
                     stack = []
-                case "POP":
-                    stack.pop()
                 case "PUT" | "BINPUT" | "LONG_BINPUT":
                     memo[int(argument)] = stack[-1]
                 case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
+                    memo[len(memo)] = items[0]
+                    stack += items
                 case "GET" | "BINGET" | "LONG_BINGET":
                     stack.append(memo[int(argument)])
-                case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    count = int(opcode.name[-1])
-                    stack[-count:] = [tuple(stack[-count:])]
-                case "TUPLE":
+                case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
                     stack.append(tuple(items))
                 case "LIST":
                     stack.append(items)
                 case "DICT":
-                    stack.append(_set_items({}, items))
+                    stack.append(_add({}, items))
+                case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS" | "ADDITEMS":
+                    stack.append(_add(items[0], items[1:]))
                 case "FROZENSET":
                     stack.append(Opaque("frozenset"))
-                case "APPEND":
-                    item = stack.pop()
-                    _extend(stack[-1], [item])
-                case "APPENDS" | "ADDITEMS":
-                    _extend(stack[-1], items)
-                case "SETITEM":
-                    value, key = stack.pop(), stack.pop()
-                    _set_items(stack[-1], [key, value])
-                case "SETITEMS":
-                    _set_items(stack[-1], items)
                 case "GLOBAL" | "INST":
                     stack.append(self._global(*argument.split(" ")))
                 case "STACK_GLOBAL":
-                    name, module = stack.pop(), stack.pop()
-                    stack.append(self._global(module, name))
+                    stack.append(self._global(*items))
                 case "BINPERSID":
-                    stack.append(self._storage(stack.pop()))
+                    stack.append(self._storage(items[0]))
                 case "REDUCE" | "NEWOBJ":
-                    arguments, function = stack.pop(), stack.pop()
-                    stack.append(_call(function, arguments))
+                    stack.append(_call(*items))
                 case "BUILD":
-                    state = stack.pop()
-                    if isinstance(stack[-1], Opaque):
-                        stack[-1].state = state
+                    target, state = items
+                    if isinstance(target, Opaque):
+                        target.state = state
+                    stack.append(target)
+                case name if opcode.stack_after and opcode.stack_after[0].name in LITERALS:
+                    stack.append(argument)
                 case unknown:
                     raise ValueError(f"unknown opcode {unknown}")
-        return stack.pop()
+        raise ValueError("no end")
 
     def _global(self, module: Any, name: Any) -> Opaque:
         """Return a placeholder for a class or a function; raises UserError if it is not allowed."""
@@ -338,23 +315,24 @@ class TorchFile(io.BufferedReader):
 
     def _storage(self, reference: Any) -> Storage | Opaque:
         """Return the storage of ('storage', type, key, device, count); old files may add a view."""
-        if not isinstance(reference, tuple) or len(reference) > MAX_ARGUMENTS:
-            raise ValueError("an invalid reference to a storage")
-        tag, kind, key, _, _, *view = reference
-        if tag != "storage" or not isinstance(key, str):
-            raise ValueError("an invalid reference to a storage")
-        if any(part is not None for part in view):
-            return Opaque("a view of a storage")
-        dtype = np.dtype(STORAGE_DTYPES[kind.name.rsplit(".")[-1].removesuffix("Storage")])
+        match reference:
+            case ("storage", Opaque(name=type_name), str(key), _, _, *view):
+                if view not in ([], [None]):
+                    return Opaque("a view of a storage")
+            case _:
+                raise ValueError("an invalid reference to a storage")
+        dtype = np.dtype(STORAGE_DTYPES[type_name.rsplit(".")[-1].removesuffix("Storage")])
         storage = self.storages.setdefault(key, Storage(dtype))
         if storage.dtype != dtype:
             raise ValueError("a storage with two dtypes")
         return storage
 
 
-def _set_items(target: Any, items: list[Any]) -> Any:
-    """Add alternating keys and values to the dict `target` and return it."""
-    if isinstance(target, dict):
+def _add(target: Any, items: list[Any]) -> Any:
+    """Add items to a list, or alternating keys and values to a dict, and return it."""
+    if isinstance(target, list):
+        target.extend(items)
+    elif isinstance(target, dict):
         for key, value in zip(items[::2], items[1::2], strict=True):
             # Hashing a nested tuple or a huge integer could take forever.
             is_simple = isinstance(key, str | bytes | float | None) or (
@@ -362,15 +340,8 @@ def _set_items(target: Any, items: list[Any]) -> Any:
             )
             target[key if is_simple else Opaque("key")] = value
     elif not isinstance(target, Opaque):
-        raise ValueError("items set on something other than a dict")
+        raise ValueError("items added to something other than a list or a dict")
     return target
-
-
-def _extend(target: Any, items: list[Any]) -> None:
-    if isinstance(target, list):
-        target.extend(items)
-    elif not isinstance(target, Opaque):
-        raise ValueError("items added to something other than a list")
 
 
 def _call(function: Any, arguments: Any) -> Any:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.models.segmentor import ActiveSegmentor
+from activemlp_jax.models.segmentor import ActiveSegmentor, Model
 from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
 from activemlp_jax.torch_reference.segmentor import TorchSegmentor
-from activemlp_jax.weights.architecture import Model
-from activemlp_jax.weights.model_directory import ModelCard, architecture, read_card, read_weights
+from activemlp_jax.weights.model_card import ModelCard, architecture
+from activemlp_jax.weights.model_directory import read_card, read_weights
 from activemlp_jax.weights.torch_files import StateDict, as_tensor
 
 MAX_DIFFERENCE = 1e-9  # relative; rounding in float64 leaves about 1e-15
@@ -25,41 +25,38 @@ MAX_DIFFERENCE = 1e-9  # relative; rounding in float64 leaves about 1e-15
 # wide, and odd at stride 8 (9 x 13), so that maps are resized by ratios other than two.
 SCENE_SIZE = (72, 104)
 
-Logits = tuple[np.ndarray, ...]  # the head's, then the auxiliary head's if there is one
+Logits = list[np.ndarray]  # the head's, then the auxiliary head's if there is one
 
 
-def largest_difference(
-    directory: Path, state_dicts: Mapping[str, StateDict], images: int = 2
-) -> dict[str, float]:
+def largest_difference(directory: Path, state_dicts: Mapping[str, StateDict]) -> dict[str, float]:
     """Compare the flax and PyTorch logits on random images in float64.
+
+    A classifier gets two images of the size that it was made for, a segmentation model one of
+    `SCENE_SIZE`.
 
     Args:
       directory: the converted model directory.
       state_dicts: the state dicts that it was converted from, by kind of weights.
-      images: number of images, of the size that the model was made for; ignored for a
-        segmentation model, which gets one image of `SCENE_SIZE`.
 
     Returns:
       The norm of the difference divided by the norm of PyTorch's logits, by kind of weights. For a
       model with an auxiliary head, the larger value of the two heads.
     """
     card = read_card(directory)
+    shape = (1, *SCENE_SIZE, 3)
     if isinstance(card.preprocessing, Preprocessing):
-        shape = (images, card.preprocessing.image_size, card.preprocessing.image_size, 3)
-    else:
-        shape = (1, *SCENE_SIZE, 3)
+        shape = (2, card.preprocessing.image_size, card.preprocessing.image_size, 3)
     inputs = np.random.default_rng(0).standard_normal(shape)
     # One framework at a time, so that memory holds a large model's weights only once.
     flax_logits = _flax_logits(directory, card, inputs)
     torch_logits = _torch_logits(state_dicts, card, inputs)
-    return {kind: _difference(flax_logits[kind], torch_logits[kind]) for kind in state_dicts}
-
-
-def _difference(flax_logits: Logits, torch_logits: Logits) -> float:
-    return max(
-        float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-        for ours, theirs in zip(flax_logits, torch_logits, strict=True)
-    )
+    return {
+        kind: max(
+            float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+            for ours, theirs in zip(flax_logits[kind], torch_logits[kind], strict=True)
+        )
+        for kind in state_dicts
+    }
 
 
 def _flax_logits(directory: Path, card: ModelCard, inputs: np.ndarray) -> dict[str, Logits]:
@@ -68,20 +65,12 @@ def _flax_logits(directory: Path, card: ModelCard, inputs: np.ndarray) -> dict[s
     logits = {}
     with jax.enable_x64(True):
         model = card.model.clone(dtype=jnp.float64)
-
-        @jax.jit
-        def run(variables: dict, images: jax.Array) -> Any:
-            return model.apply(variables, images, **options)
-
+        run = jax.jit(lambda variables, images: model.apply(variables, images, **options))
         for kind in card.kinds:
             variables = jax.tree.map(_to_float64, read_weights(directory, card, kind))
-            logits[kind] = _as_tuple(jax.device_get(run(variables, jnp.asarray(inputs))))
+            logits[kind] = jax.tree.leaves(jax.device_get(run(variables, jnp.asarray(inputs))))
             del variables
     return logits
-
-
-def _as_tuple(output: Any) -> tuple[Any, ...]:
-    return output if isinstance(output, tuple) else (output,)
 
 
 def _to_float64(value: np.ndarray) -> jax.Array:
@@ -102,8 +91,8 @@ def _torch_logits(
         model.load_state_dict(tensors, assign=True)
         del tensors
         with torch.inference_mode():
-            output = _as_tuple(model(torch.from_numpy(inputs)))
-        logits[kind] = tuple(value.numpy() for value in output)
+            output = model(torch.from_numpy(inputs))
+        logits[kind] = [value.numpy() for value in jax.tree.leaves(output)]
     return logits
 
 

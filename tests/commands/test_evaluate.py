@@ -23,10 +23,8 @@ from activemlp_jax.tasks.classification import Classification, hardest_classes
 from activemlp_jax.tasks.segmentation_report import class_table
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
-from activemlp_jax.weights.model_directory import (
-    ModelCard,
-    write_model,
-)
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import write_model
 from activemlp_jax.weights.torch_files import read_checkpoint
 from activemlp_jax.weights.torch_names import from_torch
 

@@ -31,12 +31,8 @@ from activemlp_jax.export.description import describe, write_readme
 from activemlp_jax.utils.errors import install_command, one_line
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.weights import convert
-from activemlp_jax.weights.model_directory import (
-    ModelCard,
-    read_card,
-    read_weights,
-    write_model,
-)
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import read_card, read_weights, write_model
 
 # One process for all that share what a fixture takes long to make.
 pytestmark = pytest.mark.xdist_group("export")

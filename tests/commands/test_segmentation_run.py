@@ -23,7 +23,8 @@ from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.training.cli_flags import load_config
 from activemlp_jax.training.loop import train
 from activemlp_jax.utils.files import write_directory_aside
-from activemlp_jax.weights.model_directory import ModelCard, write_model
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import write_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("segmentation")]
 

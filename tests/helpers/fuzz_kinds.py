@@ -33,7 +33,8 @@ from activemlp_jax.training.workdir import (
     claim_workdir,
     rewind_records,
 )
-from activemlp_jax.weights.model_directory import ModelCard, read_card, read_weights
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import read_card, read_weights
 from activemlp_jax.weights.torch_files import load_torch_checkpoint, write_checkpoint
 from activemlp_jax.weights.torch_names import to_torch
 

@@ -11,7 +11,8 @@ from pictures import photo
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.utils.files import write_directory_aside
-from activemlp_jax.weights.model_directory import ModelCard, write_model
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import write_model
 
 PREPROCESSING = Preprocessing(image_size=32, resize_factor=1.25, mean=(0.5, 0.4, 0.3))
 BACKBONE: dict[str, Any] = {

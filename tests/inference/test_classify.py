@@ -21,7 +21,7 @@ from activemlp_jax.inference.classify import ClassProbability, ask, make_classif
 from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.segmentation import Segmenter, segment_image
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 CARD = ModelCard(CLASSIFIER, PREPROCESSING, ("ema", "model"), "ema", NAMES)
 SCENE_CARD = ModelCard(SEGMENTOR, ScenePreprocessing(0, window=64), ("model",), "model")

@@ -21,7 +21,7 @@ from activemlp_jax.ops import reference
 from activemlp_jax.plots import offsets as pictures
 from activemlp_jax.plots.offsets import draw_offsets, draw_reach, draw_reads
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 MODEL = am.ActiveMLP(**goldens.MICRO)
 HEIGHT, WIDTH = 45, 61  # no multiple of any stride

@@ -20,11 +20,8 @@ from activemlp_jax.training.init_from import (
 from activemlp_jax.training.results import write_result
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
-from activemlp_jax.weights.model_directory import (
-    ModelCard,
-    read_card,
-    write_model,
-)
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import read_card, write_model
 
 MODEL = am.ActiveMLP(**goldens.MICRO)
 Saying = list[str]

@@ -24,7 +24,7 @@ from activemlp_jax.training.run import Run, prepare_run
 from activemlp_jax.training.workdir import EPOCHS_FILE, STEPS_FILE, append_record, claim_workdir
 from activemlp_jax.utils.digests import DIGESTS
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 
 def prepared(workdir: Path, config_name: str = "digits", **changes: Any) -> Run:

@@ -122,6 +122,8 @@ def test_after_any_end_a_directory_is_as_it_was(end: type[BaseException]):
     Path("folder/mine").touch()
     with pytest.raises(end):
         end_within(write_directory_aside(Path("folder")), end)
+    with pytest.raises(end):
+        end_within(write_directory_aside(Path("new")), end)
     assert names() == ["file", "folder"]
     assert names("folder") == ["mine"]
 

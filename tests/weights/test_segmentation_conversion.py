@@ -18,11 +18,8 @@ from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.weights import verify
 from activemlp_jax.weights.convert import main
-from activemlp_jax.weights.model_directory import (
-    ModelCard,
-    read_card,
-    write_model,
-)
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_directory import read_card, write_model
 
 MICRO_CHECKPOINT = goldens.DATA / "seg_micro_upernet_checkpoint.pth"
 CLASSIFIER = goldens.DATA / "micro_checkpoint.pth"

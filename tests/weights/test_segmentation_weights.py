@@ -1,8 +1,6 @@
 """Segmentation weights of PyTorch: names both ways, what a file may hold, a second writing."""
 
-import argparse
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,11 @@ import torch
 from safetensors.numpy import save_file
 
 import activemlp_jax as am
+from activemlp_jax.models.segmentor import backbone
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.weights.architecture import infer_model
-from activemlp_jax.weights.model_directory import HEAD, backbone
+from activemlp_jax.weights.model_card import HEAD
 from activemlp_jax.weights.torch_files import read_checkpoint, write_checkpoint
+from activemlp_jax.weights.torch_names import infer_model
 from activemlp_jax.weights.verify import torch_model
 
 HEADS = {"upernet": 13, "fpn": 7}  # and the batch norms of each
@@ -180,37 +179,6 @@ def test_pytorch_reads_what_is_written_in_the_form_of_mmsegmentation(tmp_path: P
         found = content["state_dict"][key]
         assert (found.dtype, found.shape) == (value.dtype, value.shape), key
         assert torch.equal(found, value), key
-
-
-class RunsCommand:
-    """A pickle that runs `command` where it is loaded without care."""
-
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self) -> Any:
-        return os.system, (self.command,)
-
-
-class Settings:
-    """A class of somebody's own."""
-
-
-@pytest.mark.parametrize("settings", [Settings(), argparse.Namespace(extra=Settings())])
-def test_meta_with_a_class_of_somebodys_own_is_refused_by_name(settings: Any, tmp_path: Path):
-    torch.save({"meta": {"cfg": settings}, "state_dict": micro_weights()}, tmp_path / "own.pth")
-    with pytest.raises(UserError, match=r"own\.pth needs \S*Settings to be read, and only tensors"):
-        read_checkpoint(tmp_path / "own.pth")
-
-
-def test_meta_that_would_run_a_command_is_refused_and_not_run(tmp_path: Path):
-    proof, path = tmp_path / "it_ran", tmp_path / "hostile.pth"
-    meta = {"CLASSES": RunsCommand(f"touch {proof}")}
-    torch.save({"meta": meta, "state_dict": micro_weights()}, path)
-    with pytest.raises(UserError, match=r"hostile\.pth needs posix\.system to be read") as error:
-        read_checkpoint(path)
-    assert "\n" not in str(error.value)
-    assert not proof.exists(), "the command was run"
 
 
 INTEGER = torch.zeros(16, dtype=torch.int64)

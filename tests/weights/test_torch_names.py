@@ -12,8 +12,7 @@ import torch
 
 import activemlp_jax as am
 from activemlp_jax.models.active_mlp import VARIANTS
-from activemlp_jax.weights.architecture import infer_architecture, infer_model
-from activemlp_jax.weights.torch_names import variable_shapes
+from activemlp_jax.weights.torch_names import infer_architecture, infer_model, variable_shapes
 
 
 def micro_state_dict() -> dict[str, np.ndarray]:

@@ -1,0 +1,239 @@
+"""The model card, the content of a `model.json`: what the weights of a model directory are."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from activemlp_jax.data.base import check_same_classes
+from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
+from activemlp_jax.models.active_mlp import ActiveMLP
+from activemlp_jax.models.segmentor import ActiveSegmentor, Model, backbone, variant_name
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.json_files import expect, short
+from activemlp_jax.weights.torch_files import KINDS
+from activemlp_jax.weights.torch_names import MAX_BLOCKS, MAX_ROWS, list_keys, title
+
+FORMAT = 2
+ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_interval")
+HEAD = ("head", "channels", "aux_channels", "neck_channels")
+
+# What a model.json has to hold: its objects, and the keys that each needs at least.
+KEYS: dict[str, tuple[str, ...]] = {
+    "it": ("format", "task", "architecture", "classes", "preprocessing", "weights", "source"),
+    "architecture": (),
+    "classes": ("number", "names"),
+    "preprocessing": ("mean", "std"),
+    "weights": ("kinds", "default"),
+    "source": (),
+}
+# Types and ranges of the numbers of an architecture: four numbers a field, one for each stage, and
+# one number. The limits are above what any model needs, and low enough that a file cannot demand
+# much memory.
+STAGES: dict[str, tuple[Any, int, int]] = {
+    "depths": (int, 0, MAX_BLOCKS),
+    "embed_dims": (int, 0, 2**16),
+    "share_dims": (int, 0, 2**16),
+    "mlp_ratios": (int | float, 0, 64),
+}
+NUMBERS: dict[str, tuple[Any, int, int]] = {
+    "offset_interval": (int, 1, 2**31),
+    "channels": (int, 1, 2**16),
+    "aux_channels": (int, 1, 2**16),
+    "neck_channels": (int, 1, 2**16),
+}
+
+# Errors of `ModelCard.from_json` for content that is not a valid model.json.
+CARD_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """The content of a `model.json`, which describes the weights of a model directory.
+
+    Args:
+      model: the model that the weights are for, in float32 and without drop path.
+      preprocessing: the preprocessing that the weights were trained with; for a segmentor, a
+        `ScenePreprocessing`.
+      kinds: the kinds of weights in the directory: 'ema', 'model' or both.
+      default_kind: the kind to use unless another is requested.
+      class_names: the names of the classes by label, if known.
+      source: the origin of the weights, as JSON values. Training records the dataset, the recipe,
+        and the metrics, in percent, with the number of images; conversion records the file, its
+        SHA-256 and the epoch.
+      task: the task that the model was trained for; by default 'segmentation' for a segmentor and
+        'classification' otherwise.
+    """
+
+    model: Model
+    preprocessing: Preprocessing | ScenePreprocessing
+    kinds: tuple[str, ...]
+    default_kind: str
+    class_names: tuple[str, ...] | None = None
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task: str = ""
+
+    def __post_init__(self) -> None:
+        """Fill in the default task of the model."""
+        if not self.task:
+            is_segmentor = isinstance(self.model, ActiveSegmentor)
+            object.__setattr__(self, "task", "segmentation" if is_segmentor else "classification")
+
+    @property
+    def name(self) -> str | None:
+        """Name of the published variant, for a segmentor its backbone's; None for other models."""
+        return variant_name(self.model)
+
+    def __repr__(self) -> str:
+        """Summarize the card on one line; `to_json` gives all of it."""
+        preprocessing = self.preprocessing
+        if isinstance(preprocessing, Preprocessing):
+            images = f"images of {preprocessing.image_size} pixels"
+        elif preprocessing.long_side:
+            size = f"{preprocessing.long_side} x {preprocessing.short_side}"
+            images = f"images resized into {size} pixels"
+        else:
+            images = "images as large as they are"
+        kinds = [f"{kind}{' (default)' * (kind == self.default_kind)}" for kind in self.kinds]
+        weights = f"weights {', '.join(kinds)}"
+        return f"ModelCard({title(self.model)}, {self.describe_classes()}, {images}, {weights})"
+
+    def describe_classes(self) -> str:
+        """Say how many classes there are and what the first are called, on one line."""
+        names = f" ({list_keys(list(self.class_names))})" if self.class_names else ""
+        return f"{self.model.num_classes} classes{names}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `model.json` as a dict for `json.dumps`.
+
+        Returns:
+          A dict with the keys `format`, the version of the format; `task`, such as
+          'classification'; `name`, the published variant or None; `architecture`, the fields of
+          `ActiveMLP` that define its architecture, for segmentation under `backbone`, next to the
+          fields of the head; `classes`, with their `number`, and their `names` by label or None;
+          `preprocessing`, its fields, with sides in pixels, and mean and standard deviation of
+          values from 0 to 1; `weights`, with the available `kinds` and the `default`; and `source`,
+          unchanged.
+        """
+        return {
+            "format": FORMAT,
+            "task": self.task,
+            "name": self.name,
+            "architecture": architecture(self.model),
+            "classes": {"number": self.model.num_classes, "names": self.class_names},
+            "preprocessing": dataclasses.asdict(self.preprocessing),
+            "weights": {"kinds": self.kinds, "default": self.default_kind},
+            "source": dict(self.source),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "ModelCard":
+        """Build a card from the parsed JSON of a `model.json`: the inverse of `to_json`.
+
+        Raises:
+          ValueError: the content is not in this format, exceeds a limit, or contradicts itself.
+        """
+        for name, keys in KEYS.items():
+            _expect_keys(content if name == "it" else content[name], name, keys)
+        version, task = content["format"], content["task"]
+        number, names = content["classes"]["number"], content["classes"]["names"] or ()
+        kinds, default = content["weights"]["kinds"], content["weights"]["default"]
+        _expect(version == FORMAT, "format", version, FORMAT)
+        _expect(isinstance(task, str) and task.isidentifier(), "task", task, "a name")
+        expect(number, "classes.number", int, 1, MAX_ROWS)
+        are_names = isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)
+        _expect(are_names, "classes.names", names, "a list of names")
+        are_kinds = isinstance(kinds, list | tuple) and all(kind in [*KINDS] for kind in kinds)
+        _expect(are_kinds, "weights.kinds", kinds, f"a list out of {[*KINDS]}")
+        if names and len(names) != number:
+            raise ValueError(f"{len(names)} names for {number} classes")
+        if default not in kinds:
+            raise ValueError(
+                f"weights {short(default)} are the default, but there are only {tuple(kinds)}"
+            )
+        model: Model
+        preprocessing: type[Any]
+        if "backbone" in content["architecture"]:
+            fields = _architecture(content["architecture"], "architecture", ("backbone", *HEAD))
+            network = _architecture(fields["backbone"], "architecture.backbone", ARCHITECTURE)
+            model = ActiveSegmentor(**{**fields, "backbone": network}, num_classes=number)
+            preprocessing = ScenePreprocessing
+        else:
+            fields = _architecture(content["architecture"], "architecture", ARCHITECTURE)
+            model = ActiveMLP(**fields, num_classes=number)
+            preprocessing = Preprocessing
+        known = [field.name for field in dataclasses.fields(preprocessing)]
+        _expect_keys(content["preprocessing"], "preprocessing", (), known)
+        prepared = preprocessing(**_tuples(content["preprocessing"]))  # checks the values
+        source = content["source"]
+        return cls(model, prepared, tuple(kinds), default, tuple(names) or None, source, task)
+
+
+def _expect(is_valid: bool, name: str, value: object, expected: object) -> None:
+    if not is_valid:
+        raise ValueError(f"{name} is {short(value)}, expected {expected}")
+
+
+def _expect_keys(
+    content: Any, name: str, keys: Collection[str], known: Collection[str] | None = None
+) -> None:
+    """Raise ValueError if `content` is not a mapping, lacks a key, or has one not in `known`."""
+    _expect(isinstance(content, Mapping), name, content, "an object")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise ValueError(f"{name} has no {', '.join(missing)}")
+    unknown = [key for key in content if known is not None and key not in known]
+    if unknown:
+        raise ValueError(f"{name} has {short(unknown[0])}, which is unknown")
+
+
+def _architecture(fields: Any, name: str, keys: Collection[str]) -> dict[str, Any]:
+    """Return the `fields` of a card's model, which must be `keys`, with their numbers checked."""
+    _expect_keys(fields, name, keys, keys)
+    for field in keys:
+        value, path = fields[field], f"{name}.{field}"
+        if field in STAGES:
+            are_four = isinstance(value, list | tuple) and len(value) == 4
+            _expect(are_four, path, value, "four numbers")
+            for number in value:
+                expect(number, path, *STAGES[field])
+        elif field in NUMBERS:
+            expect(value, path, *NUMBERS[field])
+    expect(sum(fields.get("depths", ())), f"the sum of {name}.depths", int, 0, MAX_BLOCKS)
+    return _tuples(fields)
+
+
+def architecture(model: Model) -> dict[str, Any]:
+    """Return the fields that define a model's architecture, without the number of classes."""
+    fields = {field: getattr(backbone(model), field) for field in ARCHITECTURE}
+    if isinstance(model, ActiveSegmentor):
+        return {"backbone": fields} | {field: getattr(model, field) for field in HEAD}
+    return fields
+
+
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of parsed JSON with its lists converted to tuples."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
+
+
+def check_classes(card: ModelCard, class_names: tuple[str, ...], data: str) -> None:
+    """Raise UserError if the dataset named `data` has other classes than the model."""
+    if len(class_names) != card.model.num_classes:
+        raise UserError(
+            f"{data} has {len(class_names)} classes, but the model has {card.model.num_classes}; "
+            "fine-tune it on them first"
+        )
+    if card.class_names:
+        check_same_classes(card.class_names, class_names, data)
+
+
+def check_card(card: object, model: Model) -> None:
+    """Raise ValueError unless `card` fits the type and the number of classes of `model`."""
+    if not isinstance(card, ModelCard):
+        raise ValueError(f"card is a {type(card).__name__}, expected what read_card gives")
+    given, described = (
+        f"{type(m).__name__} of {m.num_classes} classes" for m in (model, card.model)
+    )
+    if given != described:
+        raise ValueError(f"card is of an {described}, but the model is an {given}")
