@@ -37,7 +37,7 @@ class SceneSource(Source, Protocol):
     """
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Read the (height, width) in pixels of an image from its header; raises as above."""
+        """Read an image's (height, width) from its header; raise BrokenImageError if that fails."""
         ...
 
 

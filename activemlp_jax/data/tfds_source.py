@@ -27,9 +27,8 @@ def open_builder(name: str) -> tuple[Any, dict[str, Any]]:
         for data_dir in tfds.core.utils.file_utils.list_data_dirs():
             _check_descriptions(Path(data_dir).expanduser() / name.split(":")[0].split("/")[0])
         builder = tfds.builder(name)
-        features = builder.info.features  # read from files that may be damaged, as are the splits
-        _ = list(builder.info.splits)
-        return builder, dict(getattr(features, "items", dict)())  # or a single unnamed feature
+        features, _ = builder.info.features, list(builder.info.splits)  # from files, maybe damaged
+        return builder, dict(getattr(features, "items", dict)())  # empty for one unnamed feature
     except Exception as error:  # TFDS errors have no common base class
         raise UserError(
             f"tfds:{name} cannot be opened: {first_line(error)}; {DATA_DIR_HINT}"
