@@ -35,57 +35,50 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     imagenet = commands.add_parser("imagenet2012", help="from the official tar files")
-    imagenet.add_argument(
-        "source",
-        metavar="FOLDER",
-        help="folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar",
-    )
     tfrecord = commands.add_parser("tfrecord", help="from a copy in TFRecord files")
-    tfrecord.add_argument(
-        "source", metavar="FOLDER", help="folder of one version, such as imagenet2012/5.1.0"
-    )
     folder = commands.add_parser("folder", help="from class folders of images")
-    folder.add_argument(
-        "source", metavar="FOLDER", help="folder with class folders, or with one of these per split"
-    )
-    folder.add_argument("name", metavar="NAME", help="name of the new dataset, such as my_photos")
     download = commands.add_parser("tfds", help="let tensorflow-datasets do it")
-    download.add_argument("name", metavar="NAME", help="name of one of its datasets, such as beans")
-    for command in (imagenet, tfrecord, folder, download):
-        command.add_argument(
-            "--data-dir",
-            help="folder of your datasets (TFDS_DATA_DIR, or else ~/tensorflow_datasets)",
-        )
-    for command in (imagenet, tfrecord, folder):
+    for command, source in (
+        (imagenet, "folder with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"),
+        (tfrecord, "folder of one version, such as imagenet2012/5.1.0"),
+        (folder, "folder with class folders, or with one of these per split"),
+    ):
+        command.add_argument("source", metavar="FOLDER", type=_absolute, help=source)
         command.add_argument(
             "--num-threads",
             type=int,
             default=os.cpu_count(),
             help="threads that write (one per CPU)",
         )
+    folder.add_argument("name", metavar="NAME", help="name of the new dataset, such as my_photos")
+    download.add_argument("name", metavar="NAME", help="name of one of its datasets, such as beans")
+    for command in (imagenet, tfrecord, folder, download):
+        command.add_argument(
+            "--data-dir",
+            type=_absolute,
+            default=os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"),
+            help="folder of your datasets (TFDS_DATA_DIR, or else ~/tensorflow_datasets)",
+        )
     arguments = parser.parse_args()
-    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    data_dir = _absolute(arguments.data_dir or default)
-
-    with errors_in_one_line(data_dir):
+    with errors_in_one_line(arguments.data_dir):
         try:
-            _prepare(arguments, data_dir, Console())
+            _prepare(arguments)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on with what is missing")
             raise
 
 
-def _prepare(arguments: argparse.Namespace, data_dir: Path, console: Console) -> None:
+def _prepare(arguments: argparse.Namespace) -> None:
     from activemlp_jax.data import preparation  # slow to import, and --help does not need it
 
+    data_dir, console = arguments.data_dir, Console()
     if arguments.command == "tfds":
         preparation.prepare_tfds(arguments.name, data_dir, console)
         return
-    threads = arguments.num_threads
+    source, threads = arguments.source, arguments.num_threads
     if threads < 1:
         raise UserError(f"--num-threads is {threads}, expected at least 1")
     check_numbers({"num_threads": threads})
-    source = _absolute(arguments.source)
     if arguments.command == "imagenet2012":
         preparation.prepare_imagenet(source, data_dir, threads, console)
     elif arguments.command == "tfrecord":

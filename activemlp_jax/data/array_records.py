@@ -4,20 +4,22 @@ A shard gets its final name only once it is complete, so an interrupted run can 
 missing shards.
 """
 
-import functools
 import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from rich.console import Console
+from rich.progress import track
 from tensorflow_datasets.core.file_adapters import ArrayRecordFileAdapter
 
-from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.files import partial_path, write_aside
 from activemlp_jax.utils.json_files import read_json
 
@@ -48,76 +50,95 @@ class Member(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A file to write.
-
-    `records()` yields the serialized examples, and `examples` is their number. `size` is the size
-    of the source data in bytes.
-    """
+    """A file to write: `records()` yields `examples` of them, from `size` bytes of source data."""
 
     split: str
-    path: Path
+    file: str
     examples: int
     size: int
     records: Callable[[], Iterable[bytes]]
 
 
-def shard_path(directory: Path, name: str, split: str, index: int, count: int) -> Path:
-    """Return the path where TFDS looks for a shard."""
-    return directory / f"{name}-{split}.array_record-{index:05}-of-{count:05}"
+def shard_file(name: str, split: str, index: int, count: int) -> str:
+    """Return the name of the file where TFDS looks for a shard."""
+    return f"{name}-{split}.array_record-{index:05}-of-{count:05}"
 
 
-def plan_shards(
-    directory: Path, name: str, features: Any, splits: Mapping[str, Sequence[Member]]
-) -> list[Shard]:
-    """Divide a dataset of image files into shards.
+def plan_shards(name: str, features: Any, splits: Mapping[str, Sequence[Member]]) -> list[Shard]:
+    """Divide the image files of each split into shards.
 
     The files are shuffled by a hash of their names, so that a slice such as 'train[:1%]' has images
-    of all classes.
-
-    Args:
-      directory: the folder of the shards.
-      name: the name of the dataset.
-      features: TFDS features `image`, `label` and `file_name`.
-      splits: the image files of each split.
+    of all classes. The TFDS `features` are `image`, `label` and `file_name`.
     """
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
 
     def serialize(members: Sequence[Member]) -> Iterator[bytes]:
         for member in members:
-            example = {
-                "image": io.BytesIO(member.read()),
-                "label": member.label,
-                "file_name": member.name,
-            }
+            image = io.BytesIO(member.read())
+            example = {"image": image, "label": member.label, "file_name": member.name}
             yield serializer.serialize_example(features.encode_example(example))
 
     shards = []
     for split, members in splits.items():
         shuffled = sorted(members, key=lambda member: hashlib.sha1(member.name.encode()).digest())
-        size = sum(member.size for member in members)
-        count = min(len(members), max(1, -(-size // SHARD_BYTES)))
+        total = sum(member.size for member in members)
+        count = min(len(members), max(1, -(-total // SHARD_BYTES)))
         bounds = np.linspace(0, len(members), count + 1).astype(int)
         for index in range(count):
             part = shuffled[bounds[index] : bounds[index + 1]]
-            shards.append(
-                Shard(
-                    split,
-                    shard_path(directory, name, split, index, count),
-                    len(part),
-                    sum(member.size for member in part),
-                    functools.partial(serialize, part),
-                )
-            )
+            file, size = shard_file(name, split, index, count), sum(member.size for member in part)
+            shards.append(Shard(split, file, len(part), size, partial(serialize, part)))
     return shards
 
 
-def claim_directory(directory: Path, shards: Sequence[Shard]) -> None:
-    """Reserve `directory` for these shards, or check that an earlier run did.
+def write_dataset(
+    data_dir: Path,
+    name: str,
+    version: str,
+    features: Any,
+    shards: Sequence[Shard],
+    num_threads: int,
+    console: Console,
+) -> None:
+    """Write a dataset's shards that are missing or incomplete, then its metadata; print the result.
+
+    Args:
+      data_dir: the folder of TFDS datasets.
+      name: the name of the dataset, or 'NAME/CONFIG'.
+      version: the version of the dataset.
+      features: the TFDS features of the dataset.
+      shards: all shards of the dataset.
+      num_threads: the number of shards to write at the same time.
+      console: prints progress and the result.
 
     Raises:
-      UserError: it holds other files, or shards prepared from different files.
+      UserError: the dataset's folder holds other files, a file cannot be read or written, or a
+        shard gets an unexpected number of examples.
     """
-    plan = {shard.path.name: [shard.examples, shard.size] for shard in shards}
+    directory = data_dir / name / version
+    try:
+        _claim(directory, shards)
+        pool = ThreadPoolExecutor(num_threads)
+        try:
+            for _ in track(
+                pool.map(partial(_write_shard, directory), shards),
+                f"writing {name}",
+                len(shards),
+                console=console,
+                disable=not console.is_terminal,
+            ):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+        counts = _write_metadata(directory, name.partition("/")[0], version, features, shards)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+    print_result(counts, name, data_dir, console)
+
+
+def _claim(directory: Path, shards: Sequence[Shard]) -> None:
+    """Reserve `directory` for these shards, or check that an earlier run did."""
+    plan = {shard.file: [shard.examples, shard.size] for shard in shards}
     path = directory / PLAN_FILE
     if path.exists():
         if read_json(path) != plan:
@@ -131,88 +152,43 @@ def claim_directory(directory: Path, shards: Sequence[Shard]) -> None:
             aside.write_text(json.dumps(plan) + "\n")
 
 
-def _is_complete(shard: Shard) -> bool:
-    if not shard.path.exists():
-        return False
-    try:
-        return ArrayRecordFileAdapter.num_examples(shard.path) == shard.examples
-    except RuntimeError:  # truncated, for example by a power failure
-        return False
-
-
-def write_shards(shards: Sequence[Shard], num_threads: int, advance: Callable[[int], None]) -> None:
-    """Write the shards that are missing or incomplete.
-
-    Args:
-      shards: all shards of the dataset.
-      num_threads: the number of shards to write at the same time.
-      advance: called with a number of examples that have just been written, or that a complete
-        shard already holds.
-
-    Raises:
-      UserError: a file cannot be read or written, or a shard gets an unexpected number of examples.
-    """
-
-    def write(shard: Shard) -> None:
-        if _is_complete(shard):
-            advance(shard.examples)
-            return
-        written = 0
-
-        def records() -> Iterator[tuple[int, bytes]]:
-            nonlocal written
-            for record in shard.records():
-                yield written, record
-                written += 1
-                advance(1)
-
-        with write_aside(shard.path) as aside:
-            try:
-                ArrayRecordFileAdapter.write_examples(aside, records())
-            except RuntimeError as error:  # such as a full disk
-                raise UserError(f"{aside} cannot be written: {error}") from error
-            if written != shard.examples:
-                raise UserError(f"{shard.path} got {written} examples, expected {shard.examples}")
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        futures = [pool.submit(write, shard) for shard in shards]
+def _write_shard(directory: Path, shard: Shard) -> None:
+    path = directory / shard.file
+    if path.exists() and _count(path) == shard.examples:
+        return
+    with write_aside(path) as aside:
         try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            ArrayRecordFileAdapter.write_examples(aside, enumerate(shard.records()))
+        except RuntimeError as error:  # such as a full disk
+            raise UserError(f"{aside} cannot be written: {error}") from error
+        if (written := _count(aside)) != shard.examples:
+            raise UserError(f"{path} got {written} examples, expected {shard.examples}")
 
 
-def finish(
+def _count(path: Path) -> int:
+    """Count the examples in a file; 0 if it is truncated, for example by a power failure."""
+    try:
+        return ArrayRecordFileAdapter.num_examples(path)
+    except RuntimeError:
+        return 0
+
+
+def _write_metadata(
     directory: Path, name: str, version: str, features: Any, shards: Sequence[Shard]
 ) -> dict[str, int]:
-    """Count the examples, and write the metadata that TFDS needs to read the shards.
-
-    Returns:
-      The number of examples of each split.
-
-    Raises:
-      UserError: a shard does not hold the expected number of examples.
-    """
-    counts: dict[str, int] = {}
-    for shard in shards:
-        if not _is_complete(shard):
-            raise UserError(f"{shard.path} does not hold its {shard.examples} examples; run again")
-        counts[shard.split] = counts.get(shard.split, 0) + shard.examples
+    """Write the metadata that TFDS needs to read the shards; count the examples of each split."""
     template = tfds.core.ShardedFileTemplate(
-        data_dir=directory,
-        dataset_name=name,
-        filetype_suffix="array_record",
+        data_dir=directory, dataset_name=name, filetype_suffix="array_record"
     )
+    splits = {split: [shard for shard in shards if shard.split == split] for split, *_ in shards}
     infos = [
         tfds.core.SplitInfo(
             name=split,
-            shard_lengths=[shard.examples for shard in shards if shard.split == split],
-            num_bytes=sum(shard.size for shard in shards if shard.split == split),
+            shard_lengths=[shard.examples for shard in parts],
+            num_bytes=sum(shard.size for shard in parts),
             filename_template=template.replace(split=split),
         )
-        for split in counts
+        for split, parts in splits.items()
     ]
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
@@ -222,6 +198,16 @@ def finish(
         filename_template=template,
         check_data=False,  # the check needs TensorFlow
     )
-    for path in (directory / PLAN_FILE, *(shard.path for shard in shards)):
-        partial_path(path).unlink(missing_ok=True)  # left by a killed process
-    return counts
+    for path in directory.glob(".*.partial"):
+        path.unlink()  # left by a killed process
+    return {info.name: info.num_examples for info in infos}
+
+
+def print_result(counts: Mapping[str, int], name: str, data_dir: Path, console: Console) -> None:
+    """Print how many examples each split has, and how to train on them."""
+    description = ", ".join(f"{count:,} of {split}" for split, count in counts.items())
+    message = (
+        f"{name}: {description}, counted; read it with TFDS_DATA_DIR={data_dir} "
+        f"and --config.data.name=tfds:{name}"
+    )
+    console.print(one_line(message), highlight=False, soft_wrap=True, markup=False)

@@ -1,7 +1,8 @@
-"""Interfaces of datasets: random access to images and their labels."""
+"""Interfaces of datasets, random access to images and their labels, and opening them by name."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from activemlp_jax.utils.errors import UserError
 
 # The first of these splits that a dataset has is the default for evaluation.
 EVALUATION_SPLITS = ("val", "validation", "test")
+
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -44,34 +47,64 @@ class EncodedExample(NamedTuple):
     name: str
 
 
-@runtime_checkable
-class EncodedSource(Source, Protocol):
-    """A dataset that can also give its images as encoded files; most datasets can."""
+class EncodedSource(abc.ABC):
+    """A `Source` that can also give its images as encoded files; most sources can."""
 
+    class_names: tuple[str, ...]
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
     def encoded(self, index: int) -> EncodedExample:
-        """Return the example at `index` without decoding it."""
-        ...
+        """Read an example without decoding it; raise BrokenImageError if that fails."""
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.encoded(index)
+        return Example(decode(example.data, example.name), example.label)
 
 
-def decode_example(example: EncodedExample) -> Example:
-    """Decode `example`; raise BrokenImageError if its image cannot be read."""
-    return Example(decode(example.data, example.name), example.label)
-
-
-def evaluation_split(splits: Sequence[str], name: str) -> str:
-    """Choose the split to evaluate on by default.
+def open_by_name(
+    name: str, split: str | None, openers: Mapping[str, Callable[[str, str | None], T]], what: str
+) -> T:
+    """Open a dataset by a name such as 'digits' or 'folder:PATH'.
 
     Args:
-      splits: the splits of the dataset.
-      name: the dataset's name in the error message.
+      name: the name of the dataset.
+      split: the name of a split; None for the one to evaluate on.
+      openers: functions of the part after the colon and the split, by the form of the name.
+      what: what is opened, for the error message.
 
     Raises:
-      UserError: none of `EVALUATION_SPLITS` is among them.
+      UserError: the name has none of the forms, or the dataset cannot be opened.
     """
+    kind, colon, rest = name.partition(":")
+    for form, opener in openers.items():
+        if form.partition(":")[:2] == (kind, colon) and bool(rest) == bool(colon):
+            return opener(rest, split)
+    *others, last = openers
+    raise UserError(f"no {what} {name!r}, expected {', '.join(others)} or {last}")
+
+
+def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:
+    """Return `split`, or the one to evaluate on if it is None; raise UserError if it is unknown."""
+    split = split or evaluation_split(splits, name)
+    if split not in splits:
+        raise UserError(f"{name} has the splits {', '.join(splits)}, not {split!r}")
+    return split
+
+
+def evaluation_split(splits: Sequence[str], name: object) -> str:
+    """Choose the split to evaluate on; raise UserError, naming the dataset, if none is for that."""
     for split in EVALUATION_SPLITS:
         if split in splits:
             return split
     raise UserError(f"{name} has the splits {', '.join(splits)}; choose one")
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Choose up to `count` indices below `length`, from the first to the last."""
+    return np.linspace(0, length - 1, min(length, count), dtype=int).tolist()
 
 
 def check_same_classes(expected: tuple[str, ...], actual: tuple[str, ...], what: str) -> None:

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +97,7 @@ def open_image(
 ) -> Iterator[Image.Image]:
     """Open an encoded image in Pillow, without decoding it, and close it on exit.
 
-    Args:
-      data: the bytes of an image file in one of `FORMATS`.
-      name: the name of the image in error messages.
-      what: 'image' or 'mask', for error messages.
-      error: the exception to raise if Pillow fails, here or inside the `with` block.
+    The arguments after `data`, a file in one of `FORMATS`, are those of `pillow_errors`.
     """
     with pillow_errors(name, what, error), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         check_pixels(image)
@@ -167,11 +163,12 @@ def is_turned(data: bytes) -> bool:
     return False
 
 
-def warn_of_orientation(turned: int, checked: int, where: object) -> None:
-    """Warn on stderr if any of the `checked` images of a dataset has an EXIF orientation."""
-    if turned:
+def warn_of_orientation(images: Iterable[bytes], where: object) -> None:
+    """Warn on stderr if any of the image files, some of a dataset, has an EXIF orientation."""
+    turned = [is_turned(image) for image in images]
+    if any(turned):
         warn(
-            f"{where}: {turned} of {checked} images looked at carry an EXIF orientation, "
+            f"{where}: {sum(turned)} of {len(turned)} images looked at carry an EXIF orientation, "
             "which is not applied"
         )
 

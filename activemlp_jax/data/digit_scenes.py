@@ -6,9 +6,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from activemlp_jax.data.base import Example
+from activemlp_jax.data.base import Example, choose_split
 from activemlp_jax.data.sources import open_digits
-from activemlp_jax.utils.errors import UserError
 
 SIDE = 64
 SCENES = {"train": 10_000, "test": 500}
@@ -34,6 +33,12 @@ def _digits(split: str) -> tuple[tuple[Image.Image, int], ...]:
     return tuple(zip(pictures, labels, strict=True))
 
 
+def _farthest(candidates: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Choose the candidate `[N]` whose nearest other point is farthest."""
+    distances = np.linalg.norm(candidates[:, None] - others, axis=-1)
+    return candidates[distances.min(axis=1, initial=np.inf).argmax()]
+
+
 class _Canvas:
     """A scene in progress: `image` `[SIDE, SIDE, 3]` float32, `mask` `[SIDE, SIDE]` uint8."""
 
@@ -51,9 +56,7 @@ class _Canvas:
 
     def _paint(self, alpha: np.ndarray, label: int) -> None:
         """Blend in a new color with opacity `alpha`, `[SIDE, SIDE]` uint8, and label its pixels."""
-        candidates = self._rng.uniform(*INK_LEVELS, (COLOR_CANDIDATES, 3))
-        distances = np.linalg.norm(candidates[:, None] - self._colors, axis=-1).min(axis=1)
-        color = candidates[distances.argmax()]
+        color = _farthest(self._rng.uniform(*INK_LEVELS, (COLOR_CANDIDATES, 3)), self._colors)
         self._colors = np.vstack([self._colors, color])
         share = alpha[..., None] * np.float32(1 / 255)
         self.image += share * (color.astype(np.float32) - self.image)
@@ -65,11 +68,7 @@ class _Canvas:
         side = rng.uniform(MIN_DIGIT_SIDE, MAX_DIGIT_SIDE)
         angle = rng.uniform(-MAX_ROTATION, MAX_ROTATION)
         candidates = rng.uniform(side / 2 - 2, SIDE - side / 2 + 2, (CENTER_CANDIDATES, 2))
-        if len(self._centers):
-            distances = np.linalg.norm(candidates[:, None] - self._centers, axis=-1).min(axis=1)
-            center = candidates[distances.argmax()]
-        else:
-            center = candidates[0]
+        center = _farthest(candidates, self._centers)
         self._centers = np.vstack([self._centers, center])
         # Pillow needs the map from positions in the scene to positions in the picture.
         shear = rng.uniform(-MAX_SHEAR, MAX_SHEAR)
@@ -126,30 +125,19 @@ class DigitScenes:
     class_names = CLASS_NAMES
 
     def __init__(self, split: str | None = None):
-        self._split = split or "test"
-        if self._split not in SCENES:
-            raise UserError(f"digit_scenes has the splits {', '.join(SCENES)}, not {split!r}")
+        self._split = choose_split(split, list(SCENES), "digit_scenes")
         self._digits = _digits(self._split)
 
     def __len__(self) -> int:
         return SCENES[self._split]
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Return the (height, width) of a scene, in pixels."""
+        """Return the (height, width) of a scene."""
         del index
         return SIDE, SIDE
 
-    def image_name(self, index: int) -> str:
-        """Return the name of the scene at `index`."""
-        return f"{self._split}_{index:05}"
-
     def __getitem__(self, index: int) -> Example:
-        """Return the scene at `index`: image `[64, 64, 3]` uint8, mask `[64, 64]` uint8.
-
-        Raises:
-          IndexError: `index` is out of range.
-        """
-        index = range(len(self))[index]
+        index = range(len(self))[index]  # raises IndexError if it is out of range
         rng = np.random.default_rng([list(SCENES).index(self._split), index])
         canvas = _Canvas(rng)
         for _ in range(rng.integers(1, 3)):

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -50,13 +50,15 @@ class Sample(NamedTuple):
 
 
 class ExampleSamples(NamedTuple):
-    """All samples that one host needs of one example in one step.
-
-    `skipped` has the index of each broken example and the reason.
-    """
+    """All samples that a host needs of an example in a step, and the broken examples before it."""
 
     samples: list[Sample]
     skipped: list[tuple[int, str]]
+
+
+def stack(samples: Sequence[Batch]) -> Batch:
+    """Stack samples, which are arrays by name, into a batch."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 class Skipped:
@@ -86,13 +88,12 @@ class Skipped:
         if index in self._seen:
             return
         self._seen.add(index)
-        if self._store is None:
-            total = len(self._seen)
-        elif not _set_once(self._store, f"{SKIPPED_PREFIX}{index}"):
+        if self._store and not _set_once(self._store, f"{SKIPPED_PREFIX}{index}"):
             return
-        else:
-            total = self._store.key_value_increment(SKIPPED_COUNT, 1)
         self._reported += 1
+        total = self._reported
+        if self._store:
+            total = self._store.key_value_increment(SKIPPED_COUNT, 1)
         if total > self._limit:
             raise UserError(
                 f"{total} images cannot be read, more than config.data.max_skipped = "
@@ -113,12 +114,7 @@ def _set_once(store: Any, key: str) -> bool:
 
 
 def sample_order(config: ConfigDict, examples: int) -> SampleOrder:
-    """Create the order of a run's samples.
-
-    Args:
-      config: the whole config.
-      examples: the number of examples in the training set.
-    """
+    """Create the order of a run's samples, from the whole config and the number of `examples`."""
     groups = config.batch_size // group_size(config)
     return SampleOrder(examples, config.batch_size, config.data.repeats, groups, config.seed)
 
@@ -128,11 +124,8 @@ def read_unbroken(
 ) -> tuple[Example, list[tuple[int, str]]]:
     """Read the example at `index` or, if it is broken, the next one that is not.
 
-    Returns:
-      The example, and the index of each broken example with the reason.
-
-    Raises:
-      BrokenImageError: more than `max_skipped` examples in a row are broken.
+    Returns it with the index of each broken example and the reason. Raises BrokenImageError if more
+    than `max_skipped` examples in a row are broken.
     """
     skipped: list[tuple[int, str]] = []
     while True:
@@ -148,12 +141,9 @@ def read_unbroken(
 def example_reader(
     source: Source, transform: Transform, config: ConfigDict, process: int, processes: int
 ) -> tuple[Callable[[int], ExampleSamples], int]:
-    """Make the function that reads a training example and transforms its repeats within a step.
+    """Make the function from an index to an example's samples in a step; count indices per step.
 
     A host thus reads and decodes an example only once per step.
-
-    Returns:
-      The function, from an index to samples, and the number of indices per step.
     """
     order = sample_order(config, len(source))
     data, batch_size, repeats = config.data, config.batch_size, config.data.repeats
@@ -187,11 +177,8 @@ def _assemble(examples: Sequence[ExampleSamples]) -> dict[str, Any]:
     """Stack samples into a host's part of a batch; 'skipped' lists the skipped examples."""
     samples = [sample for example in examples for sample in example.samples]
     samples.sort(key=lambda sample: sample.row)
-    batch: dict[str, Any] = {
-        name: np.stack([sample.arrays[name] for sample in samples]) for name in samples[0].arrays
-    }
-    batch["skipped"] = [skip for example in examples for skip in example.skipped]
-    return batch
+    skipped = [skip for example in examples for skip in example.skipped]
+    return {**stack([sample.arrays for sample in samples]), "skipped": skipped}
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
@@ -215,8 +202,8 @@ def iterate(
     assemble: Callable[[Sequence[Any]], Any],
     num_threads: int,
     num_workers: int = 0,
-) -> Iterator[Any]:
-    """Iterate over batches of consecutive elements, in order.
+) -> Any:
+    """Iterate over batches of consecutive elements, in order, until exhausted or closed.
 
     Threads compute single elements. Worker processes compute whole batches, because handing many
     small objects from process to process costs more.
@@ -281,7 +268,7 @@ def train_batches(
     read, examples_per_step = example_reader(source, transform, config, process, processes)
     indices = grain.MapDataset.range(first_step * examples_per_step, last_step * examples_per_step)
     data = config.data
-    iterator: Any = iterate(
+    iterator = iterate(
         indices.map(read), examples_per_step, _assemble, data.num_threads, data.num_workers
     )
     with contextlib.closing(iterator):
@@ -334,10 +321,6 @@ def eval_batches(
             "mask": np.float32(position < len(source)),
         }
 
-    def stack(samples: Sequence[dict[str, Any]]) -> Batch:
-        return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
-
     elements = grain.MapDataset.range(steps * local_batch).map(sample)
-    iterator: Any = iterate(elements, local_batch, stack, num_threads)
-    with contextlib.closing(iterator):
-        yield from iterator
+    with contextlib.closing(iterate(elements, local_batch, stack, num_threads)) as batches:
+        yield from batches

@@ -1,36 +1,37 @@
-"""Preparation of datasets as ArrayRecord files, which allow random access during training."""
+"""Preparation of datasets as ArrayRecord files, which allow random access during training.
+
+Every function writes into `data_dir`, a folder of TFDS datasets, with `num_threads` threads, and
+prints progress and the result on `console`.
+"""
 
 import os
 import re
+import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 from grain.experimental import TFRecordIterDataset
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from activemlp_jax.data.array_records import (
     Member,
     Shard,
-    claim_directory,
-    finish,
     plan_shards,
-    shard_path,
-    write_shards,
+    print_result,
+    shard_file,
+    write_dataset,
 )
-from activemlp_jax.data.base import check_same_classes
+from activemlp_jax.data.base import EVALUATION_SPLITS, check_same_classes
 from activemlp_jax.data.sources import FolderSource
 from activemlp_jax.data.tfds_source import first_line
 from activemlp_jax.utils.errors import UserError, install_command, one_line
 
 IMAGENET_TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
-FOLDER_SPLITS = ("train", "val", "validation", "test")
 
 
 def index_tar(path: Path) -> list[tuple[str, int, int]]:
@@ -42,17 +43,14 @@ def index_tar(path: Path) -> list[tuple[str, int, int]]:
     members: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(path, "r:") as outer:
-            for member in outer:
-                if not member.isfile():
-                    continue
+            for member in filter(tarfile.TarInfo.isfile, outer):
                 if not member.name.endswith(".tar"):
                     members.append((member.name, member.offset_data, member.size))
                     continue
                 with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
                     members += [
                         (image.name, member.offset_data + image.offset_data, image.size)
-                        for image in inner
-                        if image.isfile()
+                        for image in filter(tarfile.TarInfo.isfile, inner)
                     ]
     except Exception as error:  # tarfile can raise anything on a damaged header
         reason = first_line(error)
@@ -61,16 +59,10 @@ def index_tar(path: Path) -> list[tuple[str, int, int]]:
 
 
 def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Console) -> None:
-    """Build imagenet2012 from the official tar files.
+    """Build imagenet2012 from the folder `tars` with the official tar files.
 
     The image files are copied byte for byte. The labels of the validation images come from
     tensorflow-datasets.
-
-    Args:
-      tars: the folder with the tar files.
-      data_dir: the folder of TFDS datasets to write into.
-      num_threads: the number of threads that write.
-      console: prints progress and the result.
 
     Raises:
       UserError: a tar file is missing, is broken, or has an unexpected number of images.
@@ -82,15 +74,16 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
                 "https://image-net.org/download-images (they ask you to register)"
             )
     builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
-    label_of = {name: index for index, name in enumerate(builder.info.features["label"].names)}
+    features = builder.info.features
+    label_of = {name: index for index, name in enumerate(features["label"].names)}
     validation_labels = (
         tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     )
 
-    def wnid(name: str) -> str:
+    def label(name: str) -> int:
         if match := re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name):
-            return validation_labels[int(match[1]) - 1]
-        return name.split("_")[0]
+            return label_of[validation_labels[int(match[1]) - 1]]
+        return label_of[name.split("_")[0]]
 
     splits = {}
     for split, file in IMAGENET_TARS.items():
@@ -104,26 +97,19 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
             )
         try:
             splits[split] = [
-                Member(str(path), offset, size, name, label_of[wnid(name)])
-                for name, offset, size in members
+                Member(str(path), offset, size, name, label(name)) for name, offset, size in members
             ]
         except (KeyError, IndexError) as error:
             raise UserError(f"{path} holds an image of an unknown class: {error}") from error
-    features, version = builder.info.features, str(builder.version)
-    write_images("imagenet2012", version, features, splits, data_dir, num_threads, console)
+    shards = plan_shards(builder.name, features, splits)
+    version = str(builder.version)
+    write_dataset(data_dir, builder.name, version, features, shards, num_threads, console)
 
 
 def prepare_folder(
     folder: Path, name: str, data_dir: Path, num_threads: int, console: Console
 ) -> None:
-    """Build a dataset from a folder of class folders, or from one that has such a folder per split.
-
-    Args:
-      folder: the folder of images.
-      name: the name of the new dataset.
-      data_dir: the folder of TFDS datasets to write into.
-      num_threads: the number of threads that write.
-      console: prints progress and the result.
+    """Build the dataset `name` from a folder of class folders, or of one such folder per split.
 
     Raises:
       UserError: the name or the folder has the wrong form, or splits differ in their classes.
@@ -132,11 +118,9 @@ def prepare_folder(
         raise UserError(
             f"the name is {name!r}, expected lowercase letters, digits and _, such as my_photos"
         )
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    present = [split for split in FOLDER_SPLITS if (folder / split).is_dir()]
-    sources = {split: FolderSource(folder / split) for split in present}
-    sources = sources or {"train": FolderSource(folder)}
+    present = [split for split in ("train", *EVALUATION_SPLITS) if (folder / split).is_dir()]
+    folders = {split: folder / split for split in present} or {"train": folder}
+    sources = {split: FolderSource(path) for split, path in folders.items()}
     class_names = next(iter(sources.values())).class_names
     for split, source in sources.items():
         check_same_classes(class_names, source.class_names, f"the split {split} of {folder}")
@@ -154,30 +138,19 @@ def prepare_folder(
             "file_name": tfds.features.Text(),
         }
     )
-    write_images(name, "1.0.0", features, splits, data_dir, num_threads, console)
+    shards = plan_shards(name, features, splits)
+    write_dataset(data_dir, name, "1.0.0", features, shards, num_threads, console)
 
 
 def _size(path: str) -> int:
     """Return the size of a regular file in bytes; raise UserError for anything else."""
-    if not os.path.isfile(path):
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{path} cannot be read: it is not a regular file")
-    return os.path.getsize(path)
-
-
-def write_images(
-    name: str,
-    version: str,
-    features: Any,
-    splits: dict[str, list[Member]],
-    data_dir: Path,
-    num_threads: int,
-    console: Console,
-) -> None:
-    """Write the image files of each split as the TFDS dataset `name` in `data_dir`."""
-    directory = data_dir / name / version
-    shards = plan_shards(directory, name, features, splits)
-    counts = write_and_finish(directory, name, version, features, shards, num_threads, console)
-    _print_result(counts, name, data_dir, console)
+    return status.st_size
 
 
 def _tfrecords(file: str) -> Iterator[bytes]:
@@ -192,14 +165,10 @@ def _tfrecords(file: str) -> Iterator[bytes]:
 def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Console) -> None:
     """Convert a dataset that tensorflow-datasets prepared as TFRecord files, shard by shard.
 
-    Args:
-      source: the folder of one version of the dataset, with `dataset_info.json`.
-      data_dir: the folder of TFDS datasets to write into; not the one that `source` is in.
-      num_threads: the number of threads that write.
-      console: prints progress and the result.
+    `source` is the folder of one version of the dataset, with `dataset_info.json`.
 
     Raises:
-      UserError: it is not such a folder, or its files have another format.
+      UserError: it is not such a folder, its files have another format, or it is in `data_dir`.
     """
     if not (source / "dataset_info.json").is_file():
         raise UserError(
@@ -208,51 +177,31 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
         )
     try:
         info = tfds.builder_from_directory(source).info
-        _ = info.features, info.file_format.value, list(info.splits)
+        features, file_format, splits = info.features, info.file_format.value, list(info.splits)
     except Exception as error:  # TFDS errors have no common base class
         raise UserError(f"{source} cannot be read: {first_line(error)}") from error
-    if info.file_format.value != "tfrecord":
-        raise UserError(f"{source} has {info.file_format.value} files, expected tfrecord")
-    for name in filter(None, (info.name, info.config_name, *info.splits)):
+    if file_format != "tfrecord":
+        raise UserError(f"{source} has {file_format} files, expected tfrecord")
+    for name in filter(None, (info.name, info.config_name, *splits)):
         if not re.fullmatch(r"\w[\w.+-]*", name):  # it becomes part of a path
             raise UserError(
                 f"{source} has the name {name!r}, expected letters, digits, _, -, . or +"
             )
     full_name = f"{info.name}/{info.config_name}" if info.config_name else info.name
-    directory = data_dir / full_name / str(info.version)
-    if directory.resolve() == source.resolve():
+    version = str(info.version)
+    if (data_dir / full_name / version).resolve() == source.resolve():
         raise UserError(f"--data-dir is where {source} is; choose another for the new files")
-
     shards = []
     for split in info.splits.values():
-        for index, file in enumerate(split.filepaths):
-            try:
-                size = os.path.getsize(file)
-            except OSError as error:
-                raise UserError(f"{file} cannot be read: {error.strerror}") from error
-            shards.append(
-                Shard(
-                    split.name,
-                    shard_path(directory, info.name, split.name, index, split.num_shards),
-                    split.shard_lengths[index],
-                    size,
-                    partial(_tfrecords, str(file)),
-                )
-            )
-    version = str(info.version)
-    counts = write_and_finish(
-        directory, info.name, version, info.features, shards, num_threads, console
-    )
-    _print_result(counts, full_name, data_dir, console)
+        for index, path in enumerate(split.filepaths):
+            file = shard_file(info.name, split.name, index, split.num_shards)
+            length, records = split.shard_lengths[index], partial(_tfrecords, str(path))
+            shards.append(Shard(split.name, file, length, _size(str(path)), records))
+    write_dataset(data_dir, full_name, version, features, shards, num_threads, console)
 
 
 def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
-    """Download and prepare a dataset with tensorflow-datasets.
-
-    Args:
-      name: the name of the dataset, as `tfds.builder` takes it.
-      data_dir: the folder of TFDS datasets to write into.
-      console: prints the result.
+    """Download and prepare the dataset `name` with tensorflow-datasets.
 
     Raises:
       UserError: the dataset cannot be prepared.
@@ -272,44 +221,4 @@ def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{name} cannot be prepared: {reason}") from error
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    _print_result(counts, name, data_dir, console)
-
-
-def write_and_finish(
-    directory: Path,
-    name: str,
-    version: str,
-    features: Any,
-    shards: Sequence[Shard],
-    num_threads: int,
-    console: Console,
-) -> dict[str, int]:
-    """Write `shards` with a progress bar, then their metadata; count the examples of each split."""
-    try:
-        claim_directory(directory, shards)
-        with Progress(
-            TextColumn(f"writing {name}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        ) as progress:
-            task = progress.add_task("", total=sum(shard.examples for shard in shards))
-            write_shards(shards, num_threads, lambda count: progress.advance(task, count))
-        return finish(directory, name, version, features, shards)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
-
-
-def _print_result(counts: dict[str, int], name: str, data_dir: Path, console: Console) -> None:
-    description = ", ".join(f"{count:,} of {split}" for split, count in counts.items())
-    console.print(
-        one_line(
-            f"{name}: {description}, counted; read it with TFDS_DATA_DIR={data_dir} "
-            f"and --config.data.name=tfds:{name}"
-        ),
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    print_result(counts, name, data_dir, console)

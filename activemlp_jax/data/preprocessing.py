@@ -58,8 +58,8 @@ class ScenePreprocessing:
       short_side: maximum of the short side, in pixels.
       window: side of the windows of sliding-window inference, in pixels: the size of the crops in
         training.
-      mean: means of red, green and blue, on a scale from 0 to 1.
-      std: standard deviations of red, green and blue, on the same scale.
+      mean: see `Preprocessing`.
+      std: see `Preprocessing`.
 
     Raises:
       ValueError: a value is invalid; the message names it.

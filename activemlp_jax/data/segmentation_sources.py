@@ -4,26 +4,19 @@ A scene is an image together with a mask, which has a class index per pixel.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from activemlp_jax.data import ade20k
-from activemlp_jax.data.base import Example, Source, evaluation_split
+from activemlp_jax.data.base import Example, Source, choose_split, evenly_spaced, open_by_name
 from activemlp_jax.data.decoding import MOST_BYTES, decode, open_image, read_image_file
 from activemlp_jax.data.digit_scenes import DigitScenes
 from activemlp_jax.data.segmentation_transforms import IGNORED
-from activemlp_jax.data.sources import (
-    check_orientation,
-    no_images,
-    scan,
-    scan_images,
-    subfolders,
-    warn_of_left_out,
-)
-from activemlp_jax.data.tfds_source import builder_features, open_builder, open_records
+from activemlp_jax.data.sources import scan, scan_images, subfolders, warn_of_images
+from activemlp_jax.data.tfds_source import Records, open_builder
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import read_file
 
@@ -34,7 +27,6 @@ CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
 ADE20K_FOLDER = "ADEChallengeData2016"
 ADE20K_SPLITS = ("training", "validation")
 ADE20K_BUILDER = "scene_parse150"
-KINDS = f"digit_scenes, ade20k:PATH, folder:PATH or tfds:{ADE20K_BUILDER}"
 
 
 class SceneSource(Source, Protocol):
@@ -45,16 +37,11 @@ class SceneSource(Source, Protocol):
     """
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Read the (height, width) in pixels of the image at `index` from its header alone."""
-        ...
-
-    def image_name(self, index: int) -> str:
-        """Return the name of the image at `index`, unique in the split."""
+        """Read an image's (height, width) from its header; raise BrokenImageError if that fails."""
         ...
 
 
 def _image_shape(data: bytes, name: str) -> tuple[int, int]:
-    """Read the (height, width) in an image's header; raise BrokenImageError if that fails."""
     with open_image(data, name) as image:
         return image.height, image.width
 
@@ -144,15 +131,10 @@ class SceneFolder:
     def __init__(
         self, images: Path, masks: Path, class_names: Sequence[str], reduce_zero_label: bool
     ):
-        for folder in (images, masks):
-            if not os.path.isdir(folder):
-                raise UserError(f"there is no folder {folder}")
         self.class_names = tuple(class_names)
         self._reduce_zero_label = reduce_zero_label
         self._masks = masks
-        files, left_out = scan_images(images)
-        if not files:
-            raise no_images(str(images), left_out)
+        files, left_out = scan_images(images, str(images))
         self._images = [Path(file) for file in files]
         present = {entry.name for entry in scan(masks)}
         missing = [file for file in self._images if f"{file.stem}.png" not in present]
@@ -163,30 +145,19 @@ class SceneFolder:
                 f"{len(missing)} of the {len(self._images)} images in {images} have no mask: "
                 f"{names}{more}; expected {masks / missing[0].stem}.png and so on"
             )
-        warn_of_left_out(images, left_out)
-        check_orientation(files, images)
-        for index in np.linspace(0, len(self) - 1, min(len(self), CHECKED_MASKS), dtype=int):
+        warn_of_images(images, files, left_out)
+        for index in evenly_spaced(len(self), CHECKED_MASKS):
             self._mask(index)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Read the size of the image at `index`; raise BrokenImageError if that fails."""
+        """Read the size of an image."""
         file = self._images[index]
         return _image_shape(read_image_file(file), str(file))
 
-    def image_name(self, index: int) -> str:
-        """Return the file name of the image at `index`."""
-        return self._images[index].name
-
     def __getitem__(self, index: int) -> Example:
-        """Read the image and the mask at `index`.
-
-        Raises:
-          BrokenImageError: the image cannot be read.
-          UserError: the mask cannot be read, or does not match the image or the classes.
-        """
         file = self._images[index]
         image = decode(read_image_file(file), str(file))
         mask, name = self._mask(index)
@@ -194,7 +165,7 @@ class SceneFolder:
         return Example(image, labels_of_mask(mask, name, shape, classes, self._reduce_zero_label))
 
     def _mask(self, index: int) -> tuple[np.ndarray, str]:
-        """Read the stored values of the mask at `index`, and return them with its name."""
+        """Read the stored values of a mask, and return them with its name."""
         name = str(self._masks / f"{self._images[index].stem}.png")
         return decode_mask(read_file(name, MOST_BYTES), name), name
 
@@ -218,8 +189,7 @@ class TfdsScenes:
     class_names = ade20k.CLASS_NAMES
 
     def __init__(self, name: str, split: str | None):
-        builder = open_builder(name)
-        features = builder_features(builder)
+        builder, features = open_builder(name)
         if not {"image", "annotation"} <= features.keys():
             raise UserError(
                 f"tfds:{name} is not for segmentation: expected the features 'image' and "
@@ -229,61 +199,50 @@ class TfdsScenes:
             raise UserError(
                 f"tfds:{name} has classes that are not known here, expected tfds:{ADE20K_BUILDER}"
             )
-        self._records = open_records(builder, name, split, ["image", "annotation"])
-        self._name = self._records.name
-        for index, record in self._records.evenly_spaced(CHECKED_MASKS):
-            self._check_mask(index, record["annotation"])
-
-    def _check_mask(self, index: int, data: bytes) -> None:
-        try:
-            decode_mask(data, f"the mask of {self._record_name(index)}", as_rgb=True)
-        except UserError as error:
-            raise UserError(
-                f"{error}; tensorflow-datasets itself fetches masks of instances, which have "
-                "other classes: read ADEChallengeData2016 with ade20k:PATH"
-            ) from error
+        self._records = Records(builder, name, split, ["image", "annotation"])
+        for index, record in self._records.some(CHECKED_MASKS):
+            try:
+                self._mask(index, record)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; tensorflow-datasets itself fetches masks of instances, which have "
+                    "other classes: read ADEChallengeData2016 with ade20k:PATH"
+                ) from error
 
     def __len__(self) -> int:
         return len(self._records)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Read the size of the image at `index`; raise BrokenImageError if that fails."""
+        """Read the size of an image."""
         return _image_shape(self._records[index]["image"], self._record_name(index))
 
-    def image_name(self, index: int) -> str:
-        """Return a name made from the index, because records have no names."""
-        return f"record_{index:05}"
-
     def _record_name(self, index: int) -> str:
-        return f"{self._name}: record {index}"
+        return f"{self._records.name}: record {index}"
 
     def __getitem__(self, index: int) -> Example:
-        """Read the image and the mask at `index`.
-
-        Raises:
-          BrokenImageError: the image cannot be read.
-          UserError: the mask cannot be read, or does not match the image or the classes.
-        """
         record = self._records[index]
         image = decode(record["image"], self._record_name(index))
-        name, classes = f"the mask of {self._record_name(index)}", len(self.class_names)
-        mask = decode_mask(record["annotation"], name, as_rgb=True)
+        mask, name = self._mask(index, record)
+        classes = len(self.class_names)
         return Example(image, labels_of_mask(mask, name, image.shape[:2], classes, True))
 
+    def _mask(self, index: int, record: dict[str, Any]) -> tuple[np.ndarray, str]:
+        """Decode the stored values of a mask, and return them with its name."""
+        name = f"the mask of {self._record_name(index)}"
+        return decode_mask(record["annotation"], name, as_rgb=True), name
 
-def open_ade20k(root: Path, split: str | None) -> SceneFolder:
+
+def open_ade20k(path: str, split: str | None) -> SceneFolder:
     """Open the scene parsing benchmark of ADE20K, as unpacked from ADEChallengeData2016.zip.
 
     Args:
-      root: the folder `ADEChallengeData2016`, or its parent folder.
+      path: the folder `ADEChallengeData2016`, or its parent folder.
       split: 'training' or 'validation'; None for 'validation'.
 
     Raises:
       UserError: the split does not exist, or the folder has another layout.
     """
-    split = split or evaluation_split(ADE20K_SPLITS, "ade20k")
-    if split not in ADE20K_SPLITS:
-        raise UserError(f"ade20k has the splits {', '.join(ADE20K_SPLITS)}, not {split!r}")
+    root, split = Path(path).expanduser(), choose_split(split, ADE20K_SPLITS, "ade20k")
     if os.path.isdir(root / ADE20K_FOLDER):
         root = root / ADE20K_FOLDER
     images, masks = root / "images" / split, root / "annotations" / split
@@ -321,19 +280,20 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     return names
 
 
-def open_scene_folder(root: Path, split: str | None) -> SceneFolder:
+def open_scene_folder(path: str, split: str | None) -> SceneFolder:
     """Open a folder of scenes: `images`, their masks in `annotations`, and `classes.txt`.
 
     Subfolders of `images` and `annotations` are splits. The values of a mask are class indices,
     counted from 0, or `IGNORED`.
 
     Args:
-      root: the folder.
+      path: the folder.
       split: the name of a split; None for the one to evaluate on, or if there are no splits.
 
     Raises:
       UserError: the split does not exist, or the folder has another layout.
     """
+    root = Path(path).expanduser()
     images, masks = root / "images", root / "annotations"
     for folder in (root, images, masks):
         if not os.path.isdir(folder):
@@ -341,35 +301,31 @@ def open_scene_folder(root: Path, split: str | None) -> SceneFolder:
                 f"there is no folder {folder}; a folder of scenes has images, annotations and "
                 "classes.txt"
             )
-    splits = subfolders(images)
     class_names = read_class_names(root / "classes.txt")
-    if not splits:
-        if split:
-            raise UserError(f"{images} has no folder {split!r}: {root} has no splits")
-        return SceneFolder(images, masks, class_names, reduce_zero_label=False)
-    split = split or evaluation_split(splits, str(root))
-    if split not in splits:
-        raise UserError(f"{root} has the splits {', '.join(splits)}, not {split!r}")
-    return SceneFolder(images / split, masks / split, class_names, reduce_zero_label=False)
+    if splits := subfolders(images):
+        split = choose_split(split, splits, root)
+        images, masks = images / split, masks / split
+    elif split:
+        raise UserError(f"{images} has no folder {split!r}: {root} has no splits")
+    return SceneFolder(images, masks, class_names, reduce_zero_label=False)
+
+
+OPENERS: dict[str, Callable[[str, str | None], SceneSource]] = {
+    "digit_scenes": lambda _, split: DigitScenes(split),
+    "ade20k:PATH": open_ade20k,
+    "folder:PATH": open_scene_folder,
+    f"tfds:{ADE20K_BUILDER}": TfdsScenes,
+}
 
 
 def open_scenes(name: str, split: str | None = None) -> SceneSource:
     """Open a split of a segmentation dataset.
 
     Args:
-      name: 'digit_scenes', 'ade20k:PATH', 'folder:PATH', or 'tfds:scene_parse150'.
+      name: a name of a form in `OPENERS`.
       split: the name of a split; None for the one to evaluate on.
 
     Raises:
       UserError: the name or split is unknown, or the dataset cannot be read.
     """
-    kind, _, rest = name.partition(":")
-    if name == "digit_scenes":
-        return DigitScenes(split)
-    if kind == "ade20k" and rest:
-        return open_ade20k(Path(rest).expanduser(), split)
-    if kind == "folder" and rest:
-        return open_scene_folder(Path(rest).expanduser(), split)
-    if kind == "tfds" and rest:
-        return TfdsScenes(rest, split)
-    raise UserError(f"no data set of scenes {name!r}, expected {KINDS}")
+    return open_by_name(name, split, OPENERS, "data set of scenes")

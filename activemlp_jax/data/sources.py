@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,12 @@ from PIL import Image
 from activemlp_jax.data.base import (
     EVALUATION_SPLITS,
     EncodedExample,
+    EncodedSource,
     Example,
     Source,
-    decode_example,
+    choose_split,
+    evenly_spaced,
+    open_by_name,
 )
 from activemlp_jax.data.decoding import (
     IMAGE_SUFFIXES,
@@ -24,7 +27,6 @@ from activemlp_jax.data.decoding import (
     describe_left_out,
     is_image_name,
     is_other_image_name,
-    is_turned,
     read_image_file,
     warn,
     warn_of_orientation,
@@ -33,10 +35,13 @@ from activemlp_jax.data.tfds_source import TfdsSource
 from activemlp_jax.utils.errors import UserError
 
 CHECKED_IMAGES = 32  # evenly spaced images of a folder that are checked for an EXIF orientation
+DISTINCT_PHOTOS = 64
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:
     """List the entries of a folder by name; raise UserError if it cannot be read."""
+    if not os.path.isdir(folder):
+        raise UserError(f"there is no folder {folder}")
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -53,22 +58,23 @@ def subfolders(folder: Path) -> list[str]:
     ]
 
 
-def no_images(what: str, left_out: Sequence[str]) -> UserError:
-    """Create the error for a folder without images in supported formats.
+def scan_images(folder: Path, what: str) -> tuple[list[str], list[str]]:
+    """List the paths of a folder's images, and the names of images in unsupported formats.
 
-    Args:
-      what: the folder, as the message names it.
-      left_out: names of its image files in unsupported formats.
+    Raises UserError, which calls the folder `what`, if it cannot be read or has no images.
     """
+    entries = scan(folder)
+    files = [entry.path for entry in entries if is_image_name(entry.name)]
+    left_out = [entry.name for entry in entries if is_other_image_name(entry.name)]
+    if not files:
+        raise no_images(what, left_out)
+    return files, left_out
+
+
+def no_images(what: str, left_out: Sequence[str]) -> UserError:
+    """Create the error for a folder, named `what`, with only the unsupported images `left_out`."""
     expected = f"{what} has no images, expected {', '.join(IMAGE_SUFFIXES)}"
     return UserError(f"{expected}; {describe_left_out(left_out)}" if left_out else expected)
-
-
-def scan_images(folder: Path) -> tuple[list[str], list[str]]:
-    """List the paths of a folder's images, and the names of images in unsupported formats."""
-    entries = scan(folder)
-    left_out = [entry.name for entry in entries if is_other_image_name(entry.name)]
-    return [entry.path for entry in entries if is_image_name(entry.name)], left_out
 
 
 def warn_of_left_out(folder: object, names: Sequence[str]) -> None:
@@ -77,14 +83,16 @@ def warn_of_left_out(folder: object, names: Sequence[str]) -> None:
         warn(f"{folder}: {describe_left_out(names)}")
 
 
-def check_orientation(files: Sequence[str], folder: Path) -> None:
-    """Check some of `files` for an EXIF orientation, and warn on stderr if any has one."""
-    indices = np.linspace(0, len(files) - 1, min(len(files), CHECKED_IMAGES), dtype=int)
-    turned = 0
-    for index in indices:
-        with contextlib.suppress(BrokenImageError):
-            turned += is_turned(read_image_file(files[index]))
-    warn_of_orientation(turned, len(indices), folder)
+def warn_of_images(folder: Path, files: Sequence[str], left_out: Sequence[str]) -> None:
+    """Warn on stderr about images that are left out, and if some of `files` are to be rotated."""
+
+    def readable() -> Iterator[bytes]:
+        for index in evenly_spaced(len(files), CHECKED_IMAGES):
+            with contextlib.suppress(BrokenImageError):
+                yield read_image_file(files[index])
+
+    warn_of_left_out(folder, left_out)
+    warn_of_orientation(readable(), folder)
 
 
 class ArraySource:
@@ -102,7 +110,27 @@ class ArraySource:
         return Example(self._images[index], int(self._labels[index]))
 
 
-class FolderSource:
+def open_digits(split: str | None) -> Source:
+    """Open the 1,797 handwritten digits that come with scikit-learn, upscaled to 32 x 32 pixels.
+
+    The split 'train' has the first 1,437 digits in the dataset's order. The split 'test', the
+    default, has the last 360, which were written by other people. Others raise UserError.
+
+    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
+    learning repository; the copy in `sklearn.datasets.load_digits`.
+    """
+    from sklearn.datasets import load_digits  # slow to import, and only this dataset needs it
+
+    parts = {"train": slice(0, 1437), "test": slice(1437, 1797)}
+    part = parts[choose_split(split, list(parts), "digits")]
+    digits = load_digits()
+    gray = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)
+    upscaled = [Image.fromarray(g).resize((32, 32), Image.Resampling.BICUBIC) for g in gray]
+    images = np.stack([np.asarray(image.convert("RGB")) for image in upscaled])
+    return ArraySource(images, digits.target[part], tuple("0123456789"))
+
+
+class FolderSource(EncodedSource):
     """A folder with one folder of image files per class; classes and files are sorted by name.
 
     `files` has the path and the label of each image.
@@ -113,84 +141,40 @@ class FolderSource:
     """
 
     def __init__(self, folder: Path):
-        if not os.path.isdir(folder):
-            raise UserError(f"there is no folder {folder}")
-        classes = subfolders(folder)
-        if len(classes) < 2:
-            raise UserError(f"{folder} has {len(classes)} class folders, expected two or more")
-        self.class_names = tuple(classes)
+        self.class_names = tuple(subfolders(folder))
+        count = len(self.class_names)
+        if count < 2:
+            raise UserError(f"{folder} has {count} class folders, expected two or more")
         self.files: list[tuple[str, int]] = []
         left_out: list[str] = []
-        for label, name in enumerate(classes):
-            files, others = scan_images(folder / name)
-            if not files:
-                raise no_images(f"the class folder {folder / name}", others)
+        for label, name in enumerate(self.class_names):
+            files, others = scan_images(folder / name, f"the class folder {folder / name}")
             self.files += [(file, label) for file in files]
             left_out += [f"{name}/{other}" for other in others]
-        warn_of_left_out(folder, left_out)
-        check_orientation([file for file, _ in self.files], folder)
+        warn_of_images(folder, [file for file, _ in self.files], left_out)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def encoded(self, index: int) -> EncodedExample:
-        """Read the file at `index`; raise BrokenImageError if that fails."""
+        """Read a file; raise BrokenImageError if that fails."""
         file, label = self.files[index]
         return EncodedExample(read_image_file(file), label, file)
 
-    def __getitem__(self, index: int) -> Example:
-        return decode_example(self.encoded(index))
 
+def open_folder(path: str, split: str | None) -> Source:
+    """Open a folder of class folders, or the split of a folder that has one such folder per split.
 
-def open_digits(split: str | None) -> Source:
-    """Open the 1,797 handwritten digits that come with scikit-learn, upscaled to 32 x 32 pixels.
-
-    The split 'train' has the first 1,437 digits in the dataset's order. The split 'test' has the
-    last 360, which were written by other people.
-
-    Args:
-      split: 'train' or 'test'; None for 'test'.
-
-    Raises:
-      UserError: the split does not exist.
-
-    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
-    learning repository; the copy in `sklearn.datasets.load_digits`.
+    The second layout is that of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`. Raises
+    UserError as `FolderSource` does.
     """
-    from sklearn.datasets import load_digits  # slow to import, and only this dataset needs it
-
-    parts = {"train": slice(0, 1437), "test": slice(1437, 1797)}
-    split = split or "test"
-    if split not in parts:
-        raise UserError(f"digits has the splits {', '.join(parts)}, not {split!r}")
-    digits = load_digits()
-    gray = np.round(digits.images[parts[split]] * (255 / 16)).astype(np.uint8)
-    upscaled = [Image.fromarray(g).resize((32, 32), Image.Resampling.BICUBIC) for g in gray]
-    images = np.stack([np.asarray(image.convert("RGB")) for image in upscaled])
-    return ArraySource(images, digits.target[parts[split]], tuple("0123456789"))
+    root = Path(path).expanduser()
+    present = subfolders(root)
+    split = split or next((name for name in EVALUATION_SPLITS if name in present), "")
+    return FolderSource(root / split)
 
 
-DISTINCT_PHOTOS = 64
-
-
-@functools.cache
-def _photo_files() -> tuple[bytes, ...]:
-    from sklearn.datasets import load_sample_images  # slow to import
-
-    rng = np.random.default_rng(0)
-    photos = load_sample_images().images
-    files = []
-    for number in range(DISTINCT_PHOTOS):
-        photo = photos[number % len(photos)]
-        top, left = rng.integers(photo.shape[0] - 374), rng.integers(photo.shape[1] - 499)
-        file = io.BytesIO()
-        crop = Image.fromarray(photo[top : top + 375, left : left + 500])
-        crop.save(file, "JPEG", quality=98)
-        files.append(file.getvalue())
-    return tuple(files)
-
-
-class PhotosSource:
+class PhotosSource(EncodedSource):
     """JPEG files of 500 x 375 pixels, kept encoded in memory, to measure data loading and training.
 
     They repeat `DISTINCT_PHOTOS` crops of scikit-learn's two sample photographs, with labels 0 to
@@ -210,52 +194,50 @@ class PhotosSource:
         return self._count
 
     def encoded(self, index: int) -> EncodedExample:
-        """Return the JPEG file at `index`."""
+        """Return a JPEG file."""
         return EncodedExample(self._files[index % DISTINCT_PHOTOS], index % 1000, f"photo {index}")
 
-    def __getitem__(self, index: int) -> Example:
-        return decode_example(self.encoded(index))
+
+@functools.cache
+def _photo_files() -> tuple[bytes, ...]:
+    from sklearn.datasets import load_sample_images  # slow to import
+
+    rng = np.random.default_rng(0)
+    photos = load_sample_images().images
+    files = []
+    for number in range(DISTINCT_PHOTOS):
+        photo = photos[number % len(photos)]
+        top, left = rng.integers(photo.shape[0] - 374), rng.integers(photo.shape[1] - 499)
+        file = io.BytesIO()
+        crop = Image.fromarray(photo[top : top + 375, left : left + 500])
+        crop.save(file, "JPEG", quality=98)
+        files.append(file.getvalue())
+    return tuple(files)
 
 
-def open_folder(root: Path, split: str | None) -> Source:
-    """Open a folder of class folders, or a folder that has one such folder per split.
+def _open_photos(count: str, split: str | None) -> Source:
+    del split  # all are the same
+    if not re.fullmatch(r"[1-9]\d{0,9}", count):
+        raise UserError(f"no data set 'photos:{count}', expected photos:COUNT, such as photos:1024")
+    return PhotosSource(int(count))
 
-    The second layout is that of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`.
 
-    Args:
-      root: the folder.
-      split: the name of a split; None for the one to evaluate on, or if there are no splits.
-
-    Raises:
-      UserError: see `FolderSource`.
-    """
-    if not os.path.isdir(root):
-        raise UserError(f"there is no folder {root}")
-    if split:
-        return FolderSource(root / split)
-    present = [split for split in EVALUATION_SPLITS if os.path.isdir(root / split)]
-    return FolderSource(root / present[0] if present else root)
+OPENERS: dict[str, Callable[[str, str | None], Source]] = {
+    "digits": lambda _, split: open_digits(split),
+    "folder:PATH": open_folder,
+    "tfds:NAME": TfdsSource,
+    "photos:COUNT": _open_photos,
+}
 
 
 def open_source(name: str, split: str | None = None) -> Source:
     """Open a split of an image classification dataset.
 
     Args:
-      name: 'digits', 'folder:PATH', 'tfds:NAME', or 'photos:COUNT'.
+      name: a name of a form in `OPENERS`.
       split: the name of a split; None for the one to evaluate on.
 
     Raises:
       UserError: the name or split is unknown, or the dataset cannot be read.
     """
-    kind, _, rest = name.partition(":")
-    if name == "digits":
-        return open_digits(split)
-    if kind == "folder" and rest:
-        return open_folder(Path(rest).expanduser(), split)
-    if kind == "tfds" and rest:
-        return TfdsSource(rest, split)
-    if kind == "photos" and re.fullmatch(r"[1-9]\d{0,9}", rest):
-        return PhotosSource(int(rest))
-    raise UserError(
-        f"no data set {name!r}, expected digits, folder:PATH, tfds:NAME or photos:COUNT"
-    )
+    return open_by_name(name, split, OPENERS, "data set")

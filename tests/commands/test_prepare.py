@@ -222,6 +222,17 @@ def test_a_tfrecord_shard_that_is_cut_short_is_named(tfrecord_copy: Path, data_d
         preparation.prepare_tfrecord(tfrecord_copy, data_dir, 1, CONSOLE)
 
 
+def test_a_tfrecord_shard_with_fewer_examples_than_described_is_named(
+    tfrecord_copy: Path, data_dir: Path
+):
+    info = tfrecord_copy / "dataset_info.json"
+    info.write_text(info.read_text().replace('"8"', '"9"'))
+    with pytest.raises(UserError, match=r"record-00001-of-00002 got 8 examples, expected 9"):
+        preparation.prepare_tfrecord(tfrecord_copy, data_dir, 1, CONSOLE)
+    written = {path.name for path in (data_dir / "copied" / "1.0.0").iterdir()}
+    assert written == {"prepared_from.json", "copied-train.array_record-00000-of-00002"}
+
+
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("text", ["", "[]", "[" * 100_000], ids=["empty", "list", "deep"])
 def test_a_tfrecord_copy_with_a_damaged_description_is_named(

@@ -28,7 +28,6 @@ def test_there_are_scenes_to_train_and_others_to_test():
     assert (len(train), len(test), len(DigitScenes())) == (10_000, 500, 500)
     assert train.class_names == ("background", *"0123456789")
     assert train.shape(3) == test[3].image.shape[:2] == (64, 64)
-    assert len({train.image_name(index) for index in range(len(train))}) == len(train)
 
 
 def test_a_scene_follows_from_its_split_and_index_alone():

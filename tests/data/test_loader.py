@@ -80,12 +80,17 @@ ORDERS = pytest.mark.parametrize("order", [{}, RECIPE], ids=["plain", "recipe"])
 
 
 def batches(
-    first: int = 0, last: int = 3 * EPOCH, hosts: Any = (0, 1), data: Any = None, **changes: Any
+    first: int = 0,
+    last: int = 3 * EPOCH,
+    hosts: Any = (0, 1),
+    data: Any = None,
+    skipped: Skipped | None = None,
+    **changes: Any,
 ) -> Any:
     process, processes = hosts
     iterator = train_batches(
         data or source(), TRANSFORM, config(**changes), first_step=first, last_step=last,
-        process=process, processes=processes,
+        process=process, processes=processes, skipped=skipped,
     )  # fmt: skip
     with contextlib.closing(iterator):
         return list(iterator)
@@ -289,23 +294,20 @@ class BrokenSource:
         return self._source[index]
 
 
+BROKEN = BrokenSource({7, 8, 52})
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_broken_images_are_replaced_by_the_next_index_and_counted_once(threads: int):
     said: list[str] = []
     skipped = Skipped(5, said.append)
-    iterator = train_batches(
-        BrokenSource({7, 8, 52}),
-        TRANSFORM,
-        config(**{"data.num_threads": threads}),
-        first_step=0,
-        last_step=20 * EPOCH,
-        skipped=skipped,
+    changes = {"data": BROKEN, "skipped": skipped, "data.num_threads": threads}
+    ours, plain = (
+        np.concatenate([batch["label"] for batch in batches(last=20 * EPOCH, **keywords)])
+        for keywords in (changes, {})
     )
-    with contextlib.closing(iterator):
-        labels = np.concatenate([batch["label"] for batch in iterator])
-    plain = np.concatenate([batch["label"] for batch in batches(last=20 * EPOCH)])
     replacement = {7: 9, 8: 9, 52: 0}
-    np.testing.assert_array_equal(labels, [replacement.get(label, label) for label in plain])
+    np.testing.assert_array_equal(ours, [replacement.get(label, label) for label in plain])
     assert len(skipped) == 3
     assert sorted(said) == [
         f"skipped: {index}.jpg is not a readable image: test" for index in (52, 7, 8)
@@ -315,17 +317,7 @@ def test_broken_images_are_replaced_by_the_next_index_and_counted_once(threads: 
 @pytest.mark.slow
 def test_broken_images_are_counted_across_worker_processes():
     skipped = Skipped(5, lambda _: None)
-    iterator = train_batches(
-        BrokenSource({7, 8, 52}),
-        TRANSFORM,
-        config(**{"data.num_workers": 2}),
-        first_step=0,
-        last_step=6 * EPOCH,
-        skipped=skipped,
-    )
-    with contextlib.closing(iterator):
-        for _ in iterator:
-            pass
+    batches(last=6 * EPOCH, data=BROKEN, skipped=skipped, **{"data.num_workers": 2})
     assert len(skipped) == 3
 
 
@@ -348,13 +340,7 @@ def stores() -> Iterator[list[Any]]:
 def train_on_two_hosts(counts: list[Skipped]) -> None:
     """Epochs in which the copies of many an image are on both hosts."""
     for process, skipped in enumerate(counts):
-        iterator = train_batches(
-            BrokenSource({7, 8, 52}), TRANSFORM, config(**RECIPE),
-            first_step=0, last_step=12 * EPOCH, process=process, processes=2, skipped=skipped,
-        )  # fmt: skip
-        with contextlib.closing(iterator):
-            for _ in iterator:
-                pass
+        batches(last=12 * EPOCH, hosts=(process, 2), data=BROKEN, skipped=skipped, **RECIPE)
 
 
 def test_a_broken_image_that_two_hosts_read_is_counted_once(stores: list[Any]):
@@ -384,20 +370,8 @@ def test_names_of_broken_images_are_made_fit_for_a_terminal():
 
 
 def test_more_broken_images_than_allowed_stop_the_run():
-    skipped = Skipped(2, lambda _: None)
-    iterator = train_batches(
-        BrokenSource({7, 8, 52}),
-        TRANSFORM,
-        config(),
-        first_step=0,
-        last_step=20 * EPOCH,
-        skipped=skipped,
-    )
-    with (
-        contextlib.closing(iterator),
-        pytest.raises(UserError, match=r"3 images cannot be read, more than .*max_skipped = 2"),
-    ):
-        list(iterator)
+    with pytest.raises(UserError, match=r"3 images cannot be read, more than .*max_skipped = 2"):
+        batches(last=20 * EPOCH, data=BROKEN, skipped=Skipped(2, lambda _: None))
 
 
 def test_a_set_of_broken_images_alone_ends_with_the_last_one():

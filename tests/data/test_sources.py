@@ -359,14 +359,8 @@ def test_a_damaged_record_is_a_broken_image(tfds_folder: Path):
     config = default_config()
     config.update_from_flattened_dict({"batch_size": 5, "data.on_error": "skip"})
     said: list[str] = []
-    batches = train_batches(
-        source,
-        Classification.transform,
-        config,
-        first_step=0,
-        last_step=2,
-        skipped=Skipped(1, said.append),
-    )
+    skipped, transform = Skipped(1, said.append), Classification.transform
+    batches = train_batches(source, transform, config, first_step=0, last_step=2, skipped=skipped)
     with contextlib.closing(batches):
         assert [batch["image"].shape for batch in batches] == [(5, 32, 32, 3)] * 2
     assert len(said) == 1
