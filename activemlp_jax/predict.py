@@ -27,8 +27,8 @@ from PIL import Image
 from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.inference.files import IMAGES_HELP, STDIN, ImageFile, find_images
 from activemlp_jax.inference.offsets import inspect_offsets, show_to_model
-from activemlp_jax.inference.picture_files import check_picture, save_picture
 from activemlp_jax.plots.offsets import Point, check_tokens, draw_offsets
+from activemlp_jax.plots.pictures import check_picture, save_picture
 from activemlp_jax.tasks.registry import TASKS, check_options, task_type
 from activemlp_jax.utils.errors import UserError, errors_in_one_line
 from activemlp_jax.utils.json_files import json_line

@@ -15,6 +15,7 @@ from activemlp_jax.data.decoding import (
     read_image_file,
     to_rgb,
 )
+from activemlp_jax.utils.errors import UserError
 
 EXPECTED = "a Pillow image, a uint8 array or the path of a file"
 
@@ -32,7 +33,7 @@ def list_images(images: Any) -> tuple[list[Any], bool]:
     """List the images, and tell whether `images` is a single image; see `pixels_of`.
 
     Raises:
-      ValueError: if `images` has another type or is empty.
+      UserError: if `images` has another type or is empty.
     """
     if isinstance(images, Image.Image | str | os.PathLike):
         return [images], True
@@ -41,10 +42,10 @@ def list_images(images: Any) -> tuple[list[Any], bool]:
         if images.ndim < 4:
             return [images], True
     if isinstance(images, bytes) or not isinstance(images, Iterable):
-        raise ValueError(f"images is a {type(images).__name__}, expected {EXPECTED}, or many")
+        raise UserError(f"images is a {type(images).__name__}, expected {EXPECTED}, or many")
     listed = list(images)
     if not listed:
-        raise ValueError("images is empty, expected at least one")
+        raise UserError("images is empty, expected at least one")
     return listed, False
 
 
@@ -62,8 +63,7 @@ def pixels_of(image: Any, name: str) -> np.ndarray:
       name: name of the image in error messages.
 
     Raises:
-      ValueError: if the image has another type, dtype or shape.
-      BrokenImageError: if it cannot be read; also a ValueError.
+      UserError: if the image has another type, dtype or shape, or cannot be read.
     """
     if isinstance(image, str | os.PathLike):
         return read_image(image)
@@ -72,10 +72,10 @@ def pixels_of(image: Any, name: str) -> np.ndarray:
             check_pixels(image)
             return np.asarray(to_rgb(image))  # Pillow reads the pixels of a file only now
     if not hasattr(image, "__array__"):
-        raise ValueError(f"{name} is a {type(image).__name__}, expected {EXPECTED}")
+        raise UserError(f"{name} is a {type(image).__name__}, expected {EXPECTED}")
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        raise ValueError(f"{name} has dtype {array.dtype}, expected uint8, values from 0 to 255")
+        raise UserError(f"{name} has dtype {array.dtype}, expected uint8, values from 0 to 255")
     if array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)) or 0 in array.shape:
-        raise ValueError(f"{name} has shape {array.shape}, expected (H, W) or (H, W, 3)")
+        raise UserError(f"{name} has shape {array.shape}, expected (H, W) or (H, W, 3)")
     return array if array.ndim == 3 else np.repeat(array[..., None], 3, axis=-1)

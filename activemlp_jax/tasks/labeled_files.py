@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from activemlp_jax.inference.files import STDIN, ImageFile, read_images, unbroken, watched
-from activemlp_jax.inference.picture_files import check_picture, save_picture
 from activemlp_jax.inference.segmentation import Segmenter, segment_image
 from activemlp_jax.plots.overlays import class_shares, draw_overlay, label_picture
+from activemlp_jax.plots.pictures import check_picture, save_picture
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.model_directory import ModelCard

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from activemlp_jax.inference.picture_files import save_picture
 from activemlp_jax.plots.overlays import (
     LEGEND_ENTRIES,
     class_colors,
@@ -14,6 +13,7 @@ from activemlp_jax.plots.overlays import (
     label_picture,
     paint,
 )
+from activemlp_jax.plots.pictures import save_picture
 from activemlp_jax.utils.errors import UserError
 
 
