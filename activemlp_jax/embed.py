@@ -21,25 +21,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from activemlp_jax.command_line import Parser
-from activemlp_jax.inference.classify import ask, choose_batch_size, embeddings, make_classifier
-from activemlp_jax.inference.files import (
-    IMAGES_HELP,
-    ImageFile,
-    find_images,
-    read_images,
-    unbroken,
-    watched,
-)
+from activemlp_jax.inference.classify import ask, embeddings, make_classifier
+from activemlp_jax.inference.images import IMAGES_HELP, ImageFile, find_images, read_images
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.files import check_output_file, write_aside
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_compiled_programs
-from activemlp_jax.weights.model_directory import read_card, read_weights
+from activemlp_jax.weights.model_directory import load_pretrained, read_card
 
 Write = Callable[[IO[bytes], Sequence[str], np.ndarray], None]
 
@@ -119,10 +110,10 @@ def embed(
     files = find_images(paths)
     keep_compiled_programs()
     classifier = make_classifier(card.model, card)
-    weights = read_weights(directory, card, card.default_kind)
-    program = functools.partial(embeddings, classifier, jax.tree.map(jnp.asarray, weights))
-    read = watched(read_images(files, classifier.prepare, os.cpu_count() or 1), len(files))
-    features = list(ask(program, unbroken(read, broken), choose_batch_size(len(files))))
+    _, variables = load_pretrained(directory)
+    program = functools.partial(embeddings, classifier, variables)
+    images = read_images(files, classifier.prepare, os.cpu_count() or 1, broken)
+    features = list(ask(program, images, len(files)))
     if not features:
         raise UserError(f"none of the {len(files)} images can be read; {target} is not written")
     names = name_images(paths, [file for file, _ in features])

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.distributed import sharding
-from activemlp_jax.inference.segmentation import round_up
+from activemlp_jax.inference.segment import round_up
 from activemlp_jax.tasks.base import Sums, Task
 from activemlp_jax.tasks.registry import TASKS, check_options, task_type
 from activemlp_jax.training.cli_flags import HOST_OPTIONS
