@@ -32,11 +32,9 @@ DOT_SIZE = 18.0  # diameter of a dot with a mixing weight of 1
 
 TITLE = "Where the Active Token Mixer looks"
 EXPLANATION = """\
-The model sees the picture as a grid of tokens, coarser from stage to stage. A token mixes what it \
-reads in its row,
-what it reads in its column, and itself. Where it reads depends on the picture, and every group of \
-channels has a
-place of its own: a dot, larger the more it counts."""
+The model sees the picture as a grid of tokens, coarser from stage to stage. A token mixes what it
+reads in its row, what it reads in its column, and itself. Where it reads depends on the picture,
+and every group of channels has a place of its own: a dot, larger the more it counts."""
 HEADINGS = ("Where the marked tokens read", "Mean reach in row and column, by token")
 
 
