@@ -183,30 +183,29 @@ def draw_reads(
     """Draw where `block` reads for `tokens`: dots on `photo`, and rings around it."""
     from matplotlib.colors import to_rgba
 
-    _, *shape, groups = block.offset_w.shape  # height, width
-    _show_photo(axes, photo, *shape)
+    _, height, width, groups = block.offset_w.shape
+    _show_photo(axes, photo, height, width)
+    size = np.array((width, height))
     weights = group_weights(block)[0]
-    for row, column in {
-        (min(int(y * shape[0]), shape[0] - 1), min(int(x * shape[1]), shape[1] - 1))
-        for x, y in tokens
-    }:
+    for row, column in dict.fromkeys(
+        (min(int(y * height), height - 1), min(int(x * width), width - 1)) for x, y in tokens
+    ):
         axes.axhline(row, color=INK, alpha=0.27, linewidth=1)
         axes.axvline(column, color=INK, alpha=0.27, linewidth=1)
-        for axis, source, offset in ((1, "row", block.offset_w), (0, "column", block.offset_h)):
-            outside = is_outside(offset, axis + 1)[0, row, column]
-            position = offset[0, row, column] + (row, column)[axis]
-            pixel = shape[axis] / axes.bbox.size[1 - axis]
-            beyond = outside * RING_DISTANCE * pixel
-            position = np.clip(position, -0.5 - beyond, shape[axis] - 0.5 + beyond)
-            across = np.full(groups, (column, row)[axis])
-            counts = weights[:, 1 - axis]
+        for number, (source, offset) in enumerate(
+            (("row", block.offset_w), ("column", block.offset_h))
+        ):
+            points = np.full((groups, 2), (column, row), float)
+            points[:, number] += offset[0, row, column]
+            outside = is_outside(offset, 2 - number)[0, row, column]
+            beyond = outside[:, None] * RING_DISTANCE * size / axes.bbox.size
+            points = np.clip(points, -0.5 - beyond, size - 0.5 + beyond)
+            counts = weights[:, number]
+            opacity = np.where(outside, 0, 0.35 + 0.65 * counts)
             axes.scatter(
-                *((position, across) if axis else (across, position)),
+                *points.T,
                 s=DOT_SIZE**2 * counts,
-                color=[
-                    to_rgba(COLORS[source], 0 if out else 0.35 + 0.65 * min(count, 1))
-                    for out, count in zip(outside, counts, strict=True)
-                ],
+                color=[to_rgba(COLORS[source], min(alpha, 1)) for alpha in opacity],
                 edgecolors=[to_rgba(COLORS[source] if out else "white", 0.7) for out in outside],
                 linewidths=np.where(outside, 1.2, 0.6),
                 clip_on=False,
