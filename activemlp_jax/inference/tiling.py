@@ -128,10 +128,8 @@ def plan_views(
             _round_side(tall, protocol.size_multiple),
             _round_side(wide, protocol.size_multiple),
         )
-        window = resized
-        if stride:
-            side = preprocessing.window
-            window = min(resized[0], side), min(resized[1], side)
+        side = preprocessing.window if stride else max(resized)
+        window = min(resized[0], side), min(resized[1], side)
         for flipped in (False, True) if protocol.flip else (False,):
             views += [
                 View(resized, flipped, (top, left), window, group)
@@ -151,15 +149,13 @@ def cut_views(image: np.ndarray, views: list[View]) -> list[np.ndarray]:
     """Resize `image` `[H, W, 3]` uint8 for each view, and cut out the view's pixels, uint8."""
 
     @functools.cache
-    def resized(shape: Shape, flipped: bool) -> np.ndarray:
-        if flipped:
-            return resized(shape, False)[:, ::-1]
+    def resized(shape: Shape) -> np.ndarray:
         return image if shape == image.shape[:2] else resize_image(image, shape)
 
     pixels = []
     for view in views:
         (top, left), (height, width) = view.start, view.shape
-        whole = resized(view.resized, view.flipped)
+        whole = resized(view.resized)[:, ::-1] if view.flipped else resized(view.resized)
         pixels.append(np.ascontiguousarray(whole[top : top + height, left : left + width]))
     return pixels
 
