@@ -307,7 +307,11 @@ def _draw_statistics(
     write(226, f"{100 * statistics.outside:.0f}% of the reads are outside", FAINT)
     write(258, "Colors of the map, in pixels", size=16)
     scale = figure.colorbar(
-        heat, cax=add_axes(figure, left, top + 281, width, 16), orientation="horizontal"
+        heat,
+        cax=add_axes(figure, left, top + 281, width, 16),
+        orientation="horizontal",
+        ticks=np.unique(heat.get_clim()),
+        format="%.1f",
     )
     scale.ax.set_axis_on()
     scale.ax.tick_params(labelsize=12.5)
