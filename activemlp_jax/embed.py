@@ -21,25 +21,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from activemlp_jax.command_line import Parser
-from activemlp_jax.inference.classify import ask, choose_batch_size, embeddings, make_classifier
-from activemlp_jax.inference.files import (
-    IMAGES_HELP,
-    ImageFile,
-    find_images,
-    read_images,
-    unbroken,
-    watched,
-)
+from activemlp_jax.inference.classify import ask, embeddings, make_classifier
+from activemlp_jax.inference.images import IMAGES_HELP, ImageFile, find_images, read_images
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.files import check_output_file, write_aside
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_compiled_programs
-from activemlp_jax.weights.model_directory import read_card, read_weights
+from activemlp_jax.weights.model_directory import load_pretrained, read_card
 
 Write = Callable[[IO[bytes], Sequence[str], np.ndarray], None]
 
@@ -61,11 +52,7 @@ WRITERS: dict[str, Write] = {".npz": _write_npz, ".parquet": _write_parquet}
 
 
 def find_writer(output: Path) -> Write:
-    """Find the function that writes the format given by the suffix of `output`.
-
-    Raises:
-      UserError: the suffix is unknown, or pyarrow is needed and missing.
-    """
+    """Find the function that writes the format given by the suffix of `output`."""
     writer = WRITERS.get(output.suffix.lower())
     if writer is None:
         raise UserError(
@@ -87,25 +74,10 @@ def name_images(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
     return [name.encode("utf-8", "replace").decode("utf-8") for name in names]
 
 
-def embed(
-    directory: str, paths: Sequence[str], output: str, broken: list[ImageFile]
-) -> tuple[str, list[str], np.ndarray]:
-    """Write the features of images to a file.
-
-    Args:
-      directory: model directory of a classifier.
-      paths: files, folders or patterns, as `find_images` takes them.
-      output: file to write.
-      broken: list that images which cannot be read are added to.
-
-    Returns:
-      'wrote' or 'replaced', what was done to the file; the names of the images; and their features,
-      `[N, C]` float32.
-
-    Raises:
-      UserError: the directory or the output is unusable, no image can be read, or features are not
-        finite.
-    """
+def embed(arguments: dict[str, Any]) -> list[ImageFile]:
+    """Run the command with its parsed arguments; return the files that cannot be read."""
+    directory, paths, broken = arguments["directory"], arguments["images"], list[ImageFile]()
+    target = Path(arguments["output"])
     card = read_card(directory)
     if not isinstance(card.model, ActiveMLP):
         # A segmentation model's maps are trained to tell positions apart, at each photo's size.
@@ -113,16 +85,15 @@ def embed(
             f"{directory} has a segmentation model, which sees no image as a whole; expected a "
             "classifier"
         )
-    target = Path(output)
     write = find_writer(target)
     done = check_output_file(target)
     files = find_images(paths)
     keep_compiled_programs()
     classifier = make_classifier(card.model, card)
-    weights = read_weights(directory, card, card.default_kind)
-    program = functools.partial(embeddings, classifier, jax.tree.map(jnp.asarray, weights))
-    read = watched(read_images(files, classifier.prepare, os.cpu_count() or 1), len(files))
-    features = list(ask(program, unbroken(read, broken), choose_batch_size(len(files))))
+    _, variables = load_pretrained(directory)
+    program = functools.partial(embeddings, classifier, variables)
+    images = read_images(files, classifier.prepare, os.cpu_count() or 1, broken)
+    features = list(ask(program, images, len(files)))
     if not features:
         raise UserError(f"none of the {len(files)} images can be read; {target} is not written")
     names = name_images(paths, [file for file, _ in features])
@@ -132,7 +103,9 @@ def embed(
             raise UserError(f"{directory} gives {name} features that are not finite")
     with write_aside(target) as aside, open(aside, "wb") as file:
         write(file, names, rows)
-    return done, names, rows
+    summary = f"{len(names)} images, {rows.shape[1]} numbers each"
+    print(one_line(f"{done} {arguments['output']}: {summary}"))
+    return broken
 
 
 def main() -> None:
@@ -150,12 +123,10 @@ def main() -> None:
         required=True,
         help="file to write: .npz, or .parquet (needs pyarrow)",
     )
-    arguments: dict[str, Any] = vars(parser.parse_args())
+    arguments = vars(parser.parse_args())
     collect_garbage_rarely()
-    output, broken = arguments["output"], list[ImageFile]()
-    with errors_in_one_line(output):
-        done, names, rows = embed(arguments["directory"], arguments["images"], output, broken)
-        print(one_line(f"{done} {output}: {len(names)} images, {rows.shape[1]} numbers each"))
+    with errors_in_one_line(arguments["output"]):
+        broken = embed(arguments)
     sys.exit(1 if broken else 0)
 
 

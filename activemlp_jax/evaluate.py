@@ -15,16 +15,14 @@ options tell them how. Only the first process prints.
 
 import argparse
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.distributed import sharding
-from activemlp_jax.inference.segmentation import round_up
-from activemlp_jax.tasks.base import Sums, Task
+from activemlp_jax.inference.segment import round_up
 from activemlp_jax.tasks.registry import TASKS, check_options, task_type
 from activemlp_jax.training.cli_flags import HOST_OPTIONS
 from activemlp_jax.utils.errors import errors_in_one_line
@@ -38,47 +36,18 @@ from activemlp_jax.weights.model_card import check_classes
 from activemlp_jax.weights.model_directory import read_card, read_weights
 
 
-class Evaluation(NamedTuple):
-    """Result of `evaluate_directory`.
-
-    `sums` has the task's sums over `images` images, keyed by kind of weights.
-    """
-
-    task: Task
-    images: int
-    sums: dict[str, Sums]
-    class_names: tuple[str, ...]
-
-
-def evaluate_directory(
-    directory: str,
-    data: str,
-    split: str | None = None,
-    *,
-    batch_size: int | None = None,
-    num_threads: int | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Evaluation:
+def evaluate(arguments: dict[str, Any]) -> list[Any]:
     """Evaluate all weights of a model directory in one pass over a dataset.
 
-    Args:
-      directory: model directory.
-      data: dataset for the model's task.
-      split: split of the dataset; None for the one to evaluate on.
-      batch_size: images per batch over all devices, rounded up to a multiple of their number; None
-        for the task's default.
-      num_threads: threads that read images on each host; None for one per CPU.
-      options: task-specific options of the command, keyed by name.
-
-    Raises:
-      UserError: the directory or dataset is unusable, an option is for another task, or the classes
-        of the dataset are not the model's.
+    Returns:
+      What to print: the task's lines, then the record as one line of JSON.
     """
-    options = options or {}
+    directory, data, split = (arguments[name] for name in ("directory", "data", "split"))
+    batch_size, num_threads = arguments["batch_size"], arguments["num_threads"]
     card = read_card(directory)
     task_class = task_type(card, directory)
-    check_options(task_class, directory, "evaluate", options)
-    task = task_class.from_card(card, options)
+    check_options(task_class, directory, "evaluate", arguments)
+    task = task_class.from_card(card, arguments)
     source = task.open_data(data, split)
     check_classes(card, source.class_names, data)
     keep_compiled_programs()
@@ -93,18 +62,9 @@ def evaluate_directory(
         (os.cpu_count() or 1) if num_threads is None else num_threads,
         show_progress=True,
     )
-    return Evaluation(task, len(source), test(weights, source), source.class_names)
-
-
-def report(arguments: dict[str, Any]) -> list[Any]:
-    """Evaluate; return what to print: the task's lines, then the record as one line of JSON."""
-    common = ("directory", "data", "split", "batch_size", "num_threads")
-    options = {name: value for name, value in arguments.items() if name not in common}
-    result = evaluate_directory(**{name: arguments[name] for name in common}, options=options)
-    lines, metrics = result.task.report(result.sums, result.images, result.class_names)
-    record = {name: arguments[name] for name in ("directory", "data", "split")}
-    record |= {"images": result.images, **metrics}
-    return [*lines, json_line(record, f"the evaluation of {record['directory']}")]
+    lines, metrics = task.report(test(weights, source), len(source), source.class_names)
+    record = {"directory": directory, "data": data, "split": split, "images": len(source)}
+    return [*lines, json_line(record | metrics, f"the evaluation of {directory}")]
 
 
 def main() -> None:
@@ -141,7 +101,7 @@ def main() -> None:
     with errors_in_one_line():
         check_numbers(arguments)
         with sharding.connected(hosts):
-            lines = report(arguments)
+            lines = evaluate(arguments)
         if jax.process_index() == 0:
             for line in lines:
                 Console().print(line, highlight=False, markup=False, soft_wrap=True)

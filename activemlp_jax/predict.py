@@ -20,27 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from PIL import Image
 
 from activemlp_jax.command_line import Parser, check_numbers
-from activemlp_jax.inference.files import IMAGES_HELP, STDIN, ImageFile, find_images
+from activemlp_jax.inference.images import IMAGES_HELP, STDIN, ImageFile, find_images
 from activemlp_jax.inference.offsets import inspect_offsets, show_to_model
-from activemlp_jax.inference.picture_files import check_picture, save_picture
-from activemlp_jax.plots.offsets import Point, check_tokens, draw_offsets
+from activemlp_jax.plots.offsets import check_tokens, draw_offsets
+from activemlp_jax.plots.pictures import check_picture, save_picture
 from activemlp_jax.tasks.registry import TASKS, check_options, task_type
 from activemlp_jax.utils.errors import UserError, errors_in_one_line
 from activemlp_jax.utils.json_files import json_line
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_compiled_programs
-from activemlp_jax.utils.types import Variables
-from activemlp_jax.weights.model_card import ModelCard
-from activemlp_jax.weights.model_directory import read_card, read_weights
-
-
-def read_variables(directory: str, card: ModelCard) -> Variables:
-    """Read the variables to predict with, onto the default device."""
-    return jax.tree.map(jnp.asarray, read_weights(directory, card, card.default_kind))
+from activemlp_jax.weights.model_directory import load_pretrained, read_card
 
 
 def fractions(text: str) -> tuple[float, float]:
@@ -54,42 +45,15 @@ def fractions(text: str) -> tuple[float, float]:
     return x, y
 
 
-def show_offsets(
-    directory: str,
-    files: Sequence[ImageFile],
-    output: str,
-    tokens: Sequence[Point],
-    overwrite: bool = False,
-) -> str:
-    """Draw where the model looks in an image.
-
-    Args:
-      directory: model directory of a classifier or a segmentation model.
-      files: a single image.
-      output: file to write; its suffix sets the format.
-      tokens: positions that the model looks from, (x, y) in fractions of the picture; if empty, a
-        few are chosen.
-      overwrite: whether to replace a file that this command did not write.
-
-    Returns:
-      A sentence for the user that says what was done.
-
-    Raises:
-      UserError: a directory, image, token or output is unusable, or there are several images.
-    """
+def check_offsets(files: Sequence[ImageFile], output: str, overwrite: bool) -> str:
+    """Check that `--show-offsets` can work; return 'wrote' or 'replaced', for the message after."""
     if len(files) > 1:
         raise UserError(f"--show-offsets is for one image, but there are {len(files)}")
-    path, tokens, target = files[0].path, check_tokens(tokens), Path(output)
-    if path == STDIN:
+    if files[0].path == STDIN:
         raise UserError(f"--show-offsets needs a file, not {STDIN}")
-    if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
+    if Image.registered_extensions().get(Path(output).suffix.lower()) not in Image.SAVE:
         raise UserError(f"--show-offsets is {output}, expected a picture's ending such as .png")
-    done = check_picture(target, overwrite)
-    card = read_card(directory)
-    images = show_to_model(card.model, path, card)
-    blocks = inspect_offsets(card.model, read_variables(directory, card), path, card)
-    save_picture(draw_offsets(images[0], blocks, tokens or None), target)
-    return f"{done} {output}: where the model looks in {path}"
+    return check_picture(Path(output), overwrite)
 
 
 def as_json(record: dict[str, Any]) -> str:
@@ -99,7 +63,7 @@ def as_json(record: dict[str, Any]) -> str:
 
 def predict(arguments: dict[str, Any]) -> list[ImageFile]:
     """Run the command with its parsed arguments; return the files that cannot be read."""
-    directory, to_json, broken = arguments["directory"], arguments["json"], list[ImageFile]()
+    directory, output, broken = arguments["directory"], arguments["show_offsets"], list[ImageFile]()
     card = read_card(directory)
     task_class = task_type(card, directory)
     check_options(task_class, directory, "predict", arguments)
@@ -107,22 +71,26 @@ def predict(arguments: dict[str, Any]) -> list[ImageFile]:
     task = task_class.from_card(card, arguments)
     files = find_images(arguments["images"], task.written)
     run = task.plan_predict(card, files, arguments)
-    keep_compiled_programs()
-    message, extra_fields = "", dict[str, str]()
-    if arguments["show_offsets"]:
-        output = arguments["show_offsets"]
-        message = show_offsets(directory, files, output, arguments["token"], arguments["overwrite"])
-        extra_fields = {"offsets": output}
-    elif arguments["token"]:
+    if arguments["token"] and not output:
         raise UserError("--token says what --show-offsets shows, which is missing")
-    records = run(read_variables(directory, card), broken)
-    if to_json:
+    tokens = check_tokens(arguments["token"])
+    done = check_offsets(files, output, arguments["overwrite"]) if output else ""
+    keep_compiled_programs()
+    model, variables = load_pretrained(directory)
+    if output:
+        path = files[0].path
+        (shown,) = show_to_model(model, path, card)
+        blocks = inspect_offsets(model, variables, path, card)
+        save_picture(draw_offsets(shown, blocks, tokens or None), Path(output))
+    records = run(variables, broken)
+    if arguments["json"]:
+        extra_fields = {"offsets": output} if output else {}
         for record in records:
             print(as_json(record | extra_fields), flush=True)
     else:
         task.print_records(records)
-        if message:
-            print(message)
+        if output:
+            print(f"{done} {output}: where the model looks in {files[0].path}")
     return broken
 
 

@@ -37,12 +37,7 @@ class ClassProbability(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A classifier with its preprocessing.
-
-    Args:
-      model: the model.
-      preprocessing: how to prepare its images.
-    """
+    """A classifier with the preprocessing of its images."""
 
     model: ActiveMLP
     preprocessing: Preprocessing
@@ -74,16 +69,7 @@ embeddings = jax.jit(Classifier.embeddings, static_argnums=0)
 
 
 def make_classifier(model: Any, card: ModelCard | None) -> Classifier:
-    """Combine a model with its preprocessing; see `preprocessing_for`.
-
-    Args:
-      model: an ActiveMLP.
-      card: result of `read_card`, or None.
-
-    Raises:
-      ValueError: if the model is not an ActiveMLP, or the card is required but missing or belongs
-        to another model.
-    """
+    """Combine a model with its preprocessing; raise ValueError if it is not an ActiveMLP."""
     if not isinstance(model, ActiveMLP):
         raise ValueError(
             f"the model is an {type(model).__name__}, expected an ActiveMLP, which has a class for "
@@ -94,24 +80,20 @@ def make_classifier(model: Any, card: ModelCard | None) -> Classifier:
     return Classifier(model, preprocessing)
 
 
-def choose_batch_size(count: int) -> int:
-    """Choose the smallest of `BATCH_SIZES` that holds `count` images, or the largest one."""
-    return next((size for size in BATCH_SIZES if size >= count), BATCH_SIZES[-1])
-
-
 def ask(
-    program: Callable[[Any], jax.Array], images: Iterable[tuple[T, np.ndarray]], batch_size: int
+    program: Callable[[Any], jax.Array], images: Iterable[tuple[T, np.ndarray]], count: int
 ) -> Iterator[tuple[T, np.ndarray]]:
-    """Run `program` on images in batches of one size; the last batch is padded.
+    """Run `program` on images in batches of one of `BATCH_SIZES`; the last batch is padded.
 
     Args:
-      program: maps a batch `[batch_size, S, S, 3]` to one row per image.
+      program: maps a batch `[B, S, S, 3]` to one row per image.
       images: pairs of a key, which can be anything, and pixels `[S, S, 3]`.
-      batch_size: images per batch.
+      count: expected number of images, to choose the batch size.
 
     Yields:
       The key and the row of each image, in order.
     """
+    batch_size = next((size for size in BATCH_SIZES if size >= count), BATCH_SIZES[-1])
     remaining = iter(images)
     while batch := list(itertools.islice(remaining, batch_size)):
         keys, pixels = zip(*batch, strict=True)
@@ -132,7 +114,7 @@ def _run_on_images(
     """Run `program` on all images and return one row per image."""
     prepared = ((None, classifier.prepare(pixels)) for pixels in all_pixels(images))
     call = functools.partial(program, classifier, variables)
-    return [row for _, row in ask(call, prepared, choose_batch_size(len(images)))]
+    return [row for _, row in ask(call, prepared, len(images))]
 
 
 def classify(

@@ -61,30 +61,15 @@ class Protocol:
             raise ValueError(f"stride_share is {self.stride_share!r}, expected 0 to 1")
 
     def stride(self, preprocessing: ScenePreprocessing) -> int:
-        """Compute the distance between the starts of adjacent windows on the resized image.
-
-        Args:
-          preprocessing: preprocessing of the model, which gives the windows' side.
-
-        Returns:
-          Pixels along height and width, rounded down; 0 for whole images.
-        """
+        """Compute the pixels between the starts of windows, rounded down; 0 for whole images."""
         return int(self.stride_share * preprocessing.window)
 
     def describe(self, preprocessing: ScenePreprocessing) -> str:
-        """Describe the protocol in words, and note if it differs from the published one.
-
-        Args:
-          preprocessing: preprocessing of the model, which gives the windows' side.
-
-        Returns:
-          One line: 'whole images' for the published protocol, or for example 'windows of 512 every
-          341 pixels, scales 0.5, 1.0, flips', in pixels of the resized image.
-        """
+        """Describe the protocol, such as 'windows of 512 every 341 pixels, scales 0.5, 1.0'."""
         stride = self.stride(preprocessing)
         windows = f"windows of {preprocessing.window} every {stride} pixels"
         parts = [windows if stride else "whole images"]
-        if len(self.scales) > 1 or self.scales != (1.0,):
+        if self.scales != (1.0,):
             parts.append(f"scales {', '.join(map(str, self.scales))}")
         if self.flip:
             parts.append("flips")
@@ -143,10 +128,8 @@ def plan_views(
             _round_side(tall, protocol.size_multiple),
             _round_side(wide, protocol.size_multiple),
         )
-        window = resized
-        if stride:
-            side = preprocessing.window
-            window = min(resized[0], side), min(resized[1], side)
+        side = preprocessing.window if stride else max(resized)
+        window = min(resized[0], side), min(resized[1], side)
         for flipped in (False, True) if protocol.flip else (False,):
             views += [
                 View(resized, flipped, (top, left), window, group)
@@ -164,17 +147,16 @@ def _round_side(side: int, multiple: int) -> int:
 
 def cut_views(image: np.ndarray, views: list[View]) -> list[np.ndarray]:
     """Resize `image` `[H, W, 3]` uint8 for each view, and cut out the view's pixels, uint8."""
-    resized: dict[tuple[Shape, bool], np.ndarray] = {}
+
+    @functools.cache
+    def resized(shape: Shape) -> np.ndarray:
+        return image if shape == image.shape[:2] else resize_image(image, shape)
+
     pixels = []
     for view in views:
-        key = view.resized, view.flipped
-        if key not in resized:
-            whole = image
-            if view.resized != image.shape[:2]:
-                whole = resize_image(image, view.resized)
-            resized[key] = whole[:, ::-1] if view.flipped else whole
         (top, left), (height, width) = view.start, view.shape
-        pixels.append(np.ascontiguousarray(resized[key][top : top + height, left : left + width]))
+        whole = resized(view.resized)[:, ::-1] if view.flipped else resized(view.resized)
+        pixels.append(np.ascontiguousarray(whole[top : top + height, left : left + width]))
     return pixels
 
 
@@ -215,25 +197,23 @@ def view_matrices(
     """Build the matrices of each view, as the module's docstring explains.
 
     Args:
-      height: height of the result, in pixels.
-      width: width of the result, in pixels.
-      views: all views of one scene.
+      height: height of the scene, in pixels.
+      width: width of the scene, in pixels.
+      views: all views of the scene.
 
     Returns:
       `rows` `[height, h]` and `columns` `[width, w]` of each view, float64.
     """
-    cache: dict[tuple[int, int, int, int, bool], np.ndarray] = {}
-    matrices = []
-    for view in views:
-        pair = []
-        for axis, size in enumerate((height, width)):
-            starts = sorted({v.start[axis] for v in views if v.resized == view.resized})
-            start, flipped = view.start[axis], view.flipped and axis == 1
-            key = axis, view.resized[axis], start, view.shape[axis], flipped
-            if key not in cache:
-                cache[key] = _axis_matrix(
-                    size, view.resized[axis], start, view.shape[axis], starts, flipped
-                )
-            pair.append(cache[key])
-        matrices.append((pair[0], pair[1]))
-    return matrices
+
+    @functools.cache
+    def matrix(axis: int, resized: int, start: int, window: int, flipped: bool) -> np.ndarray:
+        starts = sorted({view.start[axis] for view in views if view.resized[axis] == resized})
+        return _axis_matrix((height, width)[axis], resized, start, window, starts, flipped)
+
+    return [
+        (
+            matrix(0, view.resized[0], view.start[0], view.shape[0], False),
+            matrix(1, view.resized[1], view.start[1], view.shape[1], view.flipped),
+        )
+        for view in views
+    ]

@@ -4,10 +4,10 @@ import colorsys
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from activemlp_jax.data.segmentation_transforms import IGNORED
-from activemlp_jax.utils.errors import one_line
+from activemlp_jax.plots.pictures import shortened
 
 MIN_LONG_SIDE = 384  # pixels; smaller pictures are enlarged by a whole factor
 LEGEND_ENTRIES = 24  # classes at most; the most frequent ones in an overlay
@@ -60,19 +60,6 @@ def label_picture(labels: np.ndarray, num_classes: int) -> Image.Image:
     return Image.fromarray(labels.astype(np.uint8 if num_classes <= IGNORED else np.uint16))
 
 
-def _shortened(name: str) -> str:
-    """Shorten a class name so that it fits on a line."""
-    name = one_line(name)
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"
-
-
-def _enlarged(picture: np.ndarray) -> Image.Image:
-    height, width = picture.shape[:2]
-    factor = max(1, -(-MIN_LONG_SIDE // max(height, width)))
-    size = width * factor, height * factor
-    return Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
-
-
 def draw_overlay(
     image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], opacity: float = 0.6
 ) -> Image.Image:
@@ -84,71 +71,70 @@ def draw_overlay(
       class_names: names by label.
       opacity: opacity of the colors, 0 to 1.
     """
-    colors = class_colors(len(class_names))
-    picture = _enlarged(blend(image, labels, colors, opacity))
-    shares = class_shares(labels)
+    colors, shares = class_colors(len(class_names)), class_shares(labels)
+    picture = Image.fromarray(blend(image, labels, colors, opacity))
+    factor = max(1, -(-MIN_LONG_SIDE // max(picture.size)))
+    picture = picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
     listed = shares[:LEGEND_ENTRIES]
-    lines = [f"{_shortened(class_names[label])}  {100 * share:.1f}%" for label, share in listed]
+    entries = [
+        (f"{shortened(class_names[label], MAX_NAME_LENGTH)}  {100 * share:.1f}%", colors[label])
+        for label, share in listed
+    ]
     if len(shares) > len(listed):
-        lines.append(f"and {len(shares) - len(listed)} more")
-
-    font, line_height = ImageFont.load_default(size=14), 20
-    widths = [line_height + font.getlength(line) for line in lines]
-    width = picture.width + int(max(*widths, font.getlength(LEGEND_HEADER))) + 3 * MARGIN
-    height = max(picture.height, (1 + len(lines)) * line_height + 2 * MARGIN)
-    page = Image.new("RGB", (width, height), "white")
-    page.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(page)
-    left = picture.width + MARGIN
-    draw.text((left, MARGIN), LEGEND_HEADER, fill="#5f6368", font=font)
-    for number, line in enumerate(lines):
-        top = MARGIN + (1 + number) * line_height
-        if number < len(listed):
-            box = (left, top + 2, left + line_height - 6, top + line_height - 4)
-            draw.rectangle(box, fill=tuple(colors[listed[number][0]].tolist()), outline="black")
-        draw.text((left + line_height, top), line, fill="black", font=font)
-    return page
+        entries.append((f"and {len(shares) - len(listed)} more", None))
+    return _with_legend(picture, [(LEGEND_HEADER, None), *entries])
 
 
 def draw_comparison(
     scenes: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], class_names: Sequence[str]
 ) -> Image.Image:
-    """Draw a column per scene, with image, true labels and predicted labels, above a legend.
+    """Draw a column per scene, with image, true labels and predicted labels, and a legend.
 
     Args:
       scenes: image `[H, W, 3]` uint8, true labels `[H, W]` and predicted labels `[H, W]` of each.
       class_names: names by label.
     """
-    side, colors = 128, class_colors(len(class_names))
-    columns = [
-        (image, paint(true, colors), paint(predicted, colors)) for image, true, predicted in scenes
-    ]
-    row_names, font = ("image", "truth", "model"), ImageFont.load_default(size=13)
-    left = MARGIN + max(int(font.getlength(name)) for name in row_names) + MARGIN
-    present = np.unique(
-        np.concatenate([labels.reshape(-1) for _, *maps in scenes for labels in maps])
-    )
-    entries = [int(label) for label in present if label != IGNORED][:LEGEND_ENTRIES]
-    entry_names = [_shortened(class_names[label]) for label in entries]
-    step = 30 + max((int(font.getlength(name)) for name in entry_names), default=0)
-    width = left + max(len(columns) * (side + MARGIN), step)
-    per_line = max(1, (width - left) // step)
-    rows = -(-len(entries) // per_line)
-    page = Image.new("RGB", (width, 3 * (side + MARGIN) + MARGIN + rows * 22), "white")
-    draw = ImageDraw.Draw(page)
-    for row, name in enumerate(row_names):
-        top = MARGIN + row * (side + MARGIN)
-        draw.text((MARGIN, top + side // 2 - 8), name, fill="black", font=font)
-        for column, pictures in enumerate(columns):
-            height, long = pictures[row].shape[0], max(pictures[row].shape[:2])
-            size = side * pictures[row].shape[1] // long, side * height // long
-            smooth = row == 0 and long > side
+    colors, side = class_colors(len(class_names)), 128
+    left, step = 60, side + MARGIN
+    page = Image.new("RGB", (left + len(scenes) * step, MARGIN + 3 * step), "white")
+    for row, name in enumerate(("image", "truth", "model")):
+        middle = MARGIN, MARGIN + row * step + side // 2
+        ImageDraw.Draw(page).text(middle, name, fill="black", font=_font(), anchor="lm")
+    for column, (image, true, predicted) in enumerate(scenes):
+        for row, pixels in enumerate((image, paint(true, colors), paint(predicted, colors))):
+            smooth = row == 0 and max(image.shape) > side
             resampling = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
-            fitted = Image.fromarray(pictures[row]).resize(size, resampling)
-            page.paste(fitted, (left + column * (side + MARGIN), top))
-    for number, (label, name) in enumerate(zip(entries, entry_names, strict=True)):
-        line, position = divmod(number, per_line)
-        x, y = left + position * step, 3 * (side + MARGIN) + MARGIN + line * 22
-        draw.rectangle((x, y + 2, x + 13, y + 15), fill=tuple(colors[label].tolist()))
-        draw.text((x + 19, y), name, fill="black", font=font)
+            picture = ImageOps.contain(Image.fromarray(pixels), (side, side), resampling)
+            page.paste(picture, (left + column * step, MARGIN + row * step))
+    present = np.unique(np.concatenate([labels.ravel() for _, *maps in scenes for labels in maps]))
+    listed = present[present != IGNORED][:LEGEND_ENTRIES]
+    entries = [(shortened(class_names[label], MAX_NAME_LENGTH), colors[label]) for label in listed]
+    return _with_legend(page, entries)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=14)
+
+
+def _with_legend(
+    picture: Image.Image, entries: Sequence[tuple[str, np.ndarray | None]]
+) -> Image.Image:
+    """Add a legend to the right of `picture`, with a text and its color, if any, in each line."""
+    line, indent = 20, 20
+    text_width = max((int(_font().getlength(text)) for text, _ in entries), default=0)
+    size = (
+        picture.width + indent + text_width + 3 * MARGIN,
+        max(picture.height, len(entries) * line + 2 * MARGIN),
+    )
+    page = Image.new("RGB", size, "white")
+    page.paste(picture)
+    draw, left = ImageDraw.Draw(page), picture.width + MARGIN
+    for number, (text, color) in enumerate(entries):
+        top = MARGIN + number * line
+        if color is not None:
+            box = (left, top + 2, left + 14, top + 16)
+            draw.rectangle(box, fill=tuple(color.tolist()), outline="black")
+        draw.text((left + indent, top), text, fill="black", font=_font())
     return page

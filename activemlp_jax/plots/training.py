@@ -8,6 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from activemlp_jax.plots.pictures import shortened
 from activemlp_jax.utils.types import Record
 
 COLORS = {"train": "#9aa0a6", "test": "#1a73e8", "ema": "#e8710a"}
@@ -71,7 +72,7 @@ def draw_confusion(
     cells[confusion == 0] = 1
     axes.imshow(cells)
     if classes <= MAX_NAMED_CLASSES:
-        names = [_shortened(name) for name in class_names]
+        names = [shortened(name, MAX_NAME_LENGTH) for name in class_names]
         axes.set_yticks(range(classes), names, parse_math=False)
         pixels = max(label.get_window_extent().width for label in axes.get_yticklabels())
         width, cell = pixels / figure.dpi, max(5 / classes, MIN_CELL)
@@ -92,7 +93,3 @@ def draw_confusion(
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.savefig(path)
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from activemlp_jax.data.base import Example, Source
-from activemlp_jax.inference.files import ImageFile
+from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.models.segmentor import Model, backbone
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Batch, Variables

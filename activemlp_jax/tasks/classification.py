@@ -29,7 +29,7 @@ from activemlp_jax.data.loader import eval_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.distributed import sharding
-from activemlp_jax.inference.files import ImageFile
+from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.tasks import classified_files
 from activemlp_jax.tasks.base import (

@@ -12,13 +12,12 @@ from rich.text import Text
 
 from activemlp_jax.inference.classify import (
     ask,
-    choose_batch_size,
     make_classifier,
     most_probable,
     probabilities,
 )
-from activemlp_jax.inference.files import ImageFile, read_images, unbroken, watched
 from activemlp_jax.inference.imagenet_names import readable_names
+from activemlp_jax.inference.images import ImageFile, read_images
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.model_card import ModelCard
@@ -47,8 +46,8 @@ def plan(
 
     def run(variables: Variables, broken: list[ImageFile]) -> Iterator[Record]:
         program = functools.partial(probabilities, classifier, variables)
-        read = watched(read_images(files, classifier.prepare, os.cpu_count() or 1), len(files))
-        for file, row in ask(program, unbroken(read, broken), choose_batch_size(len(files))):
+        images = read_images(files, classifier.prepare, os.cpu_count() or 1, broken)
+        for file, row in ask(program, images, len(files)):
             if not np.isfinite(row).all():
                 raise UserError(f"the model gives {file.path} probabilities that are not finite")
             top = most_probable(row, names, TOP_CLASSES)

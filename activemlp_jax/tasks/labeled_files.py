@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from activemlp_jax.inference.files import STDIN, ImageFile, read_images, unbroken, watched
-from activemlp_jax.inference.picture_files import check_picture, save_picture
-from activemlp_jax.inference.segmentation import Segmenter, segment_image
+from activemlp_jax.inference.images import STDIN, ImageFile, read_images
+from activemlp_jax.inference.segment import Segmenter, segment_image
 from activemlp_jax.plots.overlays import class_shares, draw_overlay, label_picture
+from activemlp_jax.plots.pictures import check_picture, save_picture
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.model_card import ModelCard
@@ -92,8 +92,7 @@ def plan(
     by_file = dict(zip(files, targets, strict=True))
 
     def run(variables: Variables, broken: list[ImageFile]) -> Iterator[Record]:
-        read = watched(read_images(files, lambda image: image, num_threads=0), len(files))
-        for file, image in unbroken(read, broken):
+        for file, image in read_images(files, lambda image: image, 0, broken):
             label_map = segment_image(segmenter, variables, image)
             target = by_file[file]
             replaced = os.path.lexists(target.overlay)

@@ -23,13 +23,9 @@ from activemlp_jax.data.segmentation_transforms import (
     scene_train_transform,
 )
 from activemlp_jax.distributed import sharding
-from activemlp_jax.inference.files import ImageFile
-from activemlp_jax.inference.segmentation import (
-    Segmenter,
-    Settings,
-    make_evaluation,
-    segment_image,
-)
+from activemlp_jax.inference.confusion import make_evaluation
+from activemlp_jax.inference.images import ImageFile
+from activemlp_jax.inference.segment import Segmenter, segment_image
 from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, make_protocol
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.resizing import resize_bilinear
@@ -257,8 +253,8 @@ class Segmentation(Task):
     ) -> Test:
         """Make the function from variables by name and a dataset to sums by name."""
         has_bar = show_progress and sharding.is_first_host()
-        settings = Settings(batch_size, num_threads, watch_parts if has_bar else iter)
-        return make_evaluation(self._segmenter, mesh, settings, gather)
+        watch = watch_parts if has_bar else iter
+        return make_evaluation(self._segmenter, mesh, batch_size, num_threads, gather, watch)
 
     @staticmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:

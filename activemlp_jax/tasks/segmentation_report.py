@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from activemlp_jax.inference.segmentation import Part
+from activemlp_jax.inference.confusion import Part
 from activemlp_jax.inference.tiling import Shape
 from activemlp_jax.tasks.metrics import class_metrics
 from activemlp_jax.utils.errors import one_line

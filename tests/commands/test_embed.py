@@ -100,10 +100,10 @@ def test_an_image_that_cannot_be_read_has_no_row(classifier: Path, photos: list[
 def test_features_that_are_not_finite_and_a_full_disk_leave_no_file(
     classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    weights = embed.read_weights(classifier, am.read_card(classifier), "model")
-    broken = jax.tree.map(lambda leaf: leaf * np.nan, weights)
+    model, variables = am.load_pretrained(classifier)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, variables)
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "read_weights", lambda *_: broken)
+        patch.setattr(embed, "load_pretrained", lambda _: (model, broken))
         status, output, errors = call(classifier, "val/dog", "--output", "new/features.npz")
     assert (status, output) == (2, "")
     assert "gives 0.png features that are not finite" in errors

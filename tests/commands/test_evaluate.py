@@ -189,22 +189,23 @@ def test_the_hardest_classes_are_printed_and_recorded(on_one_device: str):
 
 
 def test_of_two_classes_nothing_is_said_of_five_guesses_and_names_are_printable(
-    monkeypatch: pytest.MonkeyPatch,
+    model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    sums = {"ema": {"confusion": np.array([[2, 0], [1, 1]]), "top5": 4, "loss": 2.0, "examples": 4}}
+    sums = {"confusion": np.array([[2, 0], [1, 1]]), "top5": 4, "loss": 2.0, "examples": 4}
     task = Classification(ActiveMLP(**goldens.MICRO), Preprocessing())
-    found = evaluate.Evaluation(task, 4, sums, ("cät", "dog\x1b[2J"))
-    monkeypatch.setattr(evaluate, "evaluate_directory", lambda **_: found)
-    options = dict.fromkeys(("directory", "data", "split", "num_threads", "batch_size"))
-    first, hardest, last = evaluate.report(options)
+    (first, hardest), record = task.report({"ema": sums}, 4, ("cät", "dog\x1b[2J"))
     assert first == "[ema] accuracy on 4 test images: 75.000% acc@1"
     assert hardest == "[ema] hardest classes: dog?[2J (50.0% of 2, else cät)"
-    record = json.loads(last)["ema"]
-    assert "acc5" not in record
-    assert record["hardest"][0]["class"] == "dog\x1b[2J"
-    sums["ema"]["loss"] = float("nan")
+    assert "acc5" not in record["ema"]
+    assert record["ema"]["hardest"][0]["class"] == "dog\x1b[2J"
+
+    found = {"ema": {**sums, "confusion": np.eye(10), "loss": float("nan")}}
+    monkeypatch.setattr(Classification, "make_test", lambda *_, **__: lambda *_: found)
+    options = ("split", "batch_size", "num_threads", "image_size", "size_multiple")
+    flags = dict.fromkeys(("multi_scale", "slide"), False)
+    arguments = {"directory": str(model), "data": "digits", **dict.fromkeys(options), **flags}
     with pytest.raises(UserError, match="has a number that is not finite"):
-        evaluate.report(options)
+        evaluate.evaluate(arguments)
 
 
 def test_the_table_of_classes_shows_names_as_they_are(capsys: pytest.CaptureFixture[str]):

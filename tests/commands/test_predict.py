@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -294,12 +293,9 @@ def test_overwriting_replaces_links_and_leaves_what_they_point_to(
 def test_probabilities_that_are_not_finite_are_one_clear_line(
     classifier: Path, photos: list[str], monkeypatch: pytest.MonkeyPatch
 ):
-    load = predict.read_variables
-
-    def broken(*arguments: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf * np.nan, load(*arguments))
-
-    monkeypatch.setattr(predict, "read_variables", broken)
+    model, variables = am.load_pretrained(classifier)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, variables)
+    monkeypatch.setattr(predict, "load_pretrained", lambda _: (model, broken))
     status, output, errors = call(classifier, photos[0], "--json")
     assert (status, output) == (2, "")
     assert f"gives {photos[0]} probabilities that are not finite" in errors

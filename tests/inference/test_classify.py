@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import goldens
 import jax
@@ -20,7 +21,7 @@ from activemlp_jax.inference import classify
 from activemlp_jax.inference.classify import ClassProbability, ask, make_classifier
 from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
 from activemlp_jax.inference.preprocessing import preprocessing_for
-from activemlp_jax.inference.segmentation import Segmenter, segment_image
+from activemlp_jax.inference.segment import Segmenter, segment_image
 from activemlp_jax.weights.model_card import ModelCard
 
 CARD = ModelCard(CLASSIFIER, PREPROCESSING, ("ema", "model"), "ema", NAMES)
@@ -154,7 +155,8 @@ def test_each_image_is_asked_about_once_in_batches_of_one_size(count: int, size:
         return batch * 10
 
     images = [(f"name {number}", np.full(2, number)) for number in range(count)]
-    answers = list(ask(program, images, size))
+    with mock.patch.object(classify, "BATCH_SIZES", (size,)):
+        answers = list(ask(program, images, count))
     assert [name for name, _ in answers] == [name for name, _ in images]
     assert [list(row) for _, row in answers] == [[10 * number] * 2 for number in range(count)]
 

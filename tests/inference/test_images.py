@@ -14,8 +14,15 @@ from pictures import encoded, photo
 from PIL import Image
 
 from activemlp_jax.data.decoding import BrokenImageError, decode
-from activemlp_jax.inference.files import ImageFile, find_images, read_images, unbroken, watched
-from activemlp_jax.inference.images import all_pixels, list_images, pixels_of
+from activemlp_jax.inference.images import (
+    ImageFile,
+    all_pixels,
+    find_images,
+    list_images,
+    pixels_of,
+    read_images,
+    watched,
+)
 from activemlp_jax.utils.errors import UserError
 
 PHOTO = photo(0, 30, 20)
@@ -227,7 +234,7 @@ def test_files_are_read_in_order_and_those_that_cannot_be_are_reported(
     os.symlink(tmp_path / "gone", tmp_path / "11.png")
     files = find_images([str(tmp_path)])
     broken: list[ImageFile] = []
-    read = list(unbroken(read_images(files, lambda image: image[0, 0, 0], num_threads), broken))
+    read = list(read_images(files, lambda image: image[0, 0, 0], num_threads, broken))
     assert [int(value) for _, value in read] == [n for n in range(20) if n not in (7, 11)]
     assert [file.inside.name for file, _ in read] == [f"{value:02}.png" for _, value in read]
     assert [file.inside.name for file in broken] == ["07.png", "11.png"]
@@ -245,7 +252,8 @@ def test_orientations_that_are_not_applied_are_counted_after_the_last_image(
 ):
     for number, kind in enumerate(["colour", *turned, "grey"]):
         (tmp_path / f"{number}.png").write_bytes(FILES[kind])
-    assert len(list(read_images(find_images([str(tmp_path)]), np.asarray, 1))) == len(turned) + 2
+    files = find_images([str(tmp_path)])
+    assert len(list(read_images(files, np.asarray, 1, []))) == len(turned) + 2
     expected = f"{counted} an EXIF orientation, which is not applied\n"
     assert capsys.readouterr().err == expected
 
@@ -256,7 +264,7 @@ def test_what_could_never_end_is_reported_and_not_read(
     os.mkfifo(tmp_path / "pipe.png")
     os.symlink("/dev/zero", tmp_path / "zero.png")
     broken: list[ImageFile] = []
-    assert list(unbroken(read_images(find_images([str(tmp_path)]), np.asarray, 0), broken)) == []
+    assert list(read_images(find_images([str(tmp_path)]), np.asarray, 0, broken)) == []
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"skipped: {tmp_path}/pipe.png is a pipe, expected a file"
     assert second == f"skipped: {tmp_path}/zero.png is a device, expected a file"
@@ -267,7 +275,7 @@ def test_nothing_on_standard_input_is_said_to_be_nothing(
 ):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     broken: list[ImageFile] = []
-    assert list(unbroken(read_images(find_images(["-"]), np.asarray, 0), broken)) == []
+    assert list(read_images(find_images(["-"]), np.asarray, 0, broken)) == []
     assert (len(broken), capsys.readouterr().err) == (1, "skipped: standard input is empty\n")
 
 

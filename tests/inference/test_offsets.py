@@ -20,6 +20,7 @@ from activemlp_jax.models.layers import Mlp, depthwise
 from activemlp_jax.ops import reference
 from activemlp_jax.plots import offsets as pictures
 from activemlp_jax.plots.offsets import draw_offsets, draw_reach, draw_reads
+from activemlp_jax.plots.pictures import add_axes, make_figure, render
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.weights.model_card import ModelCard
 
@@ -244,6 +245,14 @@ def stage_blocks(**changes: Any) -> list[BlockOffsets]:
 
 
 GREY = Image.new("RGB", (64, 64), "grey")
+BAND = pictures.MARGIN  # around a panel
+
+
+def panel(draw: Any, *arguments: Any, photo: Image.Image = GREY) -> Image.Image:
+    """A panel of 384 by 384 pixels, with a band around it."""
+    figure = make_figure(384 + 2 * BAND, 384 + 2 * BAND)
+    draw(add_axes(figure, BAND, BAND, 384, 384), photo, *arguments)
+    return render(figure)
 
 
 def colored(picture: Image.Image) -> dict[str, np.ndarray]:
@@ -276,11 +285,10 @@ def test_dots_are_in_the_row_and_the_column_as_far_away_as_the_offsets_say(
 ):
     # Almost no own share, as the mark of the token lies over the dots.
     block = block_of(w=w, h=h, weights=(0.5, 0.5, 1e-6))
-    picture = draw_reads(GREY.resize((384, 384)), block, [token])
+    picture = panel(draw_reads, block, [token])
     column, row = (min(int(16 * part), 15) for part in token)
-    assert picture.size == (384 + 2 * pictures.BAND,) * 2
     for name, place in (("row", (column + w, row)), ("column", (column, row + h))):
-        expected = pictures.BAND + (np.array(place) + 0.5) * 384 / 16
+        expected = BAND + (np.array(place) + 0.5) * 384 / 16
         center = colored(picture)[name].mean(0) + 0.5
         assert np.abs(center - expected).max() < 1, f"{name} at {center}, expected {expected}"
 
@@ -301,9 +309,9 @@ def test_a_bias_moves_the_dots_of_a_model_to_its_place(variables: dict[str, Any]
 
 
 def test_places_outside_the_map_are_rings_around_the_photo():
-    picture = draw_reads(GREY.resize((384, 384)), block_of(w=50.0, h=-50.0), [(0.5, 0.5)])
-    assert colored(picture)["row"][:, 0].min() >= 384 + pictures.BAND
-    assert colored(picture)["column"][:, 1].max() < pictures.BAND
+    picture = panel(draw_reads, block_of(w=50.0, h=-50.0), [(0.5, 0.5)])
+    assert colored(picture)["row"][:, 0].min() >= 384 + BAND
+    assert colored(picture)["column"][:, 1].max() < BAND
     for name in ("row", "column"):
         x, y = np.round(colored(picture)[name].mean(0)).astype(int)
         assert picture.getpixel((x, y)) == (255, 255, 255), "a ring is white inside"
@@ -313,19 +321,20 @@ def test_places_outside_the_map_are_rings_around_the_photo():
 def test_no_ring_is_cut_off_however_much_it_counts(sign: int):
     for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0)):
         block = block_of(w=50.0 * sign, h=50.0 * sign, weights=weights)
-        pixels = np.asarray(draw_reads(GREY.resize((384, 384)), block, [(0.5, 0.5)]))
+        pixels = np.asarray(panel(draw_reads, block, [(0.5, 0.5)]))
         for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
             assert (edge == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["row", "column"])
-def test_the_legend_has_a_ring_of_each_colour(kind: str):
-    (marks,) = (marks for marks, text in pictures.LEGEND if "outside" in text)
-    assert (kind, True) in marks
-    mark = pictures._mark(kind, outside=True)
-    found = {name for name, places in colored(mark).items() if len(places)}
-    assert found == {kind}
-    assert mark.getpixel((10, 10)) == (255, 255, 255)
+def test_the_legend_has_a_dot_and_a_ring_of_each_color(kind: str):
+    header = draw_offsets(GREY, stage_blocks()).crop((0, 0, pictures.WIDTH, pictures.HEADER))
+    places = colored(header)[kind]
+    places = places[np.argsort(places[:, 0])]
+    marks = np.split(places, np.flatnonzero(np.diff(places[:, 0]) > 30) + 1)
+    dot, ring = (tuple(np.round(mark.mean(0)).astype(int)) for mark in marks)
+    assert header.getpixel(dot) != (255, 255, 255)
+    assert header.getpixel(ring) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(("axis", "number"), [("h", 1), ("w", 2)])
@@ -341,7 +350,7 @@ def test_a_dot_is_larger_the_more_its_group_counts():
     for share in (0.1, 0.3, 0.9):
         rest = 1 - share
         block = block_of(w=4.0, h=4.0, weights=(share, rest / 2, rest / 2))
-        picture = draw_reads(Image.new("RGB", (384, 384), "white"), block, [(0.5, 0.5)])
+        picture = panel(draw_reads, block, [(0.5, 0.5)], photo=Image.new("RGB", (9, 9), "white"))
         areas.append(len(colored(picture)["row"]))
     assert areas[0] < areas[1] < areas[2]
     assert areas[2] / areas[1] == pytest.approx(3, rel=0.3)
@@ -369,9 +378,8 @@ def test_figures_are_means_over_the_blocks_of_the_stage():
 def test_dots_are_of_the_last_block_that_makes_offsets(monkeypatch: pytest.MonkeyPatch):
     shown = []
 
-    def draw(panel: Image.Image, block: BlockOffsets, _: Any) -> Image.Image:
+    def draw(_axes: Any, _photo: Image.Image, block: BlockOffsets, _tokens: Any) -> None:
         shown.append(block.block)
-        return panel
 
     monkeypatch.setattr(pictures, "draw_reads", draw)
     draw_offsets(GREY, [block_of(block=number, h=h) for number, h in enumerate((0, 0, 1, 1))])
@@ -381,11 +389,13 @@ def test_dots_are_of_the_last_block_that_makes_offsets(monkeypatch: pytest.Monke
 
 def test_the_map_goes_from_its_least_to_its_most():
     reach = np.array([[3.0, 4.0], [5.0, 7.0]])
-    picture = draw_reach(GREY.resize((384, 384)), reach)
-    corners = [sum(picture.getpixel(place)) for place in ((0, 0), (383, 0), (0, 383), (383, 383))]
+    picture = panel(draw_reach, reach)
+    last = BAND + 383
+    places = ((BAND, BAND), (last, BAND), (BAND, last), (last, last))
+    corners = [sum(picture.getpixel(place)) for place in places]
     assert corners == sorted(corners)
-    assert picture == draw_reach(GREY.resize((384, 384)), 10 * reach), "it is stretched"
-    even = np.asarray(draw_reach(GREY, np.full((2, 2), 3.0)))
+    assert picture == panel(draw_reach, 10 * reach), "it is stretched"
+    even = np.asarray(panel(draw_reach, np.full((2, 2), 3.0)))[BAND:-BAND, BAND:-BAND]
     assert (even == even[0, 0]).all()
 
 
@@ -401,8 +411,8 @@ def test_a_token_outside_the_picture_is_refused_in_one_line(token: Any):
 @pytest.mark.parametrize(
     ("image", "blocks", "message"),
     [
-        (np.zeros((64, 64), np.uint8), stage_blocks(), r"uint8 of shape \(64, 64\)"),
-        (np.zeros((64, 64, 3)), stage_blocks(), r"float64 of shape \(64, 64, 3\)"),
+        (np.zeros((64, 64, 4), np.uint8), stage_blocks(), r"has shape \(64, 64, 4\), expected"),
+        (np.zeros((64, 64, 3)), stage_blocks(), "has dtype float64, expected uint8"),
         (Image.new("RGB", (90, 64)), stage_blocks(), "has 90 x 64 pixels, but stage 0 has 16 x 16"),
         (GREY, [], "no blocks to draw"),
         (GREY, stage_blocks(w=float("nan")), "block 0 of stage 0 has offsets that are not finite"),

@@ -13,13 +13,11 @@ import activemlp_jax as am
 from activemlp_jax.data.base import Example
 from activemlp_jax.data.preprocessing import ScenePreprocessing
 from activemlp_jax.distributed.sharding import make_mesh
-from activemlp_jax.inference.segmentation import (
+from activemlp_jax.inference.confusion import make_evaluation, plan_parts
+from activemlp_jax.inference.segment import (
     Segmenter,
-    Settings,
     label_maps,
-    make_evaluation,
     merge_views,
-    plan_parts,
     segment_image,
     view_logits,
 )
@@ -192,7 +190,7 @@ def test_every_scene_is_in_one_batch_of_its_size_and_the_largest_come_first():
     segmenter = Segmenter(model, AS_IT_IS)
     parts = plan_parts([segmenter.key(shape) for shape in SHAPES], batch_size=2)
     assert sorted(index for part in parts for index in part.indices) == list(range(7))
-    assert all(len(part.indices) + part.padding == 2 for part in parts)
+    assert [len(part.indices) for part in parts] == [2, 1, 2, 1, 1]
     assert [SHAPES[part.indices[0]] for part in parts] == [
         (64, 64), (90, 33), (40, 50), (40, 50), (50, 40),
     ]  # fmt: skip
@@ -228,8 +226,7 @@ def test_sums_over_a_data_set_are_those_of_its_scenes(
             yield part
             watched.extend(part.indices)
 
-    settings = Settings(batch_size=2, num_threads=2, watch=watch)
-    evaluate = make_evaluation(segmenter, make_mesh(), settings)
+    evaluate = make_evaluation(segmenter, make_mesh(), 2, num_threads=2, watch=watch)
     found = evaluate({"model": variables}, source)
     np.testing.assert_array_equal(found["model"]["confusion"], expected)
     assert sorted(watched) == list(range(5))

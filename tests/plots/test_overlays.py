@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from activemlp_jax.inference.picture_files import save_picture
 from activemlp_jax.plots.overlays import (
     LEGEND_ENTRIES,
     class_colors,
+    draw_comparison,
     draw_overlay,
     label_picture,
     paint,
 )
+from activemlp_jax.plots.pictures import save_picture
 from activemlp_jax.utils.errors import UserError
 
 
@@ -71,3 +72,17 @@ def test_a_legend_has_a_header_and_as_many_lines_as_fit():
         header = np.asarray(page)[8:28, 398:].min()
         assert header < 200, "nothing is written above the classes"
     assert heights == [516, 536, 536]
+
+
+def test_a_comparison_shows_every_pixel_of_a_scene_in_its_color():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    true, predicted = rng.integers(0, 5, (2, 64, 64))
+    true[:9] = 255
+    page = np.asarray(draw_comparison([(image, true, predicted)], "abcde"))
+    colors = class_colors(5)
+    for row, pixels in enumerate((image, paint(true, colors), paint(predicted, colors))):
+        shown = page[8 + 136 * row :, 60:][:128:2, :128:2]
+        np.testing.assert_array_equal(shown, pixels)
+    nothing = np.full((4, 4), 255)
+    assert draw_comparison([(image[:4, :4], nothing, nothing)], "abcde").height == page.shape[0]

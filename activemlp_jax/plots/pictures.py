@@ -1,14 +1,52 @@
-"""Picture files that commands write, marked so that commands replace only their own files."""
+"""Figures to pictures, and picture files marked so that commands replace only their own."""
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import ExifTags, Image
 
-from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.files import check_output_file, write_aside
 
+if TYPE_CHECKING:  # slow to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 SOFTWARE = "activemlp_jax"  # content of the EXIF field Software
+
+
+def make_figure(width: float, height: float) -> "Figure":
+    """Make a figure of `width` by `height` pixels, where a point is a pixel."""
+    from matplotlib.figure import Figure
+
+    return Figure(((width + 0.5) / 72, (height + 0.5) / 72), dpi=72)  # Agg rounds down
+
+
+def add_axes(figure: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
+    """Add axes without ticks and frame, placed in pixels from the top left of the figure."""
+    page_width, page_height = figure.bbox.size
+    bottom = page_height - top - height
+    box = (left / page_width, bottom / page_height, width / page_width, height / page_height)
+    axes = figure.add_axes(box)
+    axes.set_axis_off()
+    return axes
+
+
+def render(figure: "Figure") -> Image.Image:
+    """Render a figure as an RGB picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def shortened(name: str, length: int) -> str:
+    """Cut a class name to one line of at most `length` characters."""
+    name = one_line(name)
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
