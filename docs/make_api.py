@@ -16,7 +16,7 @@ from activemlp_jax.__main__ import COMMANDS
 from activemlp_jax.inference.classify import ClassProbability
 from activemlp_jax.inference.offsets import BlockOffsets
 from activemlp_jax.inference.tiling import Protocol
-from activemlp_jax.weights.model_directory import ModelCard
+from activemlp_jax.weights.model_card import ModelCard
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "api.md"
