@@ -26,7 +26,8 @@ import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.export import __main__ as export
 from activemlp_jax.export import stablehlo
-from activemlp_jax.export.description import describe, write_readme
+from activemlp_jax.export.__main__ import describe
+from activemlp_jax.export.model_card import write_readme
 from activemlp_jax.utils.errors import install_command, one_line
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.weights import convert
