@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
+from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.tasks.registry import TASKS
 from activemlp_jax.utils.errors import one_line
@@ -139,7 +139,6 @@ prep, names = config["preprocessing"], config["classes"]["names"]
 {load}
 
 photo = Image.open("photo.jpg").convert("RGB")
-side = prep["{side_key}"]
 {crop}
 box = left, top, left + side, top + side
 pixels = np.asarray(photo.crop(box), np.float32)[None]  # [batch, height, width, RGB]
@@ -147,41 +146,58 @@ images = (pixels / 255 - np.float32(prep["mean"])) / np.float32(prep["std"])
 {run}  # [{output}]
 {answer}
 ```"""
-# By format: the text before the program, and its lines that import, load and run.
+# By file: the text before the program, and its lines that import, load and run.
 PROGRAMS = {
-    "stablehlo": (
+    "model.stablehlo": (
         STABLEHLO,
         "import jax\nimport jax.export\nimport numpy as np",
         'exported = jax.export.deserialize(Path("model.stablehlo").read_bytes())\n'
         "program = jax.jit(exported.call)",
         "logits = program(images)",
     ),
-    "onnx": (
+    "model.onnx": (
         ONNX,
         "import numpy as np\nimport onnxruntime",
         'session = onnxruntime.InferenceSession("model.onnx")',
         '(logits,) = session.run(["logits"], {"images": images})',
     ),
 }
-CENTER_CROP = """\
+# What differs between classifiers and segmentation models.
+CLASSIFIER = {
+    "preparation": (
+        "The short side of an image is resized to {short} pixels (bicubic), and of that the "
+        "center, {side} by {side}, is cut out."
+    ),
+    "crop": """\
+side = prep["image_size"]
 short = int(prep["resize_factor"] * side)
 width, height = (int(short * length / min(photo.size)) for length in photo.size)
 photo = photo.resize((width, height), Image.Resampling.BICUBIC)
-left, top = round((width - side) / 2), round((height - side) / 2)"""
-CENTER_WINDOW = "left, top = ((length - side) // 2 for length in photo.size)  # one window of many"
-RESIZE_TO_FIT = """\
+left, top = round((width - side) / 2), round((height - side) / 2)""",
+    "answer": """\
+scores = np.exp(logits[0] - np.max(logits[0]))
+for label in np.argsort(-scores)[:5]:
+    print({name}, f"{{scores[label] / scores.sum():.1%}}")""",
+}
+SEGMENTOR = {
+    "preparation": (
+        "Windows of {side} by {side} pixels are cut out of an image{resized}. There is a label for "
+        "each fourth pixel along the height and the width."
+    ),
+    "crop": """\
+side = prep["window"]
+{resize}left, top = ((length - side) // 2 for length in photo.size)  # one window of many""",
+    "answer": """\
+labels, counts = np.unique(np.argmax(logits[0], axis=-1), return_counts=True)
+for label, count in zip(labels, counts):
+    print({name}, f"{{count / counts.sum():.1%}}")""",
+}
+RESIZED = ", which is first resized to fit into {prep.long_side} by {prep.short_side} (bilinear)"
+RESIZE = """\
 factor = min(prep["long_side"] / max(photo.size), prep["short_side"] / min(photo.size))
 width, height = (round(factor * length) for length in photo.size)
 photo = photo.resize((width, height), Image.Resampling.BILINEAR)
 """
-TOP_CLASSES = """\
-scores = np.exp(logits[0] - np.max(logits[0]))
-for label in np.argsort(-scores)[:5]:
-    print({name}, f"{{scores[label] / scores.sum():.1%}}")"""
-CLASS_SHARES = """\
-labels, counts = np.unique(np.argmax(logits[0], axis=-1), return_counts=True)
-for label, count in zip(labels, counts):
-    print({name}, f"{{count / counts.sum():.1%}}")"""
 
 MAX_LISTED_CLASSES = 20
 
@@ -194,7 +210,8 @@ def write_readme(path: Path, card: ModelCard, config: Mapping[str, Any]) -> None
       card: card with the preprocessing of the exported function.
       config: the content of `config.json`.
     """
-    title, names = card.name or "ActiveMLP", config["classes"]["names"]
+    prep, files, names = card.preprocessing, config["files"], config["classes"]["names"]
+    title = card.name or "ActiveMLP"
     if isinstance(card.model, ActiveSegmentor):
         title += f" with {card.model.head}"
     if not names:
@@ -205,66 +222,42 @@ def write_readme(path: Path, card: ModelCard, config: Mapping[str, Any]) -> None
         classes = f": {', '.join(map(_code, names))}"
     architecture = dict(config["architecture"])
     architecture |= architecture.pop("backbone", {})
+    side = config["input"]["shape"][1]
     fields = {
         "card": card,
         "config": config,
         "task": TASKS[card.task],
-        "prep": card.preprocessing,
+        "prep": prep,
         "title": title,
-        "side": config["input"]["shape"][1],
+        "classes": classes,
+        "architecture": _rows(architecture),
+        "giga": config["multiply_adds"] / 1e9,
+        "weights": NAMES[card.default_kind],
+        "side": side,
         "output": ", ".join(map(str, config["output"]["shape"])),
+        "name": "names[label]" if names else "label",
+        "tags": "\n".join(f"- {Path(file).suffix[1:]}" for file in files),
     }
-    text = CARD.format(
-        **fields,
-        **_origin_and_quality(card, title),
-        tags="\n".join(f"- {Path(file).suffix[1:]}" for file in config["files"]),
-        architecture=_rows(architecture),
-        giga=config["multiply_adds"] / 1e9,
-        weights=NAMES[card.default_kind],
-        classes=classes,
-        preparation=_preparation(card.preprocessing),
-        use="\n\n".join(_use(file, fields) for file in config["files"]),
-    )
-    path.write_text(text, encoding="utf-8")
-
-
-def _preparation(prep: Preprocessing | ScenePreprocessing) -> str:
-    """Describe how the input is cut out of an image."""
     if isinstance(prep, Preprocessing):
-        side = prep.image_size
-        return (
-            f"The short side of an image is resized to {int(prep.resize_factor * side)} pixels "
-            f"(bicubic), and of that the center, {side} by {side}, is cut out."
-        )
-    text = f"Windows of {prep.window} by {prep.window} pixels are cut out of an image"
-    if prep.long_side:
-        text += f", which is first resized to fit into {prep.long_side} by {prep.short_side} "
-        text += "(bilinear)"
-    return f"{text}. There is a label for each fourth pixel along the height and the width."
-
-
-def _use(file: str, fields: Mapping[str, Any]) -> str:
-    """Describe how to use one of the files."""
-    config, prep = fields["config"], fields["prep"]
-    facts, file_format = config["files"][file], Path(file).suffix[1:]
-    if file_format == "safetensors":
-        return SAFETENSORS
-    if isinstance(prep, Preprocessing):
-        side_key, crop, answer = "image_size", CENTER_CROP, TOP_CLASSES
+        texts = CLASSIFIER
+        fields["short"] = int(prep.resize_factor * side)
     else:
-        resize = RESIZE_TO_FIT if prep.long_side else ""
-        side_key, crop, answer = "window", resize + CENTER_WINDOW, CLASS_SHARES
-    about, imports, load, run = PROGRAMS[file_format]
-    return (about + PROGRAM).format(
-        **fields,
-        **facts | {"platforms": ", ".join(facts.get("platforms", ()))},
-        imports=imports,
-        load=load,
-        side_key=side_key,
-        crop=crop,
-        run=run,
-        answer=answer.format(name="names[label]" if config["classes"]["names"] else "label"),
-    )
+        texts = SEGMENTOR
+        fields["resized"] = RESIZED.format(prep=prep) if prep.long_side else ""
+        fields["resize"] = RESIZE if prep.long_side else ""
+    fields |= {key: text.format(**fields) for key, text in texts.items()}
+    fields |= _origin_and_quality(card, title)
+    fields["use"] = "\n\n".join(_use(file, facts, fields) for file, facts in files.items())
+    path.write_text(CARD.format(**fields), encoding="utf-8")
+
+
+def _use(file: str, facts: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """Describe how to use one of the files."""
+    if file == "model.safetensors":
+        return SAFETENSORS
+    about, imports, load, run = PROGRAMS[file]
+    values = {**fields, **facts, "platforms": ", ".join(facts.get("platforms", ()))}
+    return (about + PROGRAM).format(**values, imports=imports, load=load, run=run)
 
 
 def _origin_and_quality(card: ModelCard, title: str) -> dict[str, str]:
