@@ -33,6 +33,7 @@ from activemlp_jax.weights.model_directory import ModelCard, read_card, read_wei
 # One process for all that share what a fixture takes long to make.
 pytestmark = pytest.mark.xdist_group("export")
 
+PHOTO = "photo.jpg"
 Answers = dict[str, tuple[np.ndarray, np.ndarray]]
 CLASSIFIER = am.ActiveMLP(**BACKBONE, num_classes=3)
 SEGMENTOR = am.ActiveSegmentor(BACKBONE, "upernet", 4, channels=8, aux_channels=8)
@@ -96,9 +97,6 @@ def readme_program(folder: Path, format_name: str) -> str:
     """The code under a format's heading in the README."""
     section = (folder / "README.md").read_text().split(f"### `model.{format_name}`")[1]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
-
-
-PHOTO = "photo.jpg"
 
 
 def with_photo(folder: Path) -> Path:
@@ -309,7 +307,8 @@ def test_another_image_size_is_exported_and_described(
     program = jax.export.deserialize((folder / "model.stablehlo").read_bytes())
     assert program.in_avals[0].shape[1:] == (50, 50, 3)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"wrote {folder}: the averaged (EMA) weights, images of 50 by 50 pixels"
+    expected = f"wrote {folder}: the averaged (EMA) weights, images of 50 by 50 pixels"
+    assert lines[0] == expected
     files = [line.split()[0] for line in lines[1:]]
     assert files == ["model.stablehlo", "config.json", "README.md"]
 
