@@ -14,46 +14,41 @@ import argparse
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.export.description import describe, write_readme
 from activemlp_jax.export.onnx import write_onnx
+from activemlp_jax.export.readme import write_readme
 from activemlp_jax.export.stablehlo import write_stablehlo
+from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
+from activemlp_jax.models.active_mlp import ActiveMLP
+from activemlp_jax.models.flops import count_cost
+from activemlp_jax.tasks.registry import task_type
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.files import check_output, write_directory_aside
 from activemlp_jax.utils.runtime import collect_garbage_rarely
+from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.convert import NAMES
 from activemlp_jax.weights.model_card import ModelCard
-from activemlp_jax.weights.model_directory import Variables, read_card, read_weights
+from activemlp_jax.weights.model_directory import read_card, read_weights
 from activemlp_jax.weights.torch_files import write_checkpoint
 from activemlp_jax.weights.torch_names import to_torch
 
 FORMATS = ("stablehlo", "safetensors", "onnx")
 DEFAULT_FORMATS = ("stablehlo", "safetensors")
-# Packages that a format needs; the extra of the same name installs them.
-REQUIRED_PACKAGES = {"onnx": ("torch", "onnx", "onnxscript")}
+ONNX_PACKAGES = ("torch", "onnx", "onnxscript")  # from the extra `onnx`
 CONFIG, README = "config.json", "README.md"  # names that model hubs expect
 
 
 def with_image_size(card: ModelCard, image_size: int | None) -> ModelCard:
-    """Change the input size in a card.
-
-    Args:
-      card: card of the model.
-      image_size: new side in pixels (of the windows for a segmentation model); None keeps the old
-        one.
-
-    Returns:
-      The changed card.
-
-    Raises:
-      UserError: if the size is too small or too large.
-    """
+    """Change the side of the images, or a segmentation model's windows; None keeps the card's."""
     if image_size is None:
         return card
     check_numbers({"image_size": image_size})
@@ -66,18 +61,33 @@ def with_image_size(card: ModelCard, image_size: int | None) -> ModelCard:
         raise UserError(f"--image-size: {error}") from error
 
 
-def check_packages(formats: Iterable[str]) -> None:
-    """Raise UserError if a package that one of `formats` needs is missing."""
-    for name in formats:
-        missing = [
-            package
-            for package in REQUIRED_PACKAGES.get(name, ())
-            if importlib.util.find_spec(package) is None
-        ]
-        if missing:
-            raise UserError(
-                f"--format {name} needs {' and '.join(missing)}: {install_command(name)}"
-            )
+def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
+    """Describe the default weights of a model for `config.json`.
+
+    Args:
+      card: card with the preprocessing of the exported function.
+      variables: variables of the model.
+
+    Returns:
+      The content of `config.json`, without entries in `files`.
+    """
+    content, prep, count = card.to_json(), card.preprocessing, card.model.num_classes
+    side = prep.image_size if isinstance(prep, Preprocessing) else prep.window
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    logits = jax.eval_shape(card.model.apply, variables, images)
+    cost = count_cost(card.model, side, side)
+    if isinstance(card.model, ActiveMLP) and (card.class_names or count == len(imagenet_names())):
+        content["classes"]["names"] = readable_names(card.class_names, count)
+    copied_keys = ("task", "name", "architecture", "classes", "preprocessing", "source")
+    return {
+        **{key: content[key] for key in copied_keys},
+        "weights": card.default_kind,
+        "parameters": cost.parameters,
+        "multiply_adds": cost.macs,
+        "input": {"name": "images", "shape": ["batch", *images.shape[1:]], "dtype": "float32"},
+        "output": {"name": "logits", "shape": ["batch", *logits.shape[1:]], "dtype": "float32"},
+        "files": {},
+    }
 
 
 def _write(
@@ -112,14 +122,18 @@ def export_model(
       The content of the folder's `config.json`.
 
     Raises:
-      UserError: if the directory or the size is invalid, `output` exists, or a package is missing.
+      UserError: the directory, its task or the size is invalid, `output` exists, or a package is
+        missing.
     """
     card = with_image_size(read_card(directory), image_size)
+    task_type(card, directory)
     target = Path(output)
     if os.path.lexists(target):
         raise UserError(f"{target} is already there; give another place")
     check_output(target)
-    check_packages(formats)
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if "onnx" in formats and missing:
+        raise UserError(f"--format onnx needs {' and '.join(missing)}: {install_command('onnx')}")
     variables = read_weights(directory, card, card.default_kind)
     config = describe(card, variables)
     side = config["input"]["shape"][1]

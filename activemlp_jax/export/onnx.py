@@ -3,6 +3,7 @@
 It needs PyTorch, onnx and onnxscript, which the extra `onnx` installs.
 """
 
+import itertools
 import json
 import logging
 import warnings
@@ -31,14 +32,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _strip(graph: Any) -> None:
-    """Remove local file names and line numbers from the parts of a graph."""
-    parts = (graph.node, graph.value_info, graph.input, graph.output, graph.initializer)
-    for part in (graph, *(item for group in parts for item in group)):
-        part.ClearField("metadata_props")
-        part.ClearField("doc_string")
 
 
 def write_onnx(
@@ -82,7 +75,12 @@ def write_onnx(
         )
     assert program is not None, "dynamo always returns a program"
     content = program.model_proto
-    _strip(content.graph)
+    # Remove the names and line numbers of local files.
+    graph = content.graph
+    parts = (graph.node, graph.value_info, graph.input, graph.output, graph.initializer)
+    for part in (graph, *itertools.chain(*parts)):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
     content.metadata_props.add(key=DESCRIPTION, value=json.dumps(card.to_json()))
     path.write_bytes(content.SerializeToString())
     return {"opset": OPSET, "torch": torch.__version__}

@@ -3,8 +3,6 @@
 The file has the format of `jax.export`, and JAX documents for how long it can read such files.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +16,22 @@ from activemlp_jax.utils.types import Variables
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-@contextlib.contextmanager
-def _without_file_names() -> Iterator[None]:
-    """Keep local file names and line numbers out of the program."""
-    option = "jax_traceback_in_locations_limit"
-    frames = getattr(jax.config, option)
-    jax.config.update(option, 0)
-    try:
-        yield
-    finally:
-        jax.config.update(option, frames)
+def write_stablehlo(
+    path: Path, model: Model, variables: Variables, image_size: int
+) -> dict[str, Any]:
+    """Write the inference function of `model` with its weights, for all `PLATFORMS`.
 
-
-def export_program(model: Model, variables: Variables, image_size: int) -> export.Exported:
-    """Export the inference function of `model` with its weights, for all `PLATFORMS`.
+    The function takes `images` `[batch, image_size, image_size, 3]` float32, normalized, in batches
+    of any size. It returns the result of `model.apply` in float32.
 
     Args:
+      path: file to write.
       model: a model that computes in float32.
       variables: variables of the model.
       image_size: side of the images, in pixels.
 
     Returns:
-      A program that takes images `[batch, image_size, image_size, 3]` float32, normalized, in
-      batches of any size, and returns the result of `model.apply` in float32.
+      JSON-serializable facts that are needed to run the file.
 
     Raises:
       ValueError: if the images are too small for the model.
@@ -51,17 +42,15 @@ def export_program(model: Model, variables: Variables, image_size: int) -> expor
         return model.apply(weights, images)
 
     shape = (*export.symbolic_shape("batch"), image_size, image_size, 3)
-    with _without_file_names():
-        return export.export(jax.jit(logits), platforms=PLATFORMS)(
+    option = "jax_traceback_in_locations_limit"
+    frames = getattr(jax.config, option)
+    jax.config.update(option, 0)  # keep local file names and line numbers out of the program
+    try:
+        program = export.export(jax.jit(logits), platforms=PLATFORMS)(
             jax.ShapeDtypeStruct(shape, jnp.float32)
         )
-
-
-def write_stablehlo(
-    path: Path, model: Model, variables: Variables, image_size: int
-) -> dict[str, Any]:
-    """Write the program of `export_program`; return JSON-serializable facts for running it."""
-    program = export_program(model, variables, image_size)
+    finally:
+        jax.config.update(option, frames)
     path.write_bytes(program.serialize())
     return {
         "platforms": program.platforms,

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
+from rich.text import Text
 
 from activemlp_jax.data.base import Example, Source
 from activemlp_jax.data.batch_transforms import (
@@ -29,9 +33,15 @@ from activemlp_jax.data.loader import eval_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.distributed import sharding
-from activemlp_jax.inference.images import ImageFile
+from activemlp_jax.inference.classify import (
+    ask,
+    make_classifier,
+    most_probable,
+    probabilities,
+)
+from activemlp_jax.inference.imagenet_names import readable_names
+from activemlp_jax.inference.images import ImageFile, read_images
 from activemlp_jax.models.active_mlp import ActiveMLP
-from activemlp_jax.tasks import classified_files
 from activemlp_jax.tasks.base import (
     Draw,
     Options,
@@ -44,12 +54,12 @@ from activemlp_jax.tasks.base import (
     identity,
     redraw_heads,
 )
-from activemlp_jax.tasks.evaluation import evaluate
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.types import Batch, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
 NUM_HARDEST = 5
+TOP_CLASSES = 5  # per image, by `predict`
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -230,8 +240,14 @@ class Classification(Task):
                 transient=True,
                 disable=not (show_progress and console.is_terminal),
             )
+            sums: dict[str, Sums] = {name: {} for name in weights}
             with contextlib.closing(batches):
-                return evaluate(count, weights, tracked, mesh)
+                for batch in tracked:
+                    placed = sharding.put_batch(batch, mesh)
+                    counted = {name: count(weights[name], placed) for name in weights}
+                    for name, values in jax.device_get(counted).items():
+                        sums[name] = {key: sums[name].get(key, 0) + values[key] for key in values}
+            return sums
 
         return test
 
@@ -277,14 +293,42 @@ class Classification(Task):
     def plan_predict(
         self, card: ModelCard, files: Sequence[ImageFile], options: Options
     ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
-        """Make the function that yields the most probable `classes` of each `image`."""
+        """Make the function that yields the most probable `classes` of each `image`.
+
+        It raises UserError for probabilities that are not finite.
+        """
         del options
-        return classified_files.plan(card, files)
+        classifier = make_classifier(card.model, card)
+        names = readable_names(card.class_names, card.model.num_classes)
+
+        def run(variables: Variables, broken: list[ImageFile]) -> Iterator[Record]:
+            program = functools.partial(probabilities, classifier, variables)
+            images = read_images(files, classifier.prepare, os.cpu_count() or 1, broken)
+            for file, row in ask(program, images, len(files)):
+                if not np.isfinite(row).all():
+                    raise UserError(
+                        f"the model gives {file.path} probabilities that are not finite"
+                    )
+                top = most_probable(row, names, TOP_CLASSES)
+                yield {"image": file.path, "classes": [each._asdict() for each in top]}
+
+        return run
 
     @staticmethod
     def print_records(records: Iterator[Record]) -> None:
-        """Print a table of all images."""
-        classified_files.print_table(records)
+        """Print a table of the classes of each image, if there are any records."""
+        table = Table()
+        table.add_column("image", overflow="fold")
+        table.add_column("class", overflow="fold")
+        table.add_column("probability", justify="right")
+        for record in records:
+            for rank, prediction in enumerate(record["classes"]):
+                image = "" if rank else one_line(record["image"])
+                percent = f"{100 * prediction['probability']:.1f}%"
+                table.add_row(Text(image), Text(one_line(prediction["name"])), percent)
+            table.add_section()
+        if table.row_count:
+            Console().print(table)
 
 
 def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:

@@ -15,37 +15,17 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Seg
 
 
 def make_task(config: ConfigDict, num_classes: int) -> Task:
-    """Make the task of a config, with its model.
-
-    Args:
-      config: the whole config.
-      num_classes: number of classes in the dataset.
-
-    Raises:
-      UserError: invalid settings of the model or the preprocessing.
-    """
+    """Make the task of a config, with its model; raise UserError for invalid settings of these."""
     return TASKS[config.task].from_config(config, num_classes)
 
 
 def open_data(config: ConfigDict, split: str) -> Source:
-    """Open a split of a config's dataset.
-
-    Args:
-      config: the whole config.
-      split: name of the split.
-
-    Raises:
-      UserError: an unknown name or split, or a dataset that cannot be read.
-    """
+    """Open a split of a config's dataset; raise UserError if it is unknown or unreadable."""
     return TASKS[config.task].open_data(config.data.name, split)
 
 
 def task_type(card: ModelCard, directory: object) -> type[Task]:
-    """Find the task of a model directory.
-
-    Args:
-      card: the card of the directory.
-      directory: path of the directory, for messages.
+    """Find the task of a model directory, whose card is `card`.
 
     Raises:
       UserError: the task is unknown, or does not go with the type of the model.

@@ -12,6 +12,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from activemlp_jax.data.base import Example, Source
 from activemlp_jax.data.batch_transforms import mixes, normalize
@@ -23,15 +25,15 @@ from activemlp_jax.data.segmentation_transforms import (
     scene_train_transform,
 )
 from activemlp_jax.distributed import sharding
-from activemlp_jax.inference.confusion import make_evaluation
+from activemlp_jax.inference.confusion import Part, make_evaluation
 from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.inference.segment import Segmenter, segment_image
-from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, make_protocol
+from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, Shape, make_protocol
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.resizing import resize_bilinear
 from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.plots.overlays import draw_comparison
-from activemlp_jax.tasks import labeled_files
+from activemlp_jax.tasks import segmentation_predict
 from activemlp_jax.tasks.base import (
     Draw,
     Options,
@@ -44,8 +46,7 @@ from activemlp_jax.tasks.base import (
     identity,
     redraw_heads,
 )
-from activemlp_jax.tasks.metrics import class_metrics, scene_metrics
-from activemlp_jax.tasks.segmentation_report import class_table, watch_parts
+from activemlp_jax.tasks.segmentation_metrics import class_metrics, class_table, scene_metrics
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Batch, Variables
 from activemlp_jax.weights.model_card import HEAD, ModelCard
@@ -97,7 +98,7 @@ class Segmentation(Task):
     default_batch_size = 1
     evaluate_options = ("multi_scale", "slide", "size_multiple")
     predict_options = ("output", "opacity", "labels", "multi_scale", "slide")
-    written = (labeled_files.OVERLAY, labeled_files.LABELS)
+    written = (segmentation_predict.OVERLAY, segmentation_predict.LABELS)
 
     @classmethod
     def from_config(cls, config: ConfigDict, num_classes: int) -> "Segmentation":
@@ -319,7 +320,7 @@ class Segmentation(Task):
         """Add `predict_options`."""
         parser.add_argument("--output", metavar="DIR", help="for the overlays (next to the images)")
         parser.add_argument(
-            "--opacity", type=float, help=f"of the colors, 0 to 1 ({labeled_files.OPACITY})"
+            "--opacity", type=float, help=f"of the colors, 0 to 1 ({segmentation_predict.OPACITY})"
         )
         parser.add_argument(
             "--labels",
@@ -339,10 +340,37 @@ class Segmentation(Task):
         self, card: ModelCard, files: Sequence[ImageFile], options: Options
     ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
         """Make the function that writes an overlay of each image and, if requested, a label map."""
-        return labeled_files.plan(self._segmenter, card, files, options)
+        return segmentation_predict.plan(self._segmenter, card, files, options)
 
     @staticmethod
     def print_records(records: Iterator[Record]) -> None:
         """Print a line for each image, as soon as it is done."""
         for record in records:
-            print(labeled_files.describe(record), flush=True)
+            print(segmentation_predict.describe(record), flush=True)
+
+
+def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
+    """Iterate over parts with a progress bar that counts images and compiled image sizes."""
+    console = Console(stderr=True)
+    images = sum(len(part.indices) for part in parts)
+    sizes = len({shape for part in parts for shape, _ in part.key.views})
+    no_terminal = not console.is_terminal
+    if no_terminal:
+        console.print(f"{images:,} images; the network is compiled for {sizes} sizes")
+    with Progress(
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("images, size {task.fields[size]} of " + str(sizes) + ", left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=no_terminal,
+    ) as progress:
+        task = progress.add_task("", total=images, size=0)
+        seen: set[Shape] = set()
+        for part in parts:
+            seen |= {shape for shape, _ in part.key.views}
+            progress.update(task, size=len(seen))
+            yield part
+            progress.advance(task, len(part.indices))

@@ -17,9 +17,7 @@ from activemlp_jax.data.loader import Skipped, sample_order, train_batches
 from activemlp_jax.distributed import sharding
 from activemlp_jax.tasks.base import Sums
 from activemlp_jax.training.checkpoints import Checkpoints, Restored
-from activemlp_jax.training.failures import non_finite, stop_at_non_finite
 from activemlp_jax.training.init_from import initial_variables
-from activemlp_jax.training.interruption import Interruption
 from activemlp_jax.training.profiling import Trace
 from activemlp_jax.training.reporting import (
     Reporter,
@@ -31,6 +29,7 @@ from activemlp_jax.training.reporting import (
 from activemlp_jax.training.results import draw_pictures, write_model_directory
 from activemlp_jax.training.run import Run, check_shared, prepare_run
 from activemlp_jax.training.step import Metrics, TrainState
+from activemlp_jax.training.stopping import Interruption, non_finite, stop_at_non_finite
 from activemlp_jax.training.trainer import train_flops
 from activemlp_jax.training.workdir import (
     EPOCHS_FILE,

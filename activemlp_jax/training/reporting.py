@@ -40,18 +40,10 @@ MAX_LAG = 5.0  # percentage points; an average further behind its weights gets a
 
 
 def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str:
-    """Describe the length of a run and its peak learning rate in one line.
+    """Describe a run in a line such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
 
-    The line also warns if the warm-up is longer than the run, or if an epoch is a single step, a
-    sign that the batch is too large for the dataset.
-
-    Args:
-      config: the whole config.
-      steps_per_epoch: number of steps per epoch.
-      steps: number of steps of the whole run.
-
-    Returns:
-      The line, such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
+    The line also warns if the warm-up is longer than the run of `steps` steps, or if an epoch is a
+    single step, a sign that the batch is too large for the dataset.
     """
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     number = f"{steps_per_epoch:,} step{'s' * (steps_per_epoch > 1)} an epoch"
@@ -68,16 +60,13 @@ def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str
 
 
 def lagging_average(config: ConfigDict, record: Record, score: str, images: int) -> str | None:
-    """Warn if the averaged weights are far worse than those of the last step.
+    """Warn in a line if the averaged weights are far worse than those of the last step.
 
     Args:
       config: the whole config.
       record: metrics of the last test.
       score: name of the metric to compare, which is in percent.
       images: number of test images; a difference of one image is ignored.
-
-    Returns:
-      A warning in one line, or None.
     """
     raw, averaged = record[f"test_{score}"], record.get(f"ema_test_{score}", math.inf)
     if raw - averaged <= max(MAX_LAG, 100 / images):
@@ -90,23 +79,14 @@ def lagging_average(config: ConfigDict, record: Record, score: str, images: int)
 
 
 class Work(NamedTuple):
-    """The steps that a run has left and what each of them costs.
+    """The steps that a run has left and what each of them costs."""
 
-    Attributes:
-      first_step: number of steps already done.
-      last_step: number of steps of the whole run.
-      epochs: number of epochs of the whole run.
-      batch_size: images per step.
-      flops: floating point operations per step.
-      peak_flops: peak floating point operations per second of all devices; None if unknown.
-    """
-
-    first_step: int
-    last_step: int
-    epochs: int
+    first_step: int  # number of steps already done
+    last_step: int  # number of steps of the whole run
+    epochs: int  # of the whole run
     batch_size: int
-    flops: float
-    peak_flops: float | None
+    flops: float  # of a step
+    peak_flops: float | None  # of all devices, per second; None if unknown
 
 
 class Reporter:
@@ -130,11 +110,8 @@ class Reporter:
         console: Console,
         trackers: Sequence[Tracker] = (),
     ):
-        self._workdir = workdir
-        self._work = work
+        self._workdir, self._work, self._console = workdir, work, console
         self._every_steps = config.log_every_steps
-        self._epochs = work.epochs
-        self._console = console
         self._trackers = trackers if workdir else ()
         self._writer = None
         if config.tensorboard and workdir and work.first_step < work.last_step:
@@ -156,9 +133,6 @@ class Reporter:
         self._task = self._progress.add_task(
             "", total=work.last_step, completed=work.first_step, epoch="-", metrics="-"
         )
-        self._epoch, self._epoch_start = "", 0
-        self._started = time.perf_counter()
-        self._steps = 0
 
     def __enter__(self) -> "Reporter":
         self._progress.start()
@@ -171,25 +145,13 @@ class Reporter:
 
     def start_epoch(self, epoch: int, first_step: int) -> None:
         """Start to measure the speed of `epoch`, which begins at `first_step`."""
-        self._epoch_start = first_step
-        self._started = time.perf_counter()
-        self._steps = 0
-        self._epoch = f"{epoch}/{self._epochs}"
+        self._epoch, self._epoch_start = f"{epoch}/{self._work.epochs}", first_step
+        self._started, self._steps = time.perf_counter(), 0
         self._progress.update(self._task, epoch=self._epoch)
 
     def images_per_second(self) -> float:
         """Average speed since the epoch began."""
         return self._steps * self._work.batch_size / (time.perf_counter() - self._started)
-
-    def _speed(self) -> Record:
-        """Images per second, model FLOPs utilization in percent, and memory in use in GiB."""
-        rate = self.images_per_second()
-        record = {"images_per_second": round(rate, 1)}
-        if self._work.peak_flops:
-            per_second = self._work.flops * rate / self._work.batch_size
-            record["mfu"] = round(100 * per_second / self._work.peak_flops, 2)
-        record["memory_gib"] = round(memory_in_use() / GIB, 2)
-        return record
 
     def step(self, step: int, metrics: Record) -> None:
         """Report a finished step.
@@ -199,33 +161,36 @@ class Reporter:
           metrics: metrics of the step, `loss` among them.
         """
         self._steps += 1
-        record = {"step": step, **metrics, **self._speed()}
-        parts = [f"loss {record['loss']:.4f}", f"{record['images_per_second']:.0f} images/s"]
-        if "mfu" in record:
+        rate, work = self.images_per_second(), self._work
+        record = {"step": step, **metrics, "images_per_second": round(rate, 1)}
+        parts = [f"loss {record['loss']:.4f}", f"{rate:.0f} images/s"]
+        if work.peak_flops:
+            flops_per_second = work.flops * rate / work.batch_size
+            record["mfu"] = round(100 * flops_per_second / work.peak_flops, 2)
             parts.append(f"MFU {record['mfu']:.1f}%")
+        record["memory_gib"] = round(memory_in_use() / GIB, 2)
         parts.append(f"{record['memory_gib']:.1f} GiB")
         self._progress.update(self._task, completed=step, metrics="  ".join(parts))
         if self._workdir is None or (step - self._epoch_start) % self._every_steps:
             return
-        append_record(self._workdir / STEPS_FILE, record)
-        self._track(record)
+        self._record(self._workdir / STEPS_FILE, record)
         if self._progress.disable:
-            seconds = (time.perf_counter() - self._started) / self._steps
-            left = datetime.timedelta(seconds=round(seconds * (self._work.last_step - step)))
-            position = f"epoch {self._epoch}  step {step}/{self._work.last_step}"
+            seconds = (work.last_step - step) * work.batch_size / rate
+            left = datetime.timedelta(seconds=round(seconds))
+            position = f"epoch {self._epoch}  step {step}/{work.last_step}"
             self._print(f"{position}  {'  '.join(parts)}  {left} left")
 
     def epoch(self, record: Record) -> None:
         """Report a finished epoch: write its record and print the main metrics."""
         if self._workdir is None:
             return
-        append_record(self._workdir / EPOCHS_FILE, record)
-        self._track(record)
+        self._record(self._workdir / EPOCHS_FILE, record)
         self._print(
             "  ".join(text.format(record[key]) for key, text in EPOCH_FORMATS if key in record)
         )
 
-    def _track(self, record: Record) -> None:
+    def _record(self, path: Path, record: Record) -> None:
+        append_record(path, record)
         if self._writer is not None:
             for key, value in record.items():
                 self._writer.add_scalar(key, value, record["step"])

@@ -21,18 +21,10 @@ CURVES, CONFUSION, EXAMPLES = "curves.png", "confusion_matrix.png", "scenes.png"
 
 
 def describe_source(run: Run, step: int, score: float) -> dict[str, Any]:
-    """Describe how weights were trained, for the model directory that holds them.
+    """Describe how the weights after `step` steps were trained, as the `source` of a `ModelCard`.
 
-    Args:
-      run: the run that trained the weights.
-      step: number of steps after which they were saved.
-      score: the task's score on the test images, in percent; left out if it is not finite.
-
-    Returns:
-      A dict that JSON can represent: `trained_on`, the name of the dataset, and the number of its
-      `train_images`; the `epoch` and `step` of the weights; the score, `test_accuracy` or
-      `test_mean_iou`, on `test_images` images of `test_split`; and, of the recipe, the keys that
-      apply: `config`, its name, the `epochs` or `steps` of the whole run, and `init_from`.
+    `score` is the task's score on the test images, in percent; it is left out if it is not finite.
+    Keys of the recipe that do not apply are left out too.
     """
     config = run.config
     recipe = {
@@ -65,7 +57,7 @@ def write_result(
     Args:
       directory: directory to write.
       task: the task, for its model and preprocessing.
-      weights: variables as numpy arrays, by kind: 'ema', if there is an average, then 'model'.
+      weights: variables as numpy arrays, by kind; the first kind is the default.
       class_names: class names by label.
       source: how the weights were trained; see `describe_source`.
 
@@ -84,13 +76,9 @@ def write_result(
 
 
 def write_model_directory(run: Run, name: str, state: TrainState, score: float) -> None:
-    """Write a state's weights to a model directory in the workdir; call it on all hosts.
+    """Write a state's weights to the model directory `name` in the workdir; call it on all hosts.
 
-    Args:
-      run: the run that the state belongs to.
-      name: name of the directory.
-      state: the state; its variables and their average are written.
-      score: the task's score on the test images, in percent.
+    The average, if the run keeps one, becomes the default. `score` is that of `describe_source`.
     """
     weights = sharding.fetch(state.weights(), run.mesh)
     if sharding.is_first_host():
@@ -107,13 +95,8 @@ def write_model_directory(run: Run, name: str, state: TrainState, score: float) 
 def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
     """Draw training curves, the confusion matrix and example predictions; call it on all hosts.
 
-    Args:
-      run: the run to draw; its workdir gets the files.
-      state: the state for the example predictions.
-      sums: sums of the last test, for the confusion matrix.
-
-    Returns:
-      Names of the files in the workdir; none on hosts other than the first.
+    The examples come from `state`, the confusion matrix from `sums`, those of the last test.
+    Returns the names of the files in the workdir; none on hosts other than the first.
     """
     task, weights = run.trainer.task, state.weights()
     variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)

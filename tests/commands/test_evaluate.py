@@ -20,7 +20,7 @@ from activemlp_jax.data.image_transforms import eval_transform
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.tasks.classification import Classification, hardest_classes
-from activemlp_jax.tasks.segmentation_report import class_table
+from activemlp_jax.tasks.segmentation_metrics import class_table
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
 from activemlp_jax.weights.model_card import ModelCard

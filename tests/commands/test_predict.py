@@ -20,7 +20,7 @@ from activemlp_jax import predict
 from activemlp_jax.inference import classify
 from activemlp_jax.inference.offsets import show_to_model
 from activemlp_jax.plots.overlays import class_shares
-from activemlp_jax.tasks import labeled_files
+from activemlp_jax.tasks import segmentation_predict
 from activemlp_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("predict")
@@ -308,7 +308,7 @@ def test_names_reach_neither_a_terminal_nor_json_as_what_they_are_not(name: str)
     assert json.loads(line) == record
     assert line.isprintable()
     assert ("grün" in line) == (name == "grün"), "letters are written as they are"
-    assert labeled_files.describe(record).isprintable()
+    assert segmentation_predict.describe(record).isprintable()
 
 
 def test_json_has_no_number_that_json_has_not():

@@ -15,8 +15,8 @@ from rich.console import Console
 from small_models import BACKBONE, save_classifier
 
 import activemlp_jax as am
-from activemlp_jax.export.__main__ import export_model
-from activemlp_jax.export.description import describe, write_readme
+from activemlp_jax.export.__main__ import describe, export_model
+from activemlp_jax.export.readme import write_readme
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.loop import train
 from activemlp_jax.training.results import describe_source, write_model_directory

@@ -1,6 +1,12 @@
-"""Segmentation metrics from a confusion matrix of pixels over a whole dataset."""
+"""Segmentation metrics from a confusion matrix of pixels over a whole dataset, and their table."""
+
+from collections.abc import Sequence
 
 import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from activemlp_jax.utils.errors import one_line
 
 
 def class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -47,3 +53,20 @@ def scene_metrics(confusion: np.ndarray) -> dict[str, float]:
 def _mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
+
+
+def class_table(confusion: np.ndarray, class_names: Sequence[str]) -> Table:
+    """Make a table of the metrics of each class; `confusion` `[K, K]` is label by prediction."""
+    metrics = class_metrics(confusion)
+    table = Table("class", title="each class, in percent")
+    for heading in ("IoU", "accuracy", "share of pixels"):
+        table.add_column(heading, justify="right")
+    shares = 100 * np.asarray(confusion).sum(1) / max(np.asarray(confusion).sum(), 1)
+    for name, iou, accuracy, share in zip(
+        class_names, metrics["iou"], metrics["accuracy"], shares, strict=True
+    ):
+        table.add_row(
+            Text(one_line(name)),
+            *("-" if np.isnan(value) else f"{value:.2f}" for value in (iou, accuracy, share)),
+        )
+    return table

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from activemlp_jax.inference.images import STDIN, ImageFile, read_images
 from activemlp_jax.inference.segment import Segmenter, segment_image
@@ -21,44 +21,13 @@ MAX_LABELS = 2**16  # in a 16-bit picture
 Record = dict[str, Any]
 
 
-class Targets(NamedTuple):
-    """The files to write for an image; `labels` is None if no label map is requested."""
-
-    overlay: Path
-    labels: Path | None
-
-
-def name_targets(files: Sequence[ImageFile], output: Path | None, labels: bool) -> list[Targets]:
-    """Name the files to write for each image.
-
-    Args:
-      files: the images.
-      output: folder to write to, with the same subfolders as the images; None to write next to
-        each image.
-      labels: whether to write label maps as well.
-
-    Raises:
-      UserError: the overlays of two images would have the same path.
-    """
-    targets, seen = [], dict[Path, ImageFile]()
-    for file in files:
-        image_folder = Path() if file.path == STDIN else Path(file.path).parent
-        folder = output / file.inside.parent if output else image_folder
-        overlay = folder / f"{file.inside.stem}{OVERLAY}"
-        if overlay in seen:
-            raise UserError(
-                f"{seen[overlay].path} and {file.path} would both be written to {overlay}"
-            )
-        seen[overlay] = file
-        label_map = folder / f"{file.inside.stem}{LABELS}" if labels else None
-        targets.append(Targets(overlay, label_map))
-    return targets
-
-
 def plan(
     segmenter: Segmenter, card: ModelCard, files: Sequence[ImageFile], options: Mapping[str, Any]
 ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
     """Check the files to write, and make the function that writes overlays and label maps.
+
+    The files go to the folder `options['output']`, with the same subfolders as the images, or next
+    to each image.
 
     Args:
       segmenter: the segmentation model.
@@ -76,37 +45,53 @@ def plan(
       UserError: a file cannot be written or would be overwritten, or the model has too many
         classes for label maps.
     """
-    num_classes, labels = card.model.num_classes, options["labels"]
-    if labels and num_classes > MAX_LABELS:
+    num_classes = card.model.num_classes
+    if options["labels"] and num_classes > MAX_LABELS:
         raise UserError(
             f"--labels is for at most {MAX_LABELS:,} classes, the model has {num_classes}"
         )
     output = Path(options["output"]) if options["output"] else None
-    targets = name_targets(files, output, labels)
-    for path in filter(None, (path for target in targets for path in target)):
-        check_picture(path, options["overwrite"])
-        if options["show_offsets"] and Path(options["show_offsets"]) == path:
-            raise UserError(f"--show-offsets is {path}, where the labels of an image are written")
+    overlays: dict[Path, ImageFile] = {}
+    for file in files:
+        image_folder = Path() if file.path == STDIN else Path(file.path).parent
+        folder = output / file.inside.parent if output else image_folder
+        overlay = folder / f"{file.inside.stem}{OVERLAY}"
+        if overlay in overlays:
+            raise UserError(
+                f"{overlays[overlay].path} and {file.path} would both be written to {overlay}"
+            )
+        overlays[overlay] = file
+    for overlay in overlays:
+        for path in (overlay, _label_map(overlay)) if options["labels"] else (overlay,):
+            check_picture(path, options["overwrite"])
+            if options["show_offsets"] and Path(options["show_offsets"]) == path:
+                raise UserError(
+                    f"--show-offsets is {path}, where the labels of an image are written"
+                )
     opacity = OPACITY if options["opacity"] is None else options["opacity"]
     names = card.class_names or tuple(map(str, range(num_classes)))
-    by_file = dict(zip(files, targets, strict=True))
+    overlay_of = {file: overlay for overlay, file in overlays.items()}
 
     def run(variables: Variables, broken: list[ImageFile]) -> Iterator[Record]:
         for file, image in read_images(files, lambda image: image, 0, broken):
             label_map = segment_image(segmenter, variables, image)
-            target = by_file[file]
-            replaced = os.path.lexists(target.overlay)
-            save_picture(draw_overlay(image, label_map, names, opacity), target.overlay)
-            if target.labels:
-                save_picture(label_picture(label_map, num_classes), target.labels)
+            overlay = overlay_of[file]
+            replaced = os.path.lexists(overlay)
+            save_picture(draw_overlay(image, label_map, names, opacity), overlay)
+            if options["labels"]:
+                save_picture(label_picture(label_map, num_classes), _label_map(overlay))
             yield {
                 "image": file.path,
-                "overlay": str(target.overlay),
+                "overlay": str(overlay),
                 "replaced": replaced,
                 "shares": {names[label]: share for label, share in class_shares(label_map)},
             }
 
     return run
+
+
+def _label_map(overlay: Path) -> Path:
+    return overlay.with_name(overlay.name.removesuffix(OVERLAY) + LABELS)
 
 
 def describe(record: Record) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from activemlp_jax.data.segmentation_sources import labels_of_mask
 from activemlp_jax.inference.confusion import count_pixels
-from activemlp_jax.tasks.metrics import class_metrics, scene_metrics
+from activemlp_jax.tasks.segmentation_metrics import class_metrics, scene_metrics
 
 CLASSES = 7
 

@@ -1,0 +1,96 @@
+"""Stopping a run early: on Ctrl-C, SIGTERM or preemption, and at metrics that are not finite."""
+
+import json
+import math
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import jax
+import orbax.checkpoint as ocp
+
+from activemlp_jax.distributed import sharding
+from activemlp_jax.training.workdir import replace_file
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.types import Record
+
+
+class Interruption:
+    """Context manager that notices when the run should save its state and stop.
+
+    Ctrl-C or SIGTERM on any host, or a notice from JAX's preemption service, stops all hosts after
+    the same step. A second signal stops at once.
+
+    Args:
+      log: called with a line to print when a signal arrives.
+    """
+
+    def __init__(self, log: Callable[[str], None]):
+        self._log = log
+        self._signal: int | None = None
+
+    def __enter__(self) -> "Interruption":
+        self._before = {
+            number: signal.signal(number, self._notice)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = number
+        self._log("stopping after this step; again stops at once")
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; the same on all hosts, which must all ask at every step."""
+        signaled = self._signal is not None
+        if jax.process_count() == 1:
+            return signaled
+        return sharding.stop_is_agreed(signaled, step) or ocp.multihost.reached_preemption(step)
+
+    @property
+    def status(self) -> int:
+        """Exit status by the shells' convention: 128 plus the signal's number."""
+        return 128 + (self._signal or signal.SIGTERM)
+
+
+def non_finite(metrics: Record) -> list[str]:
+    """Names of the metrics that are NaN or infinite."""
+    return [name for name, value in metrics.items() if not math.isfinite(value)]
+
+
+def stop_at_non_finite(
+    workdir: Path, step: int, metrics: Record, examples: Sequence[int], checkpoint: Path | None
+) -> UserError:
+    """Record the step with non-finite metrics in `non_finite.json`.
+
+    Args:
+      workdir: directory of the run; the first host writes the file there.
+      step: number of the step, counted from 0.
+      metrics: metrics of the step.
+      examples: indices in the training set of the step's batch, by row.
+      checkpoint: newest checkpoint that is still good; None if there is none.
+
+    Returns:
+      The error to raise.
+    """
+    broken = non_finite(metrics)
+    values = {name: str(metrics[name]) if name in broken else metrics[name] for name in metrics}
+    good = str(checkpoint) if checkpoint else None
+    content = {"step": step, **values, "last_good_checkpoint": good, "examples": list(examples)}
+    path = workdir / "non_finite.json"
+    if sharding.is_first_host():
+        replace_file(path, json.dumps(content) + "\n")
+    where = f"the last good checkpoint is {good}" if good else "there is no good checkpoint"
+    names = " and ".join(f"{name.replace('_', ' ')} is {values[name]}" for name in broken)
+    return UserError(
+        f"the {names} at step {step}; the run stops here; {where}; "
+        f"{path} has the indices of the batch"
+    )
