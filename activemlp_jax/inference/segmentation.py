@@ -238,12 +238,11 @@ def _load_parts(
     segmenter: Segmenter, source: SceneSource, parts: Sequence[Part], settings: Settings
 ) -> Iterator[Batch]:
     """Yield this host's rows of each part, in order."""
-    host = sharding.this_host()
-    local = settings.batch_size // host["processes"]
+    local = settings.batch_size // jax.process_count()
 
     def scene(number: int) -> Batch:
         part, row = divmod(number, local)
-        indices, position = parts[part].indices, host["process"] * local + row
+        indices, position = parts[part].indices, jax.process_index() * local + row
         is_padding = position >= len(indices)
         example = source[indices[0 if is_padding else position]]
         batch = segmenter.prepare(example.image)

@@ -219,7 +219,8 @@ class Classification(Task):
                 self.preprocessing,
                 batch_size,
                 num_threads=num_threads,
-                **sharding.this_host(),
+                process=jax.process_index(),
+                processes=jax.process_count(),
             )
             console = Console(stderr=True)
             tracked = track(

@@ -22,7 +22,7 @@ from activemlp_jax.data.segmentation_transforms import (
     load_opencv,
     scene_train_transform,
 )
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts
 from activemlp_jax.inference.files import ImageFile
 from activemlp_jax.inference.segmentation import (
     Segmenter,
@@ -256,7 +256,7 @@ class Segmentation(Task):
         show_progress: bool = False,
     ) -> Test:
         """Make the function from variables by name and a dataset to sums by name."""
-        has_bar = show_progress and sharding.is_first_host()
+        has_bar = show_progress and hosts.is_first()
         settings = Settings(batch_size, num_threads, watch_parts if has_bar else iter)
         return make_evaluation(self._segmenter, mesh, settings, gather)
 

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts
 from activemlp_jax.training.config import differing_keys
 from activemlp_jax.training.step import TrainState
 from activemlp_jax.utils.digests import check_digests, read_digests, write_digests
@@ -32,7 +32,6 @@ from activemlp_jax.weights.finite import describe_non_finite
 SCORE_KEY = "score"
 NOT_EVALUATED = -1.0  # below every score
 CLOCK_INTERVAL = 10  # steps between checks of the clock if there are several hosts
-RESTORE_TIMEOUT = 3600  # seconds for the slowest host to check its part of a checkpoint
 NONE_COMPLETE = ".none_complete"  # the marker file
 # Files in which Orbax stores the items `run` and `metrics` of a checkpoint.
 RUN_FILE = Path("run", "metadata")
@@ -97,7 +96,6 @@ class Checkpoints:
         self._config = json.loads(config.to_json())
         self._options = config.checkpoint
         self._last_save = time.monotonic()
-        self._restores = 0
         self._directory = directory.absolute()
         for step in _steps(self._directory):
             with self._reading(step):
@@ -194,17 +192,16 @@ class Checkpoints:
         wanted = max(steps, default=None) if step is None else step
         if wanted is None:
             return None
-        host, hosts = sharding.this_host().values()
+        host, processes = jax.process_index(), jax.process_count()
         for other in sorted(steps) if step is None else []:
             if other != wanted:
                 with self._reading(other):
                     # A run may have been killed while it removed an old checkpoint.
-                    _read(self.path(other), host, hosts, may_lack_files=True)
+                    _read(self.path(other), host, processes, may_lack_files=True)
         with self._reading(wanted):
-            run = _read(self.path(wanted), host, hosts)
-        self._restores += 1
+            run = _read(self.path(wanted), host, processes)
         # A barrier, not a collective operation: hosts with slow disks may take long to read.
-        sharding.check_same(f"the checkpoints, reading {self._restores}", {}, RESTORE_TIMEOUT)
+        hosts.wait_for_all("the checkpoints")
         differences = differing_keys(self._config, run["config"])
         if differences:
             raise UserError(
@@ -286,7 +283,7 @@ class Checkpoints:
         if jax.process_count() > 1 and step % CLOCK_INTERVAL:
             return False
         minutes = (time.monotonic() - self._last_save) / 60
-        return sharding.first_host_says(minutes >= self._options.every_minutes)
+        return hosts.first_host_says(minutes >= self._options.every_minutes)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

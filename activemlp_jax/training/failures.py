@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from activemlp_jax.distributed.sharding import is_first_host
+from activemlp_jax.distributed import hosts
 from activemlp_jax.training.workdir import replace_file
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Record
@@ -36,7 +36,7 @@ def stop_at_non_finite(
     good = str(checkpoint) if checkpoint else None
     content = {"step": step, **values, "last_good_checkpoint": good, "examples": list(examples)}
     path = workdir / "non_finite.json"
-    if is_first_host():
+    if hosts.is_first():
         replace_file(path, json.dumps(content) + "\n")
     where = f"the last good checkpoint is {good}" if good else "there is no good checkpoint"
     names = " and ".join(f"{name.replace('_', ' ')} is {values[name]}" for name in broken)

@@ -7,7 +7,7 @@ from types import FrameType
 import jax
 import orbax.checkpoint as ocp
 
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts
 
 
 class Interruption:
@@ -47,7 +47,7 @@ class Interruption:
         signaled = self._signal is not None
         if jax.process_count() == 1:
             return signaled
-        return sharding.stop_is_agreed(signaled, step) or ocp.multihost.reached_preemption(step)
+        return hosts.stop_is_agreed(signaled, step) or ocp.multihost.reached_preemption(step)
 
     @property
     def status(self) -> int:

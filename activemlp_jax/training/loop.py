@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from activemlp_jax.data.loader import Skipped, sample_order, train_batches
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.base import Sums
 from activemlp_jax.training.checkpoints import Checkpoints, Restored
 from activemlp_jax.training.failures import non_finite, stop_at_non_finite
@@ -51,7 +51,6 @@ def train(
     *,
     config_name: str = "",
     trackers: Sequence[Tracker] = (),
-    timeout: float = 300,
 ) -> None:
     """Train a model as `config` says, or resume the run in `workdir`.
 
@@ -63,22 +62,21 @@ def train(
         images it skips.
       config_name: name of the config to record in model directories, such as 'digits'; '' for none.
       trackers: functions to call with every record; see `Reporter`.
-      timeout: seconds that hosts wait for each other before the first step.
 
     Raises:
       UserError: invalid settings, a workdir that cannot be used or has lost its checkpoints, a
         checkpoint that cannot be read or written, or a loss, gradient or weight that is not finite.
       Interrupted: the run was asked to stop, and has saved its state.
     """
-    run = prepare_run(config, workdir, timeout, config_name)
-    is_first_host = sharding.is_first_host()
+    run = prepare_run(config, workdir, config_name)
+    is_first_host = hosts.is_first()
     log_on_this_host = _logger(console)
     console = console if is_first_host else Console(quiet=True)
     log = _logger(console)
     with contextlib.ExitStack() as stack:
         if is_first_host:
             stack.enter_context(claim_workdir(workdir, run.config))
-        check_shared(workdir, timeout)
+        check_shared(workdir)
         # Read the records now, so that a damaged file stops the run before training, not after.
         records = [
             read_records(workdir / name) for name in (EPOCHS_FILE, STEPS_FILE) if is_first_host
@@ -171,7 +169,7 @@ def _run_steps(
     train_step = run.trainer.train_step.lower(run.trainer.state, run.trainer.batch).compile()
     log(f"compiled in {time.perf_counter() - started:.0f} s")
 
-    skipped = Skipped(config.data.max_skipped, log_on_this_host, sharding.shared_store())
+    skipped = Skipped(config.data.max_skipped, log_on_this_host, hosts.shared_store())
     batches = train_batches(
         run.train_source,
         run.trainer.task.transform,
@@ -179,7 +177,8 @@ def _run_steps(
         first_step=first_step,
         last_step=run.last_step,
         skipped=skipped,
-        **sharding.this_host(),
+        process=jax.process_index(),
+        processes=jax.process_count(),
     )
     pending: deque[tuple[int, Metrics]] = deque()  # dispatched steps
 
@@ -233,7 +232,7 @@ def _run_steps(
                             "learning_rate": float(metrics["learning_rate"]),
                             "train_loss": float(np.mean(losses)),
                             "images_per_second": round(reporter.images_per_second(), 1),
-                            "images_skipped": sharding.sum_over_hosts(len(skipped)),
+                            "images_skipped": hosts.sum_over_hosts(len(skipped)),
                             **test_metrics,
                         }
                     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.base import Sums, Task
 from activemlp_jax.training.run import Run
 from activemlp_jax.training.step import TrainState
@@ -92,7 +92,7 @@ def write_model_directory(run: Run, name: str, state: TrainState, score: float) 
       score: the task's score on the test images, in percent.
     """
     weights = sharding.fetch(state.weights(), run.mesh)
-    if sharding.is_first_host():
+    if hosts.is_first():
         ema_first = {kind: weights[kind] for kind in sorted(weights)}
         write_result(
             run.workdir / name,
@@ -116,7 +116,7 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
     """
     task, weights = run.trainer.task, state.weights()
     variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)
-    if not sharding.is_first_host():
+    if not hosts.is_first():
         return []
     from activemlp_jax.plots.training import draw_confusion, draw_curves  # slow to import
 

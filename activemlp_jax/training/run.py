@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from activemlp_jax.data.base import Source, check_same_classes
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.consistency import run_facts
@@ -38,13 +39,12 @@ class Run(NamedTuple):
         return self.trainer.steps
 
 
-def prepare_run(config: ConfigDict, workdir: Path, timeout: float, config_name: str = "") -> Run:
+def prepare_run(config: ConfigDict, workdir: Path, config_name: str = "") -> Run:
     """Open the data, build the trainer, and check that all hosts agree on the run.
 
     Args:
       config: the whole config, with the keys of `default_config`.
       workdir: directory of the run, not accessed here.
-      timeout: seconds to wait for the other hosts.
       config_name: name of the config to record in model directories, such as 'digits'; '' for none.
 
     Raises:
@@ -59,16 +59,16 @@ def prepare_run(config: ConfigDict, workdir: Path, timeout: float, config_name: 
     check_same_classes(names, test_source.class_names, f"the test set of {config.data.name}")
     TASKS[config.task].check_packages(config)  # now, not at the first image
     trainer = build_trainer(config, len(names), len(train_source), mesh)
-    sharding.check_same("the run", run_facts(config, (train_source, test_source)), timeout)
+    hosts.check_same("the run", run_facts(config, (train_source, test_source)))
     return Run(config, workdir, mesh, train_source, test_source, trainer, config_name)
 
 
-def check_shared(workdir: Path, timeout: float) -> None:
+def check_shared(workdir: Path) -> None:
     """Raise UserError unless `workdir` is the same directory on all hosts."""
-    if sharding.this_host()["processes"] == 1:
+    if jax.process_count() == 1:
         return
-    if sharding.is_first_host():
+    if hosts.is_first():
         write_mark(workdir)
-    sharding.check_same("the workdir", {}, timeout)  # a barrier: wait until the mark is written
+    hosts.check_same("the workdir", {})  # a barrier: wait until the mark is written
     name = f"the mark in {workdir}, which must be a directory that all hosts share,"
-    sharding.check_same("the mark", {name: read_mark(workdir)}, timeout)
+    hosts.check_same("the mark", {name: read_mark(workdir)})

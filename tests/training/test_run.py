@@ -32,12 +32,11 @@ def prepared(workdir: Path, config_name: str = "digits", **changes: Any) -> Run:
     config = default_config()
     config.model.update(BACKBONE | {"mlp_ratios": (2.0,) * 4})
     config.update_from_flattened_dict({"epochs": 40, **changes})
-    return prepare_run(config, workdir, timeout=10, config_name=config_name)
+    return prepare_run(config, workdir, config_name)
 
 
 def train_again(run: Run) -> None:
-    console = Console(quiet=True)
-    train(run.config, run.workdir, console, timeout=10)
+    train(run.config, run.workdir, Console(quiet=True))
 
 
 def test_records_without_checkpoints_are_no_beginning_and_stay(tmp_path: Path):
