@@ -100,6 +100,16 @@ def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(shard, tree)
 
 
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """Inside a jitted function, make every array of a tree whole on every device."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def scatter(tree: Any, mesh: Mesh) -> Any:
+    """Inside a jitted function, split the arrays of a tree as `split_over_fsdp` says."""
+    return jax.lax.with_sharding_constraint(tree, split_over_fsdp(tree, mesh))
+
+
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
     """Replicate a tree of arrays, whole and equal on each host, to all devices."""
     # One host may have had to compile the initialization that another found in a cache.
@@ -148,13 +158,3 @@ def place_rows(
         name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=rows)
         for name, (shape, dtype) in shapes.items()
     }
-
-
-def check_batch_size(key: str, batch_size: int, devices: int, parts: int = 1) -> None:
-    """Raise UserError if `devices` cannot equally share a batch that is processed in `parts`."""
-    if batch_size % (devices * parts):
-        taken = f", taken in {parts} parts" if parts > 1 else ""
-        raise UserError(
-            f"config.{key} is {batch_size}, expected a multiple of {devices * parts}: "
-            f"there are {devices} devices{taken}"
-        )

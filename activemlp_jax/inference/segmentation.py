@@ -259,22 +259,15 @@ def _load_parts(
 Evaluation = Callable[[Mapping[str, Any], SceneSource], dict[str, dict[str, np.ndarray]]]
 
 
-def make_evaluation(
-    segmenter: Segmenter,
-    mesh: Mesh,
-    settings: Settings,
-    gather: Callable[[Any], Any] = lambda variables: variables,
-) -> Evaluation:
+def make_evaluation(segmenter: Segmenter, mesh: Mesh, settings: Settings) -> Evaluation:
     """Make a function that evaluates several sets of weights in one pass over a dataset.
 
     The function keeps its compiled programs for the next call.
 
     Args:
       segmenter: the model to evaluate.
-      mesh: all devices of all hosts.
+      mesh: all devices of all hosts, over which variables may be split.
       settings: batch size, threads and progress.
-      gather: converts variables as they are stored on the mesh to what the model needs on each
-        device.
 
     Returns:
       A function of variables, keyed by name and on the devices, and of labeled scenes. For each
@@ -284,7 +277,7 @@ def make_evaluation(
     """
 
     def gathered_logits(variables: Any, images: jax.Array) -> jax.Array:
-        return segmenter.logits(gather(variables), images)
+        return segmenter.logits(sharding.gather(variables, mesh), images)
 
     logits = jax.jit(sharding.on_mesh(gathered_logits, mesh))
     replicated = sharding.replicated(mesh)

@@ -41,7 +41,6 @@ from activemlp_jax.tasks.base import (
     Task,
     Test,
     build_model,
-    identity,
     redraw_heads,
 )
 from activemlp_jax.tasks.evaluation import evaluate
@@ -197,17 +196,12 @@ class Classification(Task):
         }
 
     def make_test(
-        self,
-        mesh: Mesh,
-        batch_size: int,
-        num_threads: int,
-        gather: Callable[[Variables], Variables] = identity,
-        show_progress: bool = False,
+        self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
         """Make the function from variables by name and a dataset to sums by name."""
 
         def count_batch(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-            return self.count(gather(variables), batch)
+            return self.count(sharding.gather(variables, mesh), batch)
 
         count = jax.jit(
             sharding.on_mesh(count_batch, mesh), out_shardings=sharding.replicated(mesh)

@@ -45,7 +45,6 @@ from activemlp_jax.tasks.base import (
     Task,
     Test,
     build_model,
-    identity,
     redraw_heads,
 )
 from activemlp_jax.tasks.metrics import class_metrics, scene_metrics
@@ -248,17 +247,12 @@ class Segmentation(Task):
         return loss + AUXILIARY_WEIGHT * pixel_cross_entropy(auxiliary, labels), updated
 
     def make_test(
-        self,
-        mesh: Mesh,
-        batch_size: int,
-        num_threads: int,
-        gather: Callable[[Variables], Variables] = identity,
-        show_progress: bool = False,
+        self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
         """Make the function from variables by name and a dataset to sums by name."""
         has_bar = show_progress and hosts.is_first()
         settings = Settings(batch_size, num_threads, watch_parts if has_bar else iter)
-        return make_evaluation(self._segmenter, mesh, settings, gather)
+        return make_evaluation(self._segmenter, mesh, settings)
 
     @staticmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:

@@ -18,7 +18,8 @@ from activemlp_jax.training.init_from import draw_variables
 from activemlp_jax.training.optimizer import make_optimizer
 from activemlp_jax.training.schedules import learning_rate_schedule
 from activemlp_jax.training.step import TrainState, make_train_step
-from activemlp_jax.utils.types import Params, Record, Variables
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.types import Record, Variables
 from activemlp_jax.weights.architecture import Model
 
 
@@ -92,47 +93,42 @@ def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
       UserError: the batch size cannot be divided over the devices or is larger than an epoch, or
         the settings fit no model.
     """
-    parts = {"batch_size": config.accumulation, "eval_batch_size": 1}
-    for key, number in parts.items():
-        sharding.check_batch_size(key, config[key], mesh.size, number)
+    for key, parts in {"batch_size": config.accumulation, "eval_batch_size": 1}.items():
+        if config[key] % (mesh.size * parts):
+            taken = f", taken in {parts} parts" if parts > 1 else ""
+            raise UserError(
+                f"config.{key} is {config[key]}, expected a multiple of {mesh.size * parts}: "
+                f"there are {mesh.size} devices{taken}"
+            )
     steps_per_epoch = sample_order(config, examples).steps_per_epoch
     steps = config.steps or config.epochs * steps_per_epoch
     task = make_task(config, num_classes)
-    model = task.model
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, steps, config.batch_size)
-    optimizer = make_optimizer(config.optimizer, schedule, model)
+    optimizer = make_optimizer(config.optimizer, schedule, task.model)
 
     def create(variables: Variables) -> TrainState:
         return TrainState.create(variables, optimizer, config.ema_decay)
 
-    shapes = jax.eval_shape(lambda: create(draw_variables(config, model)))
+    shapes = jax.eval_shape(lambda: create(draw_variables(config, task.model)))
     shardings = sharding.split_over_fsdp(shapes, mesh)
-    replicated = sharding.replicated(mesh)
-
-    def gather(variables: Variables) -> Variables:
-        return jax.lax.with_sharding_constraint(variables, replicated)
-
-    def scatter(gradients: Params) -> Params:
-        return jax.lax.with_sharding_constraint(gradients, shardings.variables["params"])
-
-    train_step = make_train_step(task, optimizer, schedule, config, gather, scatter)
+    train_step = make_train_step(task, optimizer, schedule, config, mesh)
     return Trainer(
-        task,
-        steps_per_epoch,
-        steps,
-        jax.tree.map(
+        task=task,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        state=jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             shapes,
             shardings,
         ),
-        sharding.place_rows(task.batch_shapes(), mesh),
-        jax.jit(create, out_shardings=shardings),
-        jax.jit(
+        batch=sharding.place_rows(task.batch_shapes(), mesh),
+        first_state=jax.jit(create, out_shardings=shardings),
+        train_step=jax.jit(
             sharding.on_mesh(train_step, mesh),
             donate_argnums=0,
-            out_shardings=(shardings, replicated),
+            out_shardings=(shardings, sharding.replicated(mesh)),
         ),
-        task.make_test(mesh, config.eval_batch_size, config.data.num_threads, gather),
+        evaluate=task.make_test(mesh, config.eval_batch_size, config.data.num_threads),
     )
 
 
