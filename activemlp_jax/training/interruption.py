@@ -1,7 +1,7 @@
 """Stopping a run early: on Ctrl-C, on SIGTERM, or when the cloud preempts its machines."""
 
+import logging
 import signal
-from collections.abc import Callable
 from types import FrameType
 
 import jax
@@ -9,19 +9,17 @@ import orbax.checkpoint as ocp
 
 from activemlp_jax.distributed import hosts
 
+log = logging.getLogger(__name__)
+
 
 class Interruption:
     """Context manager that notices when the run should save its state and stop.
 
     Ctrl-C or SIGTERM on any host, or a notice from JAX's preemption service, stops all hosts after
     the same step. A second signal stops at once.
-
-    Args:
-      log: called with a line to print when a signal arrives.
     """
 
-    def __init__(self, log: Callable[[str], None]):
-        self._log = log
+    def __init__(self) -> None:
         self._signal: int | None = None
 
     def __enter__(self) -> "Interruption":
@@ -40,7 +38,7 @@ class Interruption:
         if self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
-        self._log("stopping after this step; again stops at once")
+        log.info("stopping after this step; again stops at once")
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`; the same on all hosts, which must all ask at every step."""

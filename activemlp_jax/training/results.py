@@ -8,8 +8,8 @@ import numpy as np
 
 from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.base import Sums, Task
-from activemlp_jax.training.run import Run
 from activemlp_jax.training.step import TrainState
+from activemlp_jax.training.trainer import Run
 from activemlp_jax.training.workdir import EPOCHS_FILE, read_records
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
@@ -91,7 +91,7 @@ def write_model_directory(run: Run, name: str, state: TrainState, score: float) 
       state: the state; its variables and their average are written.
       score: the task's score on the test images, in percent.
     """
-    weights = sharding.fetch(state.weights(), run.mesh)
+    weights = sharding.fetch(state.weights(), run.trainer.mesh)
     if hosts.is_first():
         ema_first = {kind: weights[kind] for kind in sorted(weights)}
         write_result(
@@ -115,7 +115,7 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
       Names of the files in the workdir; none on hosts other than the first.
     """
     task, weights = run.trainer.task, state.weights()
-    variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)
+    variables = sharding.fetch(weights[list(weights)[-1]], run.trainer.mesh)
     if not hosts.is_first():
         return []
     from activemlp_jax.plots.training import draw_confusion, draw_curves  # slow to import

@@ -1,20 +1,23 @@
-"""The trainer: task, state shapes, compiled train step and evaluation of a config on a mesh."""
+"""The trainer, the compiled functions of a config on a mesh, and the run that uses them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from activemlp_jax.data.base import Source
+from activemlp_jax.data.base import Source, check_same_classes
 from activemlp_jax.data.loader import sample_order
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.tasks.base import Sums, Task
-from activemlp_jax.tasks.registry import make_task
-from activemlp_jax.training.init_from import draw_variables
+from activemlp_jax.tasks.registry import TASKS, make_task, open_data
+from activemlp_jax.training.config import check_config
+from activemlp_jax.training.consistency import run_facts
+from activemlp_jax.training.init_from import adopt_architecture, draw_variables
 from activemlp_jax.training.optimizer import make_optimizer
 from activemlp_jax.training.schedules import learning_rate_schedule
 from activemlp_jax.training.step import TrainState, make_train_step
@@ -29,6 +32,7 @@ class Trainer:
 
     Attributes:
       task: the task, with its model.
+      mesh: mesh that the functions run on.
       steps_per_epoch: number of steps per epoch.
       steps: number of steps of the whole run.
       state: the training state as a tree of `jax.ShapeDtypeStruct` with shardings.
@@ -40,6 +44,7 @@ class Trainer:
     """
 
     task: Task
+    mesh: Mesh
     steps_per_epoch: int
     steps: int
     state: TrainState
@@ -114,6 +119,7 @@ def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
     train_step = make_train_step(task, optimizer, schedule, config, mesh)
     return Trainer(
         task=task,
+        mesh=mesh,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         state=jax.tree.map(
@@ -139,3 +145,38 @@ def train_flops(config: ConfigDict, model: Model) -> float:
     """
     size = config.data.image_size
     return 6.0 * count_cost(model, size, size).macs * config.batch_size
+
+
+class Run(NamedTuple):
+    """Everything about a run that stays fixed while it trains."""
+
+    config: ConfigDict
+    workdir: Path
+    train_source: Source
+    test_source: Source
+    trainer: Trainer
+    config_name: str  # recorded in model directories, such as 'digits'; '' for none
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names, by label."""
+        return self.train_source.class_names
+
+
+def prepare_run(config: ConfigDict, workdir: Path, config_name: str = "") -> Run:
+    """Open the data, build the trainer, and check that all hosts agree on the run.
+
+    Raises UserError for invalid settings, unusable data, or hosts that differ. It does not access
+    `workdir`.
+    """
+    config = adopt_architecture(config)
+    check_config(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    train_source = open_data(config, config.data.train_split)
+    test_source = open_data(config, config.data.test_split)
+    names = train_source.class_names
+    check_same_classes(names, test_source.class_names, f"the test set of {config.data.name}")
+    TASKS[config.task].check_packages(config)  # now, not at the first image
+    trainer = build_trainer(config, len(names), len(train_source), mesh)
+    hosts.check_same("the run", run_facts(config, (train_source, test_source)))
+    return Run(config, workdir, train_source, test_source, trainer, config_name)
