@@ -17,11 +17,10 @@ import argparse
 import os
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from activemlp_jax.command_line import Parser, check_numbers
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.inference.segment import round_up
 from activemlp_jax.tasks.registry import TASKS, check_options, task_type
 from activemlp_jax.training.cli_flags import HOST_OPTIONS
@@ -97,12 +96,12 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     keep_freed_memory()
     collect_garbage_rarely()
-    hosts = sharding.Hosts(**{name: arguments.pop(name) for name, *_ in HOST_OPTIONS})
+    host_options = {name: arguments.pop(name) for name, *_ in HOST_OPTIONS}
     with errors_in_one_line():
         check_numbers(arguments)
-        with sharding.connected(hosts):
+        with hosts.connected(hosts.Hosts(**host_options)):
             lines = evaluate(arguments)
-        if jax.process_index() == 0:
+        if hosts.is_first():
             for line in lines:
                 Console().print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -27,9 +27,9 @@ MOST_PROCESSES = 1_000_000
 RETRY = 0.2  # seconds between two attempts to reach the first process
 GRACE = 1.0  # seconds to wait for a failure that explains an error of unknown cause
 PATIENCE = 5.0  # seconds to wait for other processes to end
-MOST_CHARACTERS = 4000  # in a message
 
 Message = dict[str, Any]
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]  # of one connection
 
 
 class Member(NamedTuple):
@@ -50,12 +50,6 @@ class Rendezvous:
 
     Its connections belong to an event loop in a separate thread, so that a failure is noticed while
     the main thread waits for devices.
-
-    Args:
-      address: HOST:PORT of the first process.
-      me: this process.
-      timeout: seconds to wait for the other processes.
-      end: function that ends this process with a message; called in the loop's thread.
     """
 
     def __init__(self, address: str, me: Member, timeout: float, end: Callable[[str], None]):
@@ -63,6 +57,7 @@ class Rendezvous:
         self._address, self._timeout, self._end = address, timeout, end
         host, _, port = address.rpartition(":")
         self._host, self._port = host.strip("[]"), int(port)
+        self._writers: dict[int, asyncio.StreamWriter] = {}  # by process
         self._is_ending = False  # True once failures of other processes no longer matter
         self._all_met = asyncio.Event()
         self._own_failure_known = asyncio.Event()  # set once all know that this process has failed
@@ -71,29 +66,25 @@ class Rendezvous:
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(_ignore_destroyed_tasks)
 
-    def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` in the loop's thread and wait for it."""
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def start(self) -> None:
+    def meet(self) -> None:
         """Start the loop's thread and wait until all processes have met."""
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self.run(self._meet())
+        self._run(self._meet())
 
     def report(self, message: str, certain: bool) -> None:
         """Tell all other processes that this one fails and why; return when it may end.
 
-        Args:
-          message: for the user.
-          certain: whether the cause is known to be in this process. Another process may have caused
-            an error of a collective operation; if so, this process ends here with the message of
-            that process.
+        If it is not `certain` that the cause is in this process, as with an error of a collective
+        operation, and another process turns out to have failed, this one ends with its message.
         """
-        self.run(self._report(message[:MOST_CHARACTERS], certain))
+        self._run(self._report(message[:4000], certain))  # a line has at most 64 KiB
 
     def leave(self) -> None:
         """Tell the other processes that this one ends normally."""
-        self.run(self._leave())
+        self._run(self._leave())
 
     async def _meet(self) -> None:
         raise NotImplementedError
@@ -102,9 +93,13 @@ class Rendezvous:
         raise NotImplementedError
 
     async def _leave(self) -> None:
-        raise NotImplementedError
+        self._is_ending = True
+        await self._send_all({"done": True})
 
-    async def _reach_first(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _send_all(self, message: Message) -> None:
+        await asyncio.gather(*(_send(writer, message) for writer in self._writers.values()))
+
+    async def _reach_first(self) -> Streams:
         reader, writer = await asyncio.open_connection(self._host, self._port)
         connection = writer.get_extra_info("socket")
         if connection.getsockname() == connection.getpeername():
@@ -130,9 +125,7 @@ class _FirstProcess(Rendezvous):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self._members = {0: self.me}
-        self._writers: dict[int, asyncio.StreamWriter] = {}
-        self._done: set[int] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._failures: list[asyncio.Task[None]] = []  # or they might be garbage collected
         self._token = secrets.token_hex(16)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -148,8 +141,9 @@ class _FirstProcess(Rendezvous):
             await asyncio.start_server(self._accept, None, self._port)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                reason = describe_os_error(OSError(error.errno, os.strerror(error.errno or 0)))
-                raise UserError(f"cannot listen on port {self._port}: {reason}") from error
+                raise UserError(
+                    f"cannot listen on port {self._port}: {os.strerror(error.errno or 0)}"
+                ) from error
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._find_another_first(), 2.0)
             raise UserError(
@@ -195,8 +189,7 @@ class _FirstProcess(Rendezvous):
         if member.key == self.me.key:
             await _send(writer, {"yourself": True})
             return
-        number = member.process
-        error = ""
+        number, error = member.process, ""
         if member.processes != self.me.processes:
             error = (
                 f"{member} was started as one of {member.processes} processes, and {self.me} as "
@@ -219,18 +212,13 @@ class _FirstProcess(Rendezvous):
             await self._send_all({"token": self._token})
         while message := await _receive(reader):
             if "done" in message:
-                self._done.add(number)
-            elif "failed" in message:
+                del self._writers[number]
+                return
+            if "failed" in message:
                 failure = self._fail(str(message["failed"]), number, bool(message.get("certain")))
-                task = asyncio.create_task(failure)
-                self._tasks.add(task)  # or the task might be garbage collected
-                task.add_done_callback(self._tasks.discard)
+                self._failures.append(asyncio.create_task(failure))
         del self._writers[number]
-        if number not in self._done:
-            await self._fail(_gone_message(member))
-
-    async def _send_all(self, message: Message) -> None:
-        await asyncio.gather(*(_send(writer, message) for writer in self._writers.values()))
+        await self._fail(_gone_message(member))
 
     async def _fail(self, message: str, source: int | None = None, certain: bool = True) -> None:
         """End all processes, this one last; `source` is the number of the failed process."""
@@ -253,36 +241,23 @@ class _FirstProcess(Rendezvous):
         await self._fail(message, 0, certain)
         await self._own_failure_known.wait()  # if another failure was first, the process ends here
 
-    async def _leave(self) -> None:
-        self._is_ending = True
-        await self._send_all({"done": True})
-
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Forward a connection to JAX's service, which may not have started yet."""
         while True:
-            try:
+            with contextlib.suppress(OSError):
                 service = await asyncio.open_connection("127.0.0.1", self._service_port)
                 break
-            except OSError:
-                await asyncio.sleep(0.05)
-        await asyncio.wait(
-            [
-                asyncio.create_task(_copy(reader, service[1])),
-                asyncio.create_task(_copy(service[0], writer)),
-            ],
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        service[1].close()
+            await asyncio.sleep(0.05)
+        await _connect((reader, writer), service)
 
 
 class _OtherProcess(Rendezvous):
     """A process other than the first; it connects to the first."""
 
     _first: Member
-    _writer: asyncio.StreamWriter
+    _reason = ""  # why the first process is not found
 
     async def _meet(self) -> None:
-        self._reason = ""
         try:
             reader = await asyncio.wait_for(self._find_first(), self._timeout)
             listening = asyncio.create_task(self._listen(reader))
@@ -300,18 +275,18 @@ class _OtherProcess(Rendezvous):
     async def _find_first(self) -> asyncio.StreamReader:
         while True:
             try:
-                answer, reader, self._writer = await self._say_hello()
+                answer, reader, writer = await self._say_hello()
             except OSError as error:
                 self._reason = describe_os_error(error)
             else:
                 if "failed" in answer:
                     self._end(str(answer["failed"]))
                 if first := _as_member(answer):
-                    self._first = first
-                    _notice_lost_machines(self._writer)
+                    self._first, self._writers[0] = first, writer
+                    _notice_lost_machines(writer)
                     return reader
                 self._reason = "what listens there is not the first process of a run"
-                self._writer.close()
+                writer.close()
             await asyncio.sleep(RETRY)
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
@@ -330,28 +305,18 @@ class _OtherProcess(Rendezvous):
 
     async def _report(self, message: str, certain: bool) -> None:
         self._is_ending = certain
-        await _send(self._writer, {"failed": message, "certain": certain})
+        await self._send_all({"failed": message, "certain": certain})
         if not certain:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._own_failure_known.wait(), PATIENCE)
             self._is_ending = True
 
-    async def _leave(self) -> None:
-        self._is_ending = True
-        await _send(self._writer, {"done": True})
-
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Forward the connection of this process's JAX client to the first process."""
         with contextlib.suppress(OSError):
-            far_reader, far_writer = await self._reach_first()
-            await _send(far_writer, {"token": self._token})
-            answers = asyncio.create_task(_copy(far_reader, writer))
-            await asyncio.wait(
-                [asyncio.create_task(_copy(reader, far_writer)), answers],
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            far_writer.close()
-            if not answers.done():
+            first = await self._reach_first()
+            await _send(first[1], {"token": self._token})
+            if not await _connect((reader, writer), first):
                 return
         # JAX ends this process when the connection closes; `_listen` has to say why before that.
         await asyncio.sleep(PATIENCE)
@@ -361,23 +326,15 @@ class _OtherProcess(Rendezvous):
 def join(
     address: str, processes: int, process: int, timeout: float, end: Callable[[str], None]
 ) -> Rendezvous:
-    """Meet the other processes of a run; JAX then finds its service at `jax_address`.
+    """Meet the other processes of a run; raise UserError if the first cannot listen at `address`.
 
-    Args:
-      address: HOST:PORT of the first process.
-      processes: number of processes.
-      process: number of this process, from 0.
-      timeout: seconds to wait for the other processes.
-      end: function that ends this process with a message; called in another thread when another
-        process fails.
-
-    Raises:
-      UserError: the first process cannot listen at the address.
+    JAX then finds its service at `jax_address`. When another process fails, `end` is called with a
+    message in another thread; it must end this process.
     """
     me = Member(process, processes, socket.gethostname(), os.getpid(), secrets.token_hex(16))
     kind = _OtherProcess if process else _FirstProcess
     group = kind(address, me, timeout, end)
-    group.start()
+    group.meet()
     return group
 
 
@@ -418,6 +375,15 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         while data := await reader.read(2**16):
             writer.write(data)
             await writer.drain()
+
+
+async def _connect(near: Streams, far: Streams) -> bool:
+    """Copy between two connections until one ends, and close `far`; return whether it had ended."""
+    answers = asyncio.create_task(_copy(far[0], near[1]))
+    requests = asyncio.create_task(_copy(near[0], far[1]))
+    await asyncio.wait([requests, answers], return_when=asyncio.FIRST_COMPLETED)
+    far[1].close()
+    return answers.done()
 
 
 def _notice_lost_machines(writer: asyncio.StreamWriter) -> None:

@@ -72,12 +72,11 @@ def _load_parts(
     num_threads: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield this host's rows of each part, in order; rows past its end count no pixel."""
-    host = sharding.this_host()
-    local = batch_size // host["processes"]
+    local = batch_size // jax.process_count()
 
     def scene(number: int) -> dict[str, np.ndarray]:
         part, row = divmod(number, local)
-        indices, position = parts[part].indices, host["process"] * local + row
+        indices, position = parts[part].indices, jax.process_index() * local + row
         is_padding = position >= len(indices)
         example = source[indices[0 if is_padding else position]]
         label = np.full_like(example.label, IGNORED) if is_padding else example.label
@@ -96,7 +95,6 @@ def make_evaluation(
     mesh: Mesh,
     batch_size: int,
     num_threads: int,
-    gather: Callable[[Variables], Variables] = lambda variables: variables,
     watch: Callable[[Sequence[Part]], Iterator[Part]] = iter,
 ) -> Callable[[Mapping[str, Variables], SceneSource], dict[str, dict[str, np.ndarray]]]:
     """Make a function that evaluates several sets of weights in one pass over a dataset.
@@ -105,11 +103,9 @@ def make_evaluation(
 
     Args:
       segmenter: the model to evaluate.
-      mesh: all devices of all hosts.
+      mesh: all devices of all hosts, over which variables may be split.
       batch_size: scenes per batch, over all devices.
       num_threads: threads on each host that read and resize; 0 uses the caller's thread.
-      gather: converts variables as they are stored on the mesh to what the model needs on each
-        device.
       watch: returns an iterator over the given parts, which may show progress.
 
     Returns:
@@ -121,7 +117,7 @@ def make_evaluation(
     classes = segmenter.model.num_classes
 
     def view_logits(variables: Variables, images: jax.Array) -> jax.Array:
-        return segmenter.logits(gather(variables), images)
+        return segmenter.logits(sharding.gather(variables, mesh), images)
 
     def count_batch(
         groups: Sequence[int], batch: dict[str, jax.Array], logits: Sequence[jax.Array]

@@ -28,11 +28,6 @@ Record = dict[str, Any]  # a command's result, which JSON can represent
 Test = Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
 
 
-def identity(variables: Variables) -> Variables:
-    """Return the variables unchanged."""
-    return variables
-
-
 class Task(abc.ABC):
     """A task with its model and preprocessing.
 
@@ -161,20 +156,14 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def make_test(
-        self,
-        mesh: Mesh,
-        batch_size: int,
-        num_threads: int,
-        gather: Callable[[Variables], Variables] = identity,
-        show_progress: bool = False,
+        self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
         """Make the function that evaluates variables on a dataset.
 
         Args:
-          mesh: mesh of all devices.
+          mesh: mesh of all devices, over which the variables may be split.
           batch_size: images per batch, over all devices.
           num_threads: threads that read images, on each host.
-          gather: turns variables as the caller keeps them into whole copies on every device.
           show_progress: whether to show a progress bar on standard error.
 
         Returns:

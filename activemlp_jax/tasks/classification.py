@@ -51,7 +51,6 @@ from activemlp_jax.tasks.base import (
     Task,
     Test,
     build_model,
-    identity,
     redraw_heads,
 )
 from activemlp_jax.utils.errors import UserError, one_line
@@ -207,17 +206,12 @@ class Classification(Task):
         }
 
     def make_test(
-        self,
-        mesh: Mesh,
-        batch_size: int,
-        num_threads: int,
-        gather: Callable[[Variables], Variables] = identity,
-        show_progress: bool = False,
+        self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
         """Make the function from variables by name and a dataset to sums by name."""
 
         def count_batch(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-            return self.count(gather(variables), batch)
+            return self.count(sharding.gather(variables, mesh), batch)
 
         count = jax.jit(
             sharding.on_mesh(count_batch, mesh), out_shardings=sharding.replicated(mesh)
@@ -229,7 +223,8 @@ class Classification(Task):
                 self.preprocessing,
                 batch_size,
                 num_threads=num_threads,
-                **sharding.this_host(),
+                process=jax.process_index(),
+                processes=jax.process_count(),
             )
             console = Console(stderr=True)
             tracked = track(

@@ -24,7 +24,7 @@ from activemlp_jax.data.segmentation_transforms import (
     load_opencv,
     scene_train_transform,
 )
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts
 from activemlp_jax.inference.confusion import Part, make_evaluation
 from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.inference.segment import Segmenter, segment_image
@@ -43,7 +43,6 @@ from activemlp_jax.tasks.base import (
     Task,
     Test,
     build_model,
-    identity,
     redraw_heads,
 )
 from activemlp_jax.tasks.segmentation_metrics import class_metrics, class_table, scene_metrics
@@ -245,17 +244,11 @@ class Segmentation(Task):
         return loss + AUXILIARY_WEIGHT * pixel_cross_entropy(auxiliary, labels), updated
 
     def make_test(
-        self,
-        mesh: Mesh,
-        batch_size: int,
-        num_threads: int,
-        gather: Callable[[Variables], Variables] = identity,
-        show_progress: bool = False,
+        self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
         """Make the function from variables by name and a dataset to sums by name."""
-        has_bar = show_progress and sharding.is_first_host()
-        watch = watch_parts if has_bar else iter
-        return make_evaluation(self._segmenter, mesh, batch_size, num_threads, gather, watch)
+        watch = watch_parts if show_progress and hosts.is_first() else iter
+        return make_evaluation(self._segmenter, mesh, batch_size, num_threads, watch)
 
     @staticmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:

@@ -19,25 +19,19 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts
 from activemlp_jax.training.config import differing_keys
 from activemlp_jax.training.step import TrainState
+from activemlp_jax.training.workdir import replace_file
 from activemlp_jax.utils.digests import check_digests, read_digests, write_digests
 from activemlp_jax.utils.errors import Interrupted, UserError, one_line
-from activemlp_jax.utils.files import write_aside
 from activemlp_jax.utils.json_files import expect, read_json
 from activemlp_jax.utils.orbax_logs import without_tracebacks
 from activemlp_jax.weights.model_directory import describe_non_finite
 
-SCORE_KEY = "score"
 NOT_EVALUATED = -1.0  # below every score
 CLOCK_INTERVAL = 10  # steps between checks of the clock if there are several hosts
-RESTORE_TIMEOUT = 3600  # seconds for the slowest host to check its part of a checkpoint
 NONE_COMPLETE = ".none_complete"  # the marker file
-# Files in which Orbax stores the items `run` and `metrics` of a checkpoint.
-RUN_FILE = Path("run", "metadata")
-METRICS_FILE = Path("metrics", "metrics")
-TEMPORARY_SUFFIX = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 
 
 class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -57,7 +51,8 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
             return
         # Orbax writes more files while it finalizes, and they need digests as well: let it finalize
         # to another name first. It removes directories with this suffix after a kill.
-        self._final_path = final.with_name(f"{final.name}.written{TEMPORARY_SUFFIX}")
+        suffix = ocp.path.atomicity_types.TMP_DIR_SUFFIX
+        self._final_path = final.with_name(f"{final.name}.written{suffix}")
         await super().finalize()
         write_digests(Path(self._final_path))
         os.rename(self._final_path, final)
@@ -97,7 +92,6 @@ class Checkpoints:
         self._config = json.loads(config.to_json())
         self._options = config.checkpoint
         self._last_save = time.monotonic()
-        self._restores = 0
         self._directory = directory.absolute()
         for step in _steps(self._directory):
             with self._reading(step):
@@ -119,21 +113,14 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         try:
-            self._close(kind)
+            if kind is None or issubclass(kind, Interrupted):
+                self.wait()
+                self._manager.close()
+            elif jax.process_count() == 1:  # else it would wait for the hosts that failed
+                with contextlib.suppress(Exception):
+                    self._manager.close()
         finally:
             self._quiet.__exit__(kind, *error)
-
-    def _close(self, kind: type[BaseException] | None) -> None:
-        if kind is None or issubclass(kind, Interrupted):
-            self.wait()
-            self._manager.close()
-        elif jax.process_count() == 1:  # else it would wait for the hosts that failed
-            with contextlib.suppress(Exception):
-                self._manager.close()
-
-    def latest_step(self) -> int | None:
-        """Step of the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
 
     def newest(self, below: int) -> Path | None:
         """Path of the newest complete checkpoint of a step less than `below`, or None."""
@@ -155,12 +142,8 @@ class Checkpoints:
     def begin(self, has_records: bool) -> None:
         """Write the marker of a run without checkpoints; called by the first host only.
 
-        Args:
-          has_records: whether the run has records of steps.
-
-        Raises:
-          UserError: the run has records but not the marker, so its checkpoints are lost; or the
-            marker cannot be written.
+        Raises UserError if the run has records of steps but not the marker: its checkpoints are
+        lost.
         """
         marker = self._directory / NONE_COMPLETE
         if has_records and not marker.exists():
@@ -169,42 +152,26 @@ class Checkpoints:
                 "lost its checkpoints; is its disk mounted? To begin again remove metrics.jsonl "
                 "and steps.jsonl, or give another --workdir"
             )
-        try:
-            with write_aside(marker) as aside:
-                aside.write_text("no checkpoint has been complete here yet\n")
-        except OSError as error:
-            raise UserError(f"{marker} cannot be written: {error.strerror or error}") from error
+        replace_file(marker, "no checkpoint has been complete here yet\n")
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
-        """Restore a checkpoint onto the current devices.
+        """Restore the checkpoint of a step, or the newest one and check all others as well.
 
-        Args:
-          like: the state's shapes and shardings, as `jax.ShapeDtypeStruct`.
-          step: step of the checkpoint. None for the newest; the other checkpoints are then checked
-            as well, because the run may need them later.
-
-        Returns:
-          The saved state and losses, or None if there is no checkpoint.
-
-        Raises:
-          UserError: a checkpoint cannot be read, is damaged, has weights that are not finite, or
-            belongs to a run with other settings, which the error names.
+        `like` has the state's shapes and shardings. Returns None if there is no checkpoint. Raises
+        UserError if a checkpoint is damaged, has weights that are not finite, or belongs to a run
+        with other settings, which the error names.
         """
         steps = _steps(self._directory)
         wanted = max(steps, default=None) if step is None else step
         if wanted is None:
             return None
-        host, hosts = sharding.this_host().values()
-        for other in sorted(steps) if step is None else []:
-            if other != wanted:
-                with self._reading(other):
-                    # A run may have been killed while it removed an old checkpoint.
-                    _read(self.path(other), host, hosts, may_lack_files=True)
+        for other in sorted(steps - {wanted}) if step is None else []:
+            with self._reading(other):  # the run may need it later
+                # A run may have been killed while it removed an old checkpoint.
+                _read(self.path(other), may_lack_files=True)
         with self._reading(wanted):
-            run = _read(self.path(wanted), host, hosts)
-        self._restores += 1
-        # A barrier, not a collective operation: hosts with slow disks may take long to read.
-        sharding.check_same(f"the checkpoints, reading {self._restores}", {}, RESTORE_TIMEOUT)
+            run = _read(self.path(wanted))
+        hosts.wait_for_all("the checkpoints")  # hosts with slow disks may take long to read
         differences = differing_keys(self._config, run["config"])
         if differences:
             raise UserError(
@@ -234,25 +201,19 @@ class Checkpoints:
         """Newest undamaged checkpoint other than `without`, for messages."""
         for step in sorted(_steps(self._directory) - {without}, reverse=True):
             with contextlib.suppress(UserError):
-                _read(self.path(step))
+                _read(self.path(step), share=False)
                 return str(self.path(step))
         return "step 0, and metrics.jsonl and steps.jsonl with it"
 
     def save(
         self, state: TrainState, step: int, losses: list[float], score: float | None = None
     ) -> None:
-        """Start to save a state; training may continue meanwhile.
+        """Start to save a state, unless its step is saved; training may continue meanwhile.
 
-        Args:
-          state: the state to save.
-          step: its step.
-          losses: losses of the steps of the current epoch so far.
-          score: the task's score in percent; None if the state was not evaluated.
-
-        Raises:
-          UserError: this save or the previous one failed.
+        `losses` are those of the current epoch so far; `score` is in percent, or None if the state
+        was not evaluated. Raises UserError if this save or the previous one failed.
         """
-        if step == self.latest_step():
+        if step == self._manager.latest_step():
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -260,7 +221,7 @@ class Checkpoints:
         )
         self._last_save = time.monotonic()
         evaluated = score is not None and math.isfinite(score)
-        metrics = {SCORE_KEY: score if evaluated else NOT_EVALUATED}
+        metrics = {"score": score if evaluated else NOT_EVALUATED}
         with self._writing():  # an error may also come from the previous save
             self._manager.save(step, args=args, metrics=metrics)
 
@@ -286,7 +247,7 @@ class Checkpoints:
         if jax.process_count() > 1 and step % CLOCK_INTERVAL:
             return False
         minutes = (time.monotonic() - self._last_save) / 60
-        return sharding.first_host_says(minutes >= self._options.every_minutes)
+        return hosts.first_host_says(minutes >= self._options.every_minutes)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -302,7 +263,7 @@ class Checkpoints:
 
 
 def _score(metrics: dict[str, float]) -> float:
-    return metrics[SCORE_KEY]
+    return metrics["score"]
 
 
 def _steps(directory: Path) -> set[int]:
@@ -313,33 +274,26 @@ def _steps(directory: Path) -> set[int]:
 
 def _check_score(checkpoint: Path) -> None:
     """Raise UserError if the score of a checkpoint cannot be read."""
-    path = checkpoint / METRICS_FILE
+    path = checkpoint / "metrics" / "metrics"  # where Orbax stores the item `metrics`
     if not path.exists():
         return
     metrics = read_json(path)
     try:
-        expect(metrics[SCORE_KEY], SCORE_KEY, (int, float), NOT_EVALUATED, 100)
+        expect(metrics["score"], "score", (int, float), NOT_EVALUATED, 100)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not the score of a checkpoint: {_reason(error)}") from error
 
 
-def _read(
-    checkpoint: Path, part: int = 0, parts: int = 1, may_lack_files: bool = False
-) -> dict[str, Any]:
+def _read(checkpoint: Path, share: bool = True, may_lack_files: bool = False) -> dict[str, Any]:
     """Check the digests of a checkpoint's files, and read the config and losses.
 
-    Args:
-      checkpoint: directory of the checkpoint; those of earlier versions have no digests.
-      part: which of the `parts` of the files to check.
-      parts: number of hosts that share the check.
-      may_lack_files: whether to accept missing files.
-
-    Raises:
-      UserError: a file is missing or was changed.
+    Checkpoints of earlier versions have no digests. With `share`, each host checks its share of the
+    files. With `may_lack_files`, missing files are accepted.
     """
-    all_digests = read_digests(checkpoint)
-    digests = dict(list(all_digests.items())[part::parts])
-    path = checkpoint / RUN_FILE
+    digests = read_digests(checkpoint)
+    path = checkpoint / "run" / "metadata"  # where Orbax stores the item `run`
+    if share:
+        digests = dict(list(digests.items())[jax.process_index() :: jax.process_count()])
     if may_lack_files:
         digests = {name: digests[name] for name in digests if (checkpoint / name).exists()}
         if not path.exists():

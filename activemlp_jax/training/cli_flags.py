@@ -23,7 +23,7 @@ from activemlp_jax.utils.errors import (
 )
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_freed_memory
 
-# The fields of sharding.Hosts: name, type, default, help.
+# The fields of hosts.Hosts: name, type, default, help.
 HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
     (
         "coordinator",
@@ -215,13 +215,12 @@ def _train() -> None:
     if not host_options["process_id"]:
         # Print before the imports below, which take seconds, and longer on a slow disk.
         print(one_line(f"starting: config {name}, workdir {workdir}"), flush=True)
-    from activemlp_jax.distributed import sharding  # slow; --help does not need it
+    from activemlp_jax.distributed import hosts  # slow; --help does not need it
     from activemlp_jax.training.loop import train
 
-    hosts = sharding.Hosts(**host_options)
     try:
-        with sharding.connected(hosts):
-            train(config, workdir_path, Console(), config_name=name, timeout=hosts.timeout)
+        with hosts.connected(hosts.Hosts(**host_options)):
+            train(config, workdir_path, Console(), config_name=name)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"\n{_interrupted(str(error), workdir_path)}")
         sys.exit(getattr(error, "status", 130))

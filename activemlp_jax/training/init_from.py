@@ -1,6 +1,7 @@
 """Initial variables of a run: random, or loaded from a model directory."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from functools import partial, reduce
 from operator import getitem
 from typing import Any
@@ -16,6 +17,8 @@ from activemlp_jax.tasks.registry import TASKS
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.model_directory import read_card, read_weights
 from activemlp_jax.weights.torch_files import choose_kind
+
+log = logging.getLogger(__name__)
 
 
 def adopt_architecture(config: ConfigDict) -> ConfigDict:
@@ -46,7 +49,7 @@ def draw_variables(config: ConfigDict, model: Model) -> Variables:
     return dict(model.init(jax.random.key(config.seed), images))
 
 
-def initial_variables(config: ConfigDict, task: Task, log: Callable[[str], None]) -> Variables:
+def initial_variables(config: ConfigDict, task: Task) -> Variables:
     """Initialize variables randomly, or load those of the model directory `config.init_from`.
 
     Random initialization runs on one device, so that one program in JAX's compilation cache serves
@@ -58,7 +61,6 @@ def initial_variables(config: ConfigDict, task: Task, log: Callable[[str], None]
     Args:
       config: the whole config, after `adopt_architecture`.
       task: the task, with its model.
-      log: called with a line that says where the weights come from.
 
     Returns:
       The variables as numpy arrays; loaded ones are float32, apart from integers.
@@ -85,7 +87,7 @@ def initial_variables(config: ConfigDict, task: Task, log: Callable[[str], None]
         kind = choose_kind(card.kinds, config.init_weights, config.init_from)
     variables = jax.tree.map(_to_float32, read_weights(config.init_from, card, kind))
     variables, head = task.start_from(card, variables, draw)
-    log(f"starting from the {kind} weights in {config.init_from}: {head}")
+    log.info(f"starting from the {kind} weights in {config.init_from}: {head}")
     return variables
 
 

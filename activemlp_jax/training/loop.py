@@ -1,10 +1,10 @@
 """The training loop: build or restore the state, train, evaluate, save, and write the results."""
 
 import contextlib
+import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from activemlp_jax.data.loader import Skipped, sample_order, train_batches
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.base import Sums
 from activemlp_jax.training.checkpoints import Checkpoints, Restored
 from activemlp_jax.training.init_from import initial_variables
@@ -27,20 +27,23 @@ from activemlp_jax.training.reporting import (
     lagging_average,
 )
 from activemlp_jax.training.results import draw_pictures, write_model_directory
-from activemlp_jax.training.run import Run, check_shared, prepare_run
 from activemlp_jax.training.step import Metrics, TrainState
 from activemlp_jax.training.stopping import Interruption, non_finite, stop_at_non_finite
-from activemlp_jax.training.trainer import train_flops
+from activemlp_jax.training.trainer import Run, prepare_run, train_flops
 from activemlp_jax.training.workdir import (
     EPOCHS_FILE,
     STEPS_FILE,
     claim_workdir,
+    read_mark,
     read_records,
     rewind_records,
+    write_mark,
 )
 from activemlp_jax.utils.errors import Interrupted
 from activemlp_jax.utils.hardware import peak_flops
 from activemlp_jax.utils.types import Record
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -50,7 +53,6 @@ def train(
     *,
     config_name: str = "",
     trackers: Sequence[Tracker] = (),
-    timeout: float = 300,
 ) -> None:
     """Train a model as `config` says, or resume the run in `workdir`.
 
@@ -62,76 +64,117 @@ def train(
         images it skips.
       config_name: name of the config to record in model directories, such as 'digits'; '' for none.
       trackers: functions to call with every record; see `Reporter`.
-      timeout: seconds that hosts wait for each other before the first step.
 
     Raises:
       UserError: invalid settings, a workdir that cannot be used or has lost its checkpoints, a
         checkpoint that cannot be read or written, or a loss, gradient or weight that is not finite.
       Interrupted: the run was asked to stop, and has saved its state.
     """
-    run = prepare_run(config, workdir, timeout, config_name)
-    is_first_host = sharding.is_first_host()
-    log_on_this_host = _logger(console)
-    console = console if is_first_host else Console(quiet=True)
-    log = _logger(console)
+    run = prepare_run(config, workdir, config_name)
+    config, trainer, is_first = run.config, run.trainer, hosts.is_first()
     with contextlib.ExitStack() as stack:
-        if is_first_host:
-            stack.enter_context(claim_workdir(workdir, run.config))
-        check_shared(workdir, timeout)
+        stack.enter_context(_logging_to(console))
+        if is_first:
+            stack.enter_context(claim_workdir(workdir, config))
+        _check_shared(workdir)
         # Read the records now, so that a damaged file stops the run before training, not after.
-        records = [
-            read_records(workdir / name) for name in (EPOCHS_FILE, STEPS_FILE) if is_first_host
-        ]
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", run.config))
-        restored = checkpoints.restore(run.trainer.state)
+        records = [read_records(workdir / name) for name in (EPOCHS_FILE, STEPS_FILE) if is_first]
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config))
+        restored = checkpoints.restore(trainer.state)
         if restored is None:
-            if is_first_host:
+            if is_first:
                 checkpoints.begin(has_records=any(records))
-            variables = initial_variables(run.config, run.trainer.task, log)
-            variables = sharding.put_everywhere(variables, run.mesh)
-            restored = Restored(run.trainer.first_state(variables), [])
+            variables = initial_variables(config, trainer.task)
+            state = trainer.first_state(sharding.put_everywhere(variables, trainer.mesh))
+            restored = Restored(state, [])
         first_step = int(restored.state.step)
-        if is_first_host:
+        if is_first:
             for name in (EPOCHS_FILE, STEPS_FILE):
                 rewind_records(workdir / name, first_step)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(restored.state.variables["params"]))
-        log(sharding.describe(run.mesh))
-        log(
-            f"{parameters:,} parameters, {len(run.train_source):,} images to train, "
-            f"{len(run.test_source):,} to test, in {workdir}"
-        )
-        log(describe_length(run.config, run.trainer.steps_per_epoch, run.last_step))
-        if first_step == run.last_step:
-            log(f"all {run.last_step} steps are done; give another --workdir to train again")
-        elif first_step:
-            log(f"going on from step {first_step} of {run.last_step}")
+        _log_start(run, restored.state)
 
-        flops = train_flops(run.config, run.trainer.model)
-        peak = peak_flops(run.mesh.devices.flat[0].device_kind, run.mesh.size)
-        epochs, batch_size = run.trainer.epochs, run.config.batch_size
-        work = Work(first_step, run.last_step, epochs, batch_size, flops, peak)
-        reporter_workdir = workdir if is_first_host else None
-        with Reporter(reporter_workdir, work, run.config, console, trackers) as reporter:
-            result = _run_steps(run, restored, checkpoints, reporter, log, log_on_this_host)
+        work = Work(
+            first_step,
+            trainer.steps,
+            trainer.epochs,
+            config.batch_size,
+            train_flops(config, trainer.model),
+            peak_flops(trainer.mesh.devices.flat[0].device_kind, trainer.mesh.size),
+        )
+        reporter_workdir = workdir if is_first else None
+        with Reporter(reporter_workdir, work, config, console, trackers) as reporter:
+            result = _run_steps(run, restored, checkpoints, reporter)
 
         checkpoints.wait()
-        score = run.trainer.score(result.sums)
+        score = trainer.score(result.sums)
         write_model_directory(run, "model", result.state, score)
         best = checkpoints.best()
-        if best is not None and best.step != run.last_step:
-            restored_best = checkpoints.restore(run.trainer.state, best.step)
+        if best is not None and best.step != trainer.steps:
+            restored_best = checkpoints.restore(trainer.state, best.step)
             assert restored_best is not None, f"{best} exists"
             write_model_directory(run, "best_model", restored_best.state, best.score)
-            log(f"best_model is from step {best.step}, with {best.score:.2f}%")
-        names = draw_pictures(run, result.state, result.sums)
-    task, images = run.trainer.task, len(run.test_source)
-    if lag := lagging_average(run.config, result.metrics, task.score, images):
-        log(lag)
-    *others, final = ["model", *names]
-    log(
-        f"{task.score_name} {score:.2f}% on {images:,} test images, {result.seconds:.0f} s of "
-        f"training; see {', '.join(others)} and {final} in {workdir}"
+            log.info(f"best_model is from step {best.step}, with {best.score:.2f}%")
+        names = ["model", *draw_pictures(run, result.state, result.sums)]
+        images = len(run.test_source)
+        if lag := lagging_average(config, result.metrics, trainer.task.score, images):
+            log.info(lag)
+        log.info(
+            f"{trainer.task.score_name} {score:.2f}% on {images:,} test images, "
+            f"{result.seconds:.0f} s of training; see {', '.join(names[:-1])} and {names[-1]} in "
+            f"{workdir}"
+        )
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _logging_to(console: Console) -> Iterator[None]:
+    """Print what this package logs; of hosts other than the first, only warnings."""
+    logger, handler = logging.getLogger("activemlp_jax"), _ConsoleHandler(console)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if hosts.is_first() else logging.WARNING)
+    logger.propagate = False  # absl prints all that reaches the root logger
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raise UserError unless `workdir` is the same directory on all hosts."""
+    if jax.process_count() == 1:
+        return
+    if hosts.is_first():
+        write_mark(workdir)
+    hosts.check_same("the workdir", {})  # wait until the mark is written
+    name = f"the mark in {workdir}, which must be a directory that all hosts share,"
+    hosts.check_same("the mark", {name: read_mark(workdir)})
+
+
+def _log_start(run: Run, state: TrainState) -> None:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.variables["params"]))
+    first_step, steps = int(state.step), run.trainer.steps
+    log.info(sharding.describe(run.trainer.mesh))
+    log.info(
+        f"{parameters:,} parameters, {len(run.train_source):,} images to train, "
+        f"{len(run.test_source):,} to test, in {run.workdir}"
     )
+    log.info(describe_length(run.config, run.trainer.steps_per_epoch, steps))
+    if first_step == steps:
+        log.info(f"all {steps} steps are done; give another --workdir to train again")
+    elif first_step:
+        log.info(f"going on from step {first_step} of {steps}")
 
 
 class _Result(NamedTuple):
@@ -143,42 +186,35 @@ class _Result(NamedTuple):
     seconds: float
 
 
-def _logger(console: Console) -> Callable[[str], None]:
-    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
-
-
 def _run_steps(
-    run: Run,
-    restored: Restored,
-    checkpoints: Checkpoints,
-    reporter: Reporter,
-    log: Callable[[str], None],
-    log_on_this_host: Callable[[str], None],
+    run: Run, restored: Restored, checkpoints: Checkpoints, reporter: Reporter
 ) -> _Result:
     """Train from the restored step to the last step."""
-    config, epoch_steps = run.config, run.trainer.steps_per_epoch
+    config, trainer = run.config, run.trainer
+    epoch_steps, last_step = trainer.steps_per_epoch, trainer.steps
     state, losses = restored
     first_step = int(state.step)
     started = time.perf_counter()
-    if first_step < run.last_step:
-        log("compiling, which can take minutes for a large model")
-    if first_step == run.last_step or config.test.every_epochs == 1:
+    if first_step < last_step:
+        log.info("compiling, which can take minutes for a large model")
+    if first_step == last_step or config.test.every_epochs == 1:
         # This compiles the evaluation; a finished run needs nothing else.
-        test_metrics, sums = run.trainer.test(state, run.test_source)
-    if first_step == run.last_step:
+        test_metrics, sums = trainer.test(state, run.test_source)
+    if first_step == last_step:
         return _Result(state, test_metrics, sums, 0.0)
-    train_step = run.trainer.train_step.lower(run.trainer.state, run.trainer.batch).compile()
-    log(f"compiled in {time.perf_counter() - started:.0f} s")
+    train_step = trainer.train_step.lower(trainer.state, trainer.batch).compile()
+    log.info(f"compiled in {time.perf_counter() - started:.0f} s")
 
-    skipped = Skipped(config.data.max_skipped, log_on_this_host, sharding.shared_store())
+    skipped = Skipped(config.data.max_skipped, log.warning, hosts.shared_store())
     batches = train_batches(
         run.train_source,
-        run.trainer.task.transform,
+        trainer.task.transform,
         config,
         first_step=first_step,
-        last_step=run.last_step,
+        last_step=last_step,
         skipped=skipped,
-        **sharding.this_host(),
+        process=jax.process_index(),
+        processes=jax.process_count(),
     )
     pending: deque[tuple[int, Metrics]] = deque()  # dispatched steps
 
@@ -202,50 +238,49 @@ def _run_steps(
 
     started = time.perf_counter()
     with (
-        contextlib.closing(sharding.prefetch(batches, run.mesh)) as placed_batches,
-        Trace(run.workdir / "profile", first_step, run.last_step, config.profile) as trace,
-        Interruption(log) as interruption,
+        contextlib.closing(sharding.prefetch(batches, trainer.mesh)) as placed_batches,
+        Trace(run.workdir / "profile", first_step, last_step, config.profile) as trace,
+        Interruption() as interruption,
     ):
-        for epoch in range(first_step // epoch_steps + 1, run.trainer.epochs + 1):
-            start, end = (epoch - 1) * epoch_steps, min(epoch * epoch_steps, run.last_step)
-            reporter.start_epoch(epoch, start)
-            for step in range(max(first_step, start), end):
-                trace.before(step)
-                state, metrics = train_step(state, next(placed_batches))
-                pending.append((step, metrics))
-                wait_for_steps(max_pending=1)  # 0 would leave the devices idle between steps
+        for step in range(first_step, last_step):
+            epoch, steps_done = step // epoch_steps + 1, step + 1
+            if step == first_step or step % epoch_steps == 0:
+                reporter.start_epoch(epoch, step - step % epoch_steps)
+            trace.before(step)
+            state, metrics = train_step(state, next(placed_batches))
+            pending.append((step, metrics))
+            wait_for_steps(max_pending=1)  # 0 would leave the devices idle between steps
 
-                score, steps_done = None, step + 1
-                if steps_done == end:
-                    wait_for_steps(max_pending=0)
-                    test_metrics = {}
-                    if epoch % config.test.every_epochs == 0 or steps_done == run.last_step:
-                        test_metrics, sums = run.trainer.test(state, run.test_source)
-                        check_finite(
-                            step, {key: test_metrics[key] for key in test_metrics if "loss" in key}
-                        )
-                        score = run.trainer.score(sums)
-                    reporter.epoch(
-                        {
-                            "epoch": epoch,
-                            "step": steps_done,
-                            "learning_rate": float(metrics["learning_rate"]),
-                            "train_loss": float(np.mean(losses)),
-                            "images_per_second": round(reporter.images_per_second(), 1),
-                            "images_skipped": sharding.sum_over_hosts(len(skipped)),
-                            **test_metrics,
-                        }
-                    )
-                    losses.clear()
+            score, is_last = None, steps_done == last_step
+            ends_epoch = is_last or steps_done % epoch_steps == 0
+            if ends_epoch:
+                wait_for_steps(max_pending=0)
+                test_metrics = {}
+                if is_last or epoch % config.test.every_epochs == 0:
+                    test_metrics, sums = trainer.test(state, run.test_source)
+                    test_losses = {key: test_metrics[key] for key in test_metrics if "loss" in key}
+                    check_finite(step, test_losses)
+                    score = trainer.score(sums)
+                reporter.epoch(
+                    {
+                        "epoch": epoch,
+                        "step": steps_done,
+                        "learning_rate": float(metrics["learning_rate"]),
+                        "train_loss": float(np.mean(losses)),
+                        "images_per_second": round(reporter.images_per_second(), 1),
+                        "images_skipped": hosts.sum_over_hosts(len(skipped)),
+                        **test_metrics,
+                    }
+                )
+                losses.clear()
 
-                checkpoints.check()
-                is_last = steps_done == run.last_step
-                stop = interruption.requested(steps_done) and not is_last
-                by_epoch = steps_done == end and epoch % config.checkpoint.every_epochs == 0
-                if stop or by_epoch or checkpoints.is_due(steps_done) or is_last:
-                    wait_for_steps(max_pending=0)
-                    checkpoints.save(state, steps_done, losses, score)
-                if stop:
-                    checkpoints.wait()
-                    raise Interrupted(f"stopped after step {steps_done}", interruption.status)
+            checkpoints.check()
+            stop = interruption.requested(steps_done) and not is_last
+            by_epoch = ends_epoch and epoch % config.checkpoint.every_epochs == 0
+            if stop or by_epoch or checkpoints.is_due(steps_done) or is_last:
+                wait_for_steps(max_pending=0)
+                checkpoints.save(state, steps_done, losses, score)
+            if stop:
+                checkpoints.wait()
+                raise Interrupted(f"stopped after step {steps_done}", interruption.status)
     return _Result(state, test_metrics, sums, time.perf_counter() - started)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.base import Sums, Task
-from activemlp_jax.training.run import Run
 from activemlp_jax.training.step import TrainState
+from activemlp_jax.training.trainer import Run
 from activemlp_jax.training.workdir import EPOCHS_FILE, read_records
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_directory_aside
@@ -80,8 +80,8 @@ def write_model_directory(run: Run, name: str, state: TrainState, score: float) 
 
     The average, if the run keeps one, becomes the default. `score` is that of `describe_source`.
     """
-    weights = sharding.fetch(state.weights(), run.mesh)
-    if sharding.is_first_host():
+    weights = sharding.fetch(state.weights(), run.trainer.mesh)
+    if hosts.is_first():
         ema_first = {kind: weights[kind] for kind in sorted(weights)}
         write_result(
             run.workdir / name,
@@ -99,8 +99,8 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
     Returns the names of the files in the workdir; none on hosts other than the first.
     """
     task, weights = run.trainer.task, state.weights()
-    variables = sharding.fetch(weights[list(weights)[-1]], run.mesh)
-    if not sharding.is_first_host():
+    variables = sharding.fetch(weights[list(weights)[-1]], run.trainer.mesh)
+    if not hosts.is_first():
         return []
     from activemlp_jax.plots.training import draw_confusion, draw_curves  # slow to import
 

@@ -1,19 +1,22 @@
 """Stopping a run early: on Ctrl-C, SIGTERM or preemption, and at metrics that are not finite."""
 
 import json
+import logging
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 import jax
 import orbax.checkpoint as ocp
 
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts
 from activemlp_jax.training.workdir import replace_file
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Record
+
+log = logging.getLogger(__name__)
 
 
 class Interruption:
@@ -21,13 +24,9 @@ class Interruption:
 
     Ctrl-C or SIGTERM on any host, or a notice from JAX's preemption service, stops all hosts after
     the same step. A second signal stops at once.
-
-    Args:
-      log: called with a line to print when a signal arrives.
     """
 
-    def __init__(self, log: Callable[[str], None]):
-        self._log = log
+    def __init__(self) -> None:
         self._signal: int | None = None
 
     def __enter__(self) -> "Interruption":
@@ -46,14 +45,14 @@ class Interruption:
         if self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
-        self._log("stopping after this step; again stops at once")
+        log.info("stopping after this step; again stops at once")
 
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`; the same on all hosts, which must all ask at every step."""
         signaled = self._signal is not None
         if jax.process_count() == 1:
             return signaled
-        return sharding.stop_is_agreed(signaled, step) or ocp.multihost.reached_preemption(step)
+        return hosts.stop_is_agreed(signaled, step) or ocp.multihost.reached_preemption(step)
 
     @property
     def status(self) -> int:
@@ -86,7 +85,7 @@ def stop_at_non_finite(
     good = str(checkpoint) if checkpoint else None
     content = {"step": step, **values, "last_good_checkpoint": good, "examples": list(examples)}
     path = workdir / "non_finite.json"
-    if sharding.is_first_host():
+    if hosts.is_first():
         replace_file(path, json.dumps(content) + "\n")
     where = f"the last good checkpoint is {good}" if good else "there is no good checkpoint"
     names = " and ".join(f"{name.replace('_', ' ')} is {values[name]}" for name in broken)

@@ -1,25 +1,29 @@
-"""The trainer: task, state shapes, compiled train step and evaluation of a config on a mesh."""
+"""The trainer, the compiled functions of a config on a mesh, and the run that uses them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from activemlp_jax.data.base import Source
+from activemlp_jax.data.base import Source, check_same_classes
 from activemlp_jax.data.loader import sample_order
-from activemlp_jax.distributed import sharding
+from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.models.segmentor import Model
 from activemlp_jax.tasks.base import Sums, Task
-from activemlp_jax.tasks.registry import make_task
-from activemlp_jax.training.init_from import draw_variables
+from activemlp_jax.tasks.registry import TASKS, make_task, open_data
+from activemlp_jax.training.config import check_config
+from activemlp_jax.training.consistency import run_facts
+from activemlp_jax.training.init_from import adopt_architecture, draw_variables
 from activemlp_jax.training.optimizer import make_optimizer
 from activemlp_jax.training.schedules import learning_rate_schedule
 from activemlp_jax.training.step import TrainState, make_train_step
-from activemlp_jax.utils.types import Params, Record, Variables
+from activemlp_jax.utils.errors import UserError
+from activemlp_jax.utils.types import Record, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Trainer:
 
     Attributes:
       task: the task, with its model.
+      mesh: mesh that the functions run on.
       steps_per_epoch: number of steps per epoch.
       steps: number of steps of the whole run.
       state: the training state as a tree of `jax.ShapeDtypeStruct` with shardings.
@@ -39,6 +44,7 @@ class Trainer:
     """
 
     task: Task
+    mesh: Mesh
     steps_per_epoch: int
     steps: int
     state: TrainState
@@ -92,47 +98,43 @@ def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
       UserError: the batch size cannot be divided over the devices or is larger than an epoch, or
         the settings fit no model.
     """
-    parts = {"batch_size": config.accumulation, "eval_batch_size": 1}
-    for key, number in parts.items():
-        sharding.check_batch_size(key, config[key], mesh.size, number)
+    for key, parts in {"batch_size": config.accumulation, "eval_batch_size": 1}.items():
+        if config[key] % (mesh.size * parts):
+            taken = f", taken in {parts} parts" if parts > 1 else ""
+            raise UserError(
+                f"config.{key} is {config[key]}, expected a multiple of {mesh.size * parts}: "
+                f"there are {mesh.size} devices{taken}"
+            )
     steps_per_epoch = sample_order(config, examples).steps_per_epoch
     steps = config.steps or config.epochs * steps_per_epoch
     task = make_task(config, num_classes)
-    model = task.model
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, steps, config.batch_size)
-    optimizer = make_optimizer(config.optimizer, schedule, model)
+    optimizer = make_optimizer(config.optimizer, schedule, task.model)
 
     def create(variables: Variables) -> TrainState:
         return TrainState.create(variables, optimizer, config.ema_decay)
 
-    shapes = jax.eval_shape(lambda: create(draw_variables(config, model)))
+    shapes = jax.eval_shape(lambda: create(draw_variables(config, task.model)))
     shardings = sharding.split_over_fsdp(shapes, mesh)
-    replicated = sharding.replicated(mesh)
-
-    def gather(variables: Variables) -> Variables:
-        return jax.lax.with_sharding_constraint(variables, replicated)
-
-    def scatter(gradients: Params) -> Params:
-        return jax.lax.with_sharding_constraint(gradients, shardings.variables["params"])
-
-    train_step = make_train_step(task, optimizer, schedule, config, gather, scatter)
+    train_step = make_train_step(task, optimizer, schedule, config, mesh)
     return Trainer(
-        task,
-        steps_per_epoch,
-        steps,
-        jax.tree.map(
+        task=task,
+        mesh=mesh,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        state=jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
             shapes,
             shardings,
         ),
-        sharding.place_rows(task.batch_shapes(), mesh),
-        jax.jit(create, out_shardings=shardings),
-        jax.jit(
+        batch=sharding.place_rows(task.batch_shapes(), mesh),
+        first_state=jax.jit(create, out_shardings=shardings),
+        train_step=jax.jit(
             sharding.on_mesh(train_step, mesh),
             donate_argnums=0,
-            out_shardings=(shardings, replicated),
+            out_shardings=(shardings, sharding.replicated(mesh)),
         ),
-        task.make_test(mesh, config.eval_batch_size, config.data.num_threads, gather),
+        evaluate=task.make_test(mesh, config.eval_batch_size, config.data.num_threads),
     )
 
 
@@ -143,3 +145,38 @@ def train_flops(config: ConfigDict, model: Model) -> float:
     """
     size = config.data.image_size
     return 6.0 * count_cost(model, size, size).macs * config.batch_size
+
+
+class Run(NamedTuple):
+    """Everything about a run that stays fixed while it trains."""
+
+    config: ConfigDict
+    workdir: Path
+    train_source: Source
+    test_source: Source
+    trainer: Trainer
+    config_name: str  # recorded in model directories, such as 'digits'; '' for none
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Class names, by label."""
+        return self.train_source.class_names
+
+
+def prepare_run(config: ConfigDict, workdir: Path, config_name: str = "") -> Run:
+    """Open the data, build the trainer, and check that all hosts agree on the run.
+
+    Raises UserError for invalid settings, unusable data, or hosts that differ. It does not access
+    `workdir`.
+    """
+    config = adopt_architecture(config)
+    check_config(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    train_source = open_data(config, config.data.train_split)
+    test_source = open_data(config, config.data.test_split)
+    names = train_source.class_names
+    check_same_classes(names, test_source.class_names, f"the test set of {config.data.name}")
+    TASKS[config.task].check_packages(config)  # now, not at the first image
+    trainer = build_trainer(config, len(names), len(train_source), mesh)
+    hosts.check_same("the run", run_facts(config, (train_source, test_source)))
+    return Run(config, workdir, train_source, test_source, trainer, config_name)

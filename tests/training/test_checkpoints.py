@@ -54,7 +54,8 @@ def test_a_state_comes_back_as_it_was_at_the_save(tmp_path: Path, steps_after: i
 
     # Donation lets a step write into the very buffers that are being saved.
     rate = optax.constant_schedule(0.1)
-    train_step = make_train_step(ToyTask(loss), OPTIMIZER, rate, config(ema_decay=0.9))
+    settings = config(ema_decay=0.9)
+    train_step = make_train_step(ToyTask(loss), OPTIMIZER, rate, settings, sharding.make_mesh())
     step = jax.jit(train_step, donate_argnums=0)
     state, _ = step(new_state(), {})
     saved = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import goldens
 import jax
@@ -12,6 +13,7 @@ import pytest
 import activemlp_jax as am
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.tasks.registry import make_task
+from activemlp_jax.training import init_from
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.init_from import (
     adopt_architecture,
@@ -48,7 +50,8 @@ def config(pretrained: Path, **changes: Any) -> Any:
 
 def start(config: Any, num_classes: int) -> tuple[Any, Saying]:
     said: Saying = []
-    return initial_variables(config, make_task(config, num_classes), said.append), said
+    with mock.patch.object(init_from.log, "info", said.append):
+        return initial_variables(config, make_task(config, num_classes)), said
 
 
 def test_the_architecture_is_that_of_the_weights_and_the_rest_that_of_the_config(pretrained: Path):

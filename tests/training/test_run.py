@@ -20,7 +20,7 @@ from activemlp_jax.export.readme import write_readme
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.loop import train
 from activemlp_jax.training.results import describe_source, write_model_directory
-from activemlp_jax.training.run import Run, prepare_run
+from activemlp_jax.training.trainer import Run, prepare_run
 from activemlp_jax.training.workdir import EPOCHS_FILE, STEPS_FILE, append_record, claim_workdir
 from activemlp_jax.utils.digests import DIGESTS
 from activemlp_jax.utils.errors import UserError
@@ -32,12 +32,11 @@ def prepared(workdir: Path, config_name: str = "digits", **changes: Any) -> Run:
     config = default_config()
     config.model.update(BACKBONE | {"mlp_ratios": (2.0,) * 4})
     config.update_from_flattened_dict({"epochs": 40, **changes})
-    return prepare_run(config, workdir, timeout=10, config_name=config_name)
+    return prepare_run(config, workdir, config_name)
 
 
 def train_again(run: Run) -> None:
-    console = Console(quiet=True)
-    train(run.config, run.workdir, console, timeout=10)
+    train(run.config, run.workdir, Console(quiet=True))
 
 
 def test_records_without_checkpoints_are_no_beginning_and_stay(tmp_path: Path):
@@ -91,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def directory(run: Run) -> Path:
     """The model directory of the run's last step, with some weights."""
     variables = jax.tree.map(np.asarray, goldens.rule_variables(run.trainer.model))
-    state = run.trainer.first_state(variables).replace(step=jnp.asarray(run.last_step))
+    state = run.trainer.first_state(variables).replace(step=jnp.asarray(run.trainer.steps))
     write_model_directory(run, "model", state, 97.5)
     return run.workdir / "model"
 

@@ -11,6 +11,7 @@ import pytest
 from toy_task import ToyTask
 
 import activemlp_jax as am
+from activemlp_jax.distributed.sharding import make_mesh
 from activemlp_jax.tasks.classification import soft_cross_entropy
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.optimizer import decay_mask, make_optimizer
@@ -22,7 +23,7 @@ def make_step(loss: Any, optimizer: Any, inputs: Any = None, **changes: Any) -> 
     config = default_config()
     config.update({"ema_decay": 0.0, **changes})
     task = ToyTask(loss, inputs) if inputs else ToyTask(loss)
-    return make_train_step(task, optimizer, optax.constant_schedule(0.1), config)
+    return make_train_step(task, optimizer, optax.constant_schedule(0.1), config, make_mesh())
 
 
 def micro(**changes: Any) -> am.ActiveMLP:
