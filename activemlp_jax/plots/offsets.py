@@ -203,11 +203,12 @@ def draw_reads(
             counts = weights[:, number]
             opacity = np.where(outside, 0, 0.35 + 0.65 * counts)
             axes.scatter(
-                *points.T,
+                points[:, 0],
+                points[:, 1],
                 s=DOT_SIZE**2 * counts,
                 color=[to_rgba(COLORS[source], min(alpha, 1)) for alpha in opacity],
                 edgecolors=[to_rgba(COLORS[source] if out else "white", 0.7) for out in outside],
-                linewidths=np.where(outside, 1.2, 0.6),
+                linewidths=[1.2 if out else 0.6 for out in outside],
                 clip_on=False,
                 zorder=2,
             )
@@ -239,12 +240,12 @@ def _write_header(figure: "Figure") -> None:
     axes.set(xlim=(0, WIDTH - 2 * MARGIN), ylim=(HEADER, 0))
     axes.text(0, 14, TITLE, size=24, color=INK, va="top")
     axes.text(0, 50, EXPLANATION, size=14.5, color=INK, va="top", linespacing=1.35)
-    marks = {
+    marks: dict[str, Line2D | tuple[Line2D, ...]] = {
         "the token itself": _mark("own", marker="s"),
         "read in its row": _mark("row"),
         "read in its column": _mark("column"),
         "outside the map: reads zero": tuple(
-            _mark(source, fillstyle="none") for source in ("row", "column")
+            _mark(source, hollow=True) for source in ("row", "column")
         ),
     }
     axes.legend(
@@ -264,16 +265,21 @@ def _write_header(figure: "Figure") -> None:
         axes.text(number * (PANEL + MARGIN), HEADER - 26, heading, size=17, color=INK, va="bottom")
 
 
-def _mark(source: str, marker: str = "o", fillstyle: str = "full") -> "Line2D":
+def _mark(source: str, marker: str = "o", hollow: bool = False) -> "Line2D":
     """Make a mark of the legend."""
     from matplotlib.lines import Line2D
 
     edge = INK if source == "own" else COLORS[source]
     return Line2D(
-        [], [], linestyle="", marker=marker, markersize=13, fillstyle=fillstyle,
-        color=COLORS[source], markeredgecolor=edge,
+        [],
+        [],
+        linestyle="",
+        marker=marker,
+        markersize=13,
+        markerfacecolor="none" if hollow else COLORS[source],
+        markeredgecolor=edge,
         markeredgewidth=2 if source == "own" else 1.2,
-    )  # fmt: skip
+    )
 
 
 def _draw_statistics(
