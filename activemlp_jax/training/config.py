@@ -133,7 +133,8 @@ def default_config() -> ConfigDict:
     config.mix.cutmix_probability = 0.5  # of cutmix rather than mixup, if both are on
     config.mix.group_size = 128  # rows that share one mixing; a smaller batch is one group
 
-    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
     config.optimizer.schedule = "steps"  # or epochs, or poly; see schedules.learning_rate_schedule
     config.optimizer.learning_rate = 5e-4  # peak, after the warm-up
     config.optimizer.reference_batch_size = 0  # images that learning_rate is for; 0: do not scale

@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE
 from activemlp_jax.models.segmentor import HEADS
+from activemlp_jax.training.optimizer import NOT_DECAYED, OPTIMIZERS
+from activemlp_jax.training.schedules import SCHEDULES
 from activemlp_jax.utils.errors import UserError
 
 # Keys, a condition on their values, and its description. ml_collections checks the types.
@@ -88,10 +90,11 @@ LIMITS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
             ("head.name", tuple(HEADS)),
             ("init_weights", ("auto", "ema", "model")),
             ("model.dtype", ("bfloat16", "float32", "float64")),
-            ("optimizer.not_decayed", ("vectors", "norms")),
+            ("optimizer.name", tuple(OPTIMIZERS)),
+            ("optimizer.not_decayed", NOT_DECAYED),
             ("data.augmentation", ("warp", "random_resized_crop")),
             ("data.on_error", ("skip", "raise")),
-            ("optimizer.schedule", ("steps", "epochs", "poly")),
+            ("optimizer.schedule", tuple(SCHEDULES)),
         )
     ),
     (("data.train_split", "data.test_split"), lambda value: value != "", "the name of a split"),

@@ -217,6 +217,7 @@ def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path
         ({"optimizer.learning_rate": float("inf")}, r"config\.optimizer\.learning_rate is inf"),
         ({"optimizer.weight_decay": -1.0}, r"config\.optimizer\.weight_decay is -1\.0"),
         ({"optimizer.b1": 1.0}, r"config\.optimizer\.b1 is 1\.0, expected 0 <= value < 1"),
+        ({"optimizer.name": "lion"}, r"config\.optimizer\.name is 'lion', expected one of adamw"),
         ({"data.mean": (0.5,)}, r"config\.data\.mean is \(0\.5,\), expected three numbers"),
         ({"data.std": (0.2, 0.0, 0.2)}, r"config\.data\.std is .*expected three numbers above 0"),
         ({"data.warp.bend": -0.1}, r"config\.data\.warp\.bend is -0\.1, expected 0 or more"),
