@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from activemlp_jax.command_line import Parser, check_numbers
+from activemlp_jax.command_line import Parser, add_host_options, check_numbers
 from activemlp_jax.distributed import sharding
 from activemlp_jax.inference.segmentation import round_up
 from activemlp_jax.tasks.base import Sums, Task
 from activemlp_jax.tasks.registry import TASKS, check_options, task_type
-from activemlp_jax.training.cli_flags import HOST_OPTIONS
 from activemlp_jax.utils.errors import errors_in_one_line
 from activemlp_jax.utils.json_files import json_line
 from activemlp_jax.utils.runtime import (
@@ -129,14 +128,11 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, help="threads that read images (one per CPU)")
     for task in TASKS.values():
         task.add_evaluate_options(parser.add_argument_group(f"{task.noun}s"))
-    for name, parse, default, text in HOST_OPTIONS:
-        # The second spelling is that of train.py.
-        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-        parser.add_argument(*spellings, type=parse, default=default, help=text)
+    add_host_options(parser)
     arguments = vars(parser.parse_args())
     keep_freed_memory()
     collect_garbage_rarely()
-    hosts = sharding.Hosts(**{name: arguments.pop(name) for name, *_ in HOST_OPTIONS})
+    hosts = sharding.Hosts(*(arguments.pop(field) for field in sharding.Hosts._fields))
     with errors_in_one_line():
         check_numbers(arguments)
         with sharding.connected(hosts):

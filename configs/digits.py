@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_epochs = 2
     config.data.resize_factor = 1.0  # the digits fill their images
     config.data.num_threads = 1  # for such small images, a second thread would wait for the GIL
+    config.data.augmentation = "warp"
     config.data.warp.degrees = 15.0
     config.data.warp.scale = 0.15
     config.data.warp.shear = 0.2

@@ -9,6 +9,7 @@ after random erasing, and the third after cutmix in one group and mixup in the o
 
 import argparse
 import contextlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.models.active_mlp import create_model
 from activemlp_jax.tasks.classification import Classification
-from activemlp_jax.training.recipe import imagenet_config
+from activemlp_jax.training.cli_flags import load_config
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("picture", help="the file to write")
     target = parser.parse_args().picture
-    config = imagenet_config("active_tiny")
+    config = load_config(f"{Path(__file__).parents[1]}/configs/imagenet.py")
     config.batch_size = 12
     config.mix.group_size = 6
     config.data.image_size = 128

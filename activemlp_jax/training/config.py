@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from activemlp_jax.data.batch_transforms import group_size
@@ -12,6 +13,7 @@ from activemlp_jax.data.preprocessing import (
     IMAGENET_STD,
 )
 from activemlp_jax.data.randaugment import parse_randaugment
+from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.tasks.registry import TASKS, make_task
 from activemlp_jax.training.limits import check_values
 from activemlp_jax.utils.errors import UserError
@@ -158,6 +160,14 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+def set_variant(config: ConfigDict, variant: str) -> None:
+    """Set the architecture in `config.model` to a published variant, one of `list_models()`."""
+    if variant not in VARIANTS:
+        raise UserError(f"no model {variant!r}, expected one of {', '.join(VARIANTS)}")
+    for field, value in VARIANTS[variant].items():
+        config.model[field] = tuple(map(float, value)) if field == "mlp_ratios" else value
+
+
 def check_config(config: ConfigDict) -> None:
     """Raise UserError for invalid settings, naming the key, the value and what was expected."""
     if config.task not in TASKS:
@@ -186,13 +196,9 @@ def check_config(config: ConfigDict) -> None:
     make_task(config, num_classes=1)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested dict; keys are joined with dots and start with `prefix`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Values of a config, keyed by names such as 'data.name'."""
+    return flatten_dict(config.to_dict(), sep=".")
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -207,8 +213,8 @@ def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     Returns:
       The keys that differ, each in a string with both values.
     """
-    defaults = flatten(json.loads(default_config().to_json()))
-    here, there = defaults | flatten(ours), defaults | flatten(theirs)
+    defaults = flatten_dict(json.loads(default_config().to_json()), sep=".")
+    here, there = (defaults | flatten_dict(saved, sep=".") for saved in (ours, theirs))
     return [
         f"{key} ({short(there.get(key, 'absent'))} there, {short(here.get(key, 'absent'))} here)"
         for key in sorted(here.keys() | there.keys())

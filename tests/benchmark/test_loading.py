@@ -6,17 +6,18 @@ import sys
 
 import numpy as np
 import pytest
+from processes import ROOT
 
 from activemlp_jax.benchmark.loading import plain_batches
 from activemlp_jax.data.loader import train_batches
 from activemlp_jax.data.sources import PhotosSource
 from activemlp_jax.tasks.classification import Classification
-from activemlp_jax.training.recipe import imagenet_config
+from activemlp_jax.training.cli_flags import load_config
 
 
 @pytest.mark.parametrize("randaugment", ["rand-m9-mstd0.5-inc1", ""])
 def test_plain_pillow_gives_the_same_batches_pixel_for_pixel(randaugment: str):
-    config = imagenet_config("active_tiny")
+    config = load_config(f"{ROOT}/configs/imagenet.py")
     config.batch_size = 32
     config.mix.group_size = 8
     config.data.num_threads = 2

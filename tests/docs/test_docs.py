@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from absl import app, flags
-from absl.testing import flagsaver
 from documents import INLINE, PAGES, ROOT, Passage, anchors, commands, fences, links
 from rich.console import Console
 from small_models import BACKBONE, save_classifier, save_photos, save_segmentor
 
 import activemlp_jax as am
+from activemlp_jax import compile_check
 from activemlp_jax.data.segmentation_sources import open_scenes
 from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.training import cli_flags, loop
@@ -49,19 +48,16 @@ class AcceptedError(Exception):
 
 
 @pytest.fixture
-def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Runs a program, given as a function, as far as to where its own parser is content."""
-    parse_args = ArgumentParser.parse_args
+    parse_args, parse_arguments = ArgumentParser.parse_args, cli_flags.parse_arguments
 
-    def parse_with_argparse(parser: ArgumentParser) -> None:
+    def parse(parser: ArgumentParser) -> None:
         parse_args(parser)
         raise AcceptedError
 
-    def parse_with_absl(main: object, flags_parser: Callable[[list[str]], object]) -> None:
-        del main
-        app.define_help_flags()
-        flags_parser(sys.argv)
-        check_config(cli_flags.chosen_config()[1])
+    def parse_with_config(*arguments: Any) -> None:
+        check_config(parse_arguments(*arguments)[1])
         raise AcceptedError
 
     def run(program: Callable[[], object], name: str, *arguments: str) -> None:
@@ -77,14 +73,11 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         raise AssertionError(f"{name} parses nothing")
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(ArgumentParser, "parse_args", parse_with_argparse)
-    monkeypatch.setattr(app, "run", parse_with_absl)
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse)
+    for module in (cli_flags, compile_check):
+        monkeypatch.setattr(module, "parse_arguments", parse_with_config)
     monkeypatch.setattr(cli_flags, "keep_freed_memory", lambda: None)  # for the whole process
-    were_parsed = flags.FLAGS.is_parsed()
-    with flagsaver.flagsaver():
-        yield run
-    if not were_parsed:
-        flags.FLAGS.unparse_flags()
+    return run
 
 
 def check_pip(arguments: list[str]) -> None:
@@ -102,7 +95,8 @@ def check_command(words: list[str], parse: Callable[..., None], has_arguments: b
     """Raises if a command of the documentation would not be accepted."""
     program, *rest = words
     for path in (path for word in rest for path in word.rpartition("=")[2].split()):
-        assert not path.startswith(OWN_FOLDERS) or (ROOT / path).exists(), f"there is no {path}"
+        file = path.partition(":")[0]  # a config may have a variant
+        assert not file.startswith(OWN_FOLDERS) or (ROOT / file).exists(), f"there is no {path}"
     if program.endswith("make"):
         subprocess.run(["make", "-n", *rest], cwd=ROOT, check=True, capture_output=True)
     elif program.endswith("pip"):
@@ -126,7 +120,6 @@ def short(value: object) -> str:
     return str(value)[:70] if isinstance(value, Passage) else ""
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 @pytest.mark.parametrize(("place", "words"), COMMANDS, ids=short)
 def test_every_command_is_accepted_by_its_own_parser(
     place: Passage, words: list[str], parse: Any, capsys: pytest.CaptureFixture[str]
@@ -159,7 +152,6 @@ def test_every_command_is_accepted_by_its_own_parser(
         "pip install --everything -e .",
     ],
 )
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_command_that_is_not_accepted_is_found(words: str, parse: Any):
     refusals = (AssertionError, OSError, SystemExit, UserError, subprocess.CalledProcessError)
     with pytest.raises(refusals):
@@ -308,7 +300,6 @@ def test_every_file_of_the_package_has_its_place_in_the_table_of_rooms():
         assert named or path.name == "__init__.py", f"{path} is not in docs/architecture.md"
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 @pytest.mark.parametrize(
     ("status", "queued"),
     [(0, ""), (1, ""), (143, "requeue 7\n")],
