@@ -54,11 +54,11 @@ def get_config(variant: str = "active_large") -> ConfigDict:
     config.data.scene.long_side = 2048
     config.data.scene.short_side = 512
 
-    config.data.flip = 0.5
-    config.data.scene.min_ratio = 0.5
-    config.data.scene.max_ratio = 2.0
-    config.data.scene.max_class_share = 0.75
-    config.data.scene.photometric = True
+    config.augment.flip = 0.5
+    config.augment.scene.min_scale = 0.5
+    config.augment.scene.max_scale = 2.0
+    config.augment.scene.max_class_share = 0.75
+    config.augment.scene.photometric = True
 
     config.test.every_epochs = 13  # of 1,263 steps each: about every 16,000 steps, as the original
     config.test.size_multiple = 32

@@ -34,7 +34,7 @@ def main() -> None:
     target = parser.parse_args().picture
     config = load_config(f"{Path(__file__).parents[1]}/configs/imagenet.py")
     config.batch_size = 12
-    config.mix.group_size = 6
+    config.augment.mix_group_size = 6
     config.data.image_size = 128
     mean, std = config.data.mean, config.data.std
     source = open_source("photos:64")
@@ -50,7 +50,7 @@ def main() -> None:
     images = normalize(batch["image"], mean, std)
     rows = {
         "crop, flip, RandAugment": images,
-        "random erasing": random_erasing(erasing_key, images, config.random_erasing),
+        "random erasing": random_erasing(erasing_key, images, config.augment.random_erasing),
         "mixup or cutmix": task.inputs(batch, key)[0],
     }
     figure, axes = plt.subplots(len(rows), figsize=(12, 3.6), layout="constrained")

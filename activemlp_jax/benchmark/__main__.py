@@ -104,7 +104,7 @@ def print_data_rates(
             settings.update_from_flattened_dict({key: value})
     check_config(settings)
     source = open_source(settings.data.name, settings.data.train_split)
-    if settings.data.augmentation != "random_resized_crop" or not isinstance(source, EncodedSource):
+    if settings.augment.policy != "random_resized_crop" or not isinstance(source, EncodedSource):
         raise UserError(
             f"{config} does not train on random crops of image files, which this command times"
         )

@@ -34,28 +34,28 @@ def plain_batches(
 
     Args:
       source: the training set.
-      config: the whole config; its augmentation is 'random_resized_crop'.
+      config: the whole config; `augment.policy` is 'random_resized_crop'.
       first_step: first step to make a batch for.
       last_step: the step after the last one.
     """
     order = sample_order(config, len(source))
-    batch_size, data = config.batch_size, config.data
+    batch_size, data, augment = config.batch_size, config.data, config.augment
 
     def sample(position: int) -> Sample:
         epoch, index = order.place(position)
-        example = source.encoded(order.example(epoch, index // config.data.repeats))
+        example = source.encoded(order.example(epoch, index // augment.repeats))
         rng = np.random.default_rng([config.seed, position])
         with Image.open(io.BytesIO(example.data)) as image:
             picture = image.convert("RGB")
-        box = draw_crop(rng, *picture.size, data.crop)
+        box = draw_crop(rng, *picture.size, augment.crop)
         picture = picture.crop((box.left, box.top, box.left + box.width, box.top + box.height))
         picture = picture.resize((data.image_size,) * 2, Image.Resampling.BICUBIC)
-        if rng.random() < data.flip:
+        if rng.random() < augment.flip:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if data.randaugment:
-            picture = parse_randaugment(data.randaugment)(picture, rng)
-        elif data.color_jitter:
-            picture = color_jitter(picture, rng, data.color_jitter)
+        if augment.rand_augment:
+            picture = parse_randaugment(augment.rand_augment)(picture, rng)
+        elif augment.color_jitter:
+            picture = color_jitter(picture, rng, augment.color_jitter)
         arrays = {"image": np.asarray(picture), "label": np.asarray(example.label, np.int32)}
         return Sample(order.row(position % batch_size), arrays)
 
@@ -82,7 +82,7 @@ def measure(source: EncodedSource, config: ConfigDict, steps: int, rounds: int) 
 
     Args:
       source: the training set.
-      config: the whole config; its augmentation is 'random_resized_crop'.
+      config: the whole config; `augment.policy` is 'random_resized_crop'.
       steps: batches per round.
       rounds: rounds of each implementation.
     """

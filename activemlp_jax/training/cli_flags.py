@@ -18,7 +18,7 @@ from ml_collections.config_flags import config_flags
 from rich.console import Console
 
 from activemlp_jax.command_line import Parser, add_host_options
-from activemlp_jax.training.config import default_config, flatten
+from activemlp_jax.training.config import current_name, default_config, flatten
 from activemlp_jax.utils.errors import Interrupted, UserError, errors_in_one_line, one_line
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_freed_memory
 
@@ -108,7 +108,7 @@ def _set_keys(config: ConfigDict, words: Sequence[str], path: str) -> None:
     for word in words:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", word)
         if match and not any(f"{key}.".startswith(f"{match[1]}.") for key in keys):
-            close = difflib.get_close_matches(match[1], keys, n=1)
+            close = difflib.get_close_matches(current_name(match[1]), keys, n=1)
             hint = f"; did you mean config.{close[0]}?" if close else ""
             raise UserError(f"{path} has no key config.{match[1]}{hint}")
     flag_values, argv = flags.FlagValues(), [sys.argv[0], *words]

@@ -19,9 +19,9 @@ from activemlp_jax.training.cli_flags import load_config
 def test_plain_pillow_gives_the_same_batches_pixel_for_pixel(randaugment: str):
     config = load_config(f"{ROOT}/configs/imagenet.py")
     config.batch_size = 32
-    config.mix.group_size = 8
+    config.augment.mix_group_size = 8
     config.data.num_threads = 2
-    config.data.randaugment = randaugment
+    config.augment.rand_augment = randaugment
     source = PhotosSource(300)
     with (
         contextlib.closing(

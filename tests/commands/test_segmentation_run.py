@@ -218,7 +218,7 @@ def test_the_semantic_fpn_recipe_trains_on_scene_parse150_and_goes_on_after_a_fa
     config.update_from_flattened_dict(
         {**SMALL, **splits, "init_from": str(classifier), "data.name": "tfds:scene_parse150"}
         | {"head.neck_channels": 16, "test.size_multiple": 256}  # one size for all
-        | {"steps": 5, "test.every_epochs": 2, "checkpoint.every_steps": 1, "data.flip": 0.0}
+        | {"steps": 5, "test.every_epochs": 2, "checkpoint.every_steps": 1, "augment.flip": 0.0}
     )
     printed = io.StringIO()
 
