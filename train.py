@@ -10,4 +10,4 @@ from pathlib import Path
 from activemlp_jax.training.cli_flags import run
 
 if __name__ == "__main__":
-    run(default_path=Path(__file__).parent / "configs" / "digits.py")
+    run(__doc__, default_path=Path(__file__).parent / "configs" / "digits.py")

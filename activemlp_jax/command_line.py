@@ -1,6 +1,7 @@
-"""Command lines with argparse: one-line errors, and limits on numeric options."""
+"""Command lines with argparse: one-line errors, common options, and limits on numbers."""
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -13,6 +14,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 2**20),
     "deviation": (0, 10**6),
     "image_size": (MIN_IMAGE_SIDE, 2**14),
+    "images": (1, 2**40),
     "num_threads": (0, 1024),
     "num_workers": (0, 1024),
     "opacity": (0, 1),
@@ -20,6 +22,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "size_multiple": (1, 2**14),
     "steps": (1, 10**6),
 }
+# As limits: more than 0, and less than 1.
+ABOVE_0, BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,9 +43,33 @@ def check_numbers(options: Mapping[str, Any]) -> None:
     Raises:
       UserError: a number is not within its limits.
     """
-    for name, (low, high) in LIMITS.items():
-        value = options.get(name)
-        if value is None or low <= value <= high:
-            continue
-        expected = f"at most {high:,}" if value > high else f"at least {low:,}"
-        raise UserError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+    for name, limits in LIMITS.items():
+        check_range(f"--{name.replace('_', '-')}", options.get(name), *limits)
+
+
+def check_range(name: str, value: Any, low: float, high: float) -> None:
+    """Raise UserError, with `name`, if a number, or one of a tuple, is not from `low` to `high`."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not low <= number <= high:
+            if number > high:
+                expected = "less than 1" if high == BELOW_1 else f"at most {high:,}"
+            else:
+                expected = "more than 0" if low == ABOVE_0 else f"at least {low:,}"
+            raise UserError(f"{name} is {value!r}, expected {expected}")
+
+
+def add_host_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `hosts.Hosts`; the names with several words have two spellings."""
+    group = parser.add_argument_group(
+        "several processes", "SLURM, Open MPI and TPU pods need none of these options."
+    )
+    group.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="address of the first process"
+    )
+    group.add_argument("--num_processes", "--num-processes", type=int, help="number of processes")
+    group.add_argument(
+        "--process_id", "--process-id", type=int, help="number of this process, from 0"
+    )
+    group.add_argument(
+        "--timeout", type=int, default=300, help="seconds to wait for the others to start (300)"
+    )

@@ -9,6 +9,7 @@ line of the output is the record as JSON. The exit status is 0 if the step compi
 it does not fit, and 2 for an error.
 """
 
+import argparse
 import importlib.util
 import math
 import os
@@ -18,20 +19,21 @@ import time
 from typing import Any
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
 from activemlp_jax.benchmark.hlo_cost import Bounds, Resources, count_bounds, count_resources
 from activemlp_jax.benchmark.measuring import say
+from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.distributed import sharding
 from activemlp_jax.tasks.registry import TASKS, open_data
-from activemlp_jax.training.cli_flags import chosen_config, start
+from activemlp_jax.training.cli_flags import parse_arguments
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.init_from import adopt_architecture
 from activemlp_jax.training.trainer import build_trainer, train_flops
-from activemlp_jax.utils.errors import UserError, install_command, one_line
+from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.hardware import CHIPS, GIB, Chip
 from activemlp_jax.utils.json_files import json_line
+from activemlp_jax.utils.runtime import collect_garbage_rarely
 
 LESS_MEMORY = (
     "Ways to need less: more devices, a smaller config.batch_size, config.accumulation=2, "
@@ -134,9 +136,10 @@ def report_bounds(bounds: Bounds, batch_size: int, steps: int, hosts: int) -> No
     )
 
 
-def check(topology: str, images: int | None, classes: int | None) -> bool:
+def check(
+    path: str, config: ConfigDict, topology: str, images: int | None, classes: int | None
+) -> bool:
     """Compile the step and print a report; return False only if the step is known not to fit."""
-    path, config = chosen_config()
     config = adopt_architecture(config)
     devices = open_topology(topology)
     check_config(config)
@@ -198,23 +201,32 @@ def check(topology: str, images: int | None, classes: int | None) -> bool:
     return finish(fits)
 
 
-def _main() -> None:
-    options = flags.FLAGS
-    if not options.topology:
-        raise UserError("--topology is missing, expected a TPU slice as v5e:4x4, or cpu:8")
-    sys.exit(0 if check(options.topology, options.images, options.classes) else 1)
-
-
 def main() -> None:
     """Run the command line."""
-    flags.DEFINE_string("topology", None, "A TPU slice, chips by chips, such as v5e:4x4; or cpu:8.")
-    for name, least, most in (("images", 1, 2**40), ("classes", 2, 2**20)):
-        text = (
-            f"Number of {name} of the training set; default: from the config's dataset, or from "
-            "ImageNet or ADE20K if that is not on this machine."
+    parser = Parser(
+        prog="python -m activemlp_jax.compile_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("--topology", help="a TPU slice, chips by chips, such as v5e:4x4; or cpu:8")
+    for name in ("images", "classes"):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            help=f"number of {name} of the training set (the config's dataset's, or ImageNet's or "
+            "ADE20K's if that is not on this machine)",
         )
-        flags.DEFINE_integer(name, None, text, least, most)
-    start(_main, ("topology", "images", "classes"))
+    collect_garbage_rarely()
+    with errors_in_one_line():
+        arguments, config = parse_arguments(parser)
+        check_numbers(vars(arguments))
+        if not arguments.topology:
+            raise UserError("--topology is missing, expected a TPU slice as v5e:4x4, or cpu:8")
+        fits = check(
+            arguments.config, config, arguments.topology, arguments.images, arguments.classes
+        )
+    sys.exit(0 if fits else 1)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ from typing import Any
 
 from rich.console import Console
 
-from activemlp_jax.command_line import Parser, check_numbers
+from activemlp_jax.command_line import Parser, add_host_options, check_numbers
 from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.inference.segment import round_up
 from activemlp_jax.tasks.registry import TASKS, check_options, task_type
-from activemlp_jax.training.cli_flags import HOST_OPTIONS
 from activemlp_jax.utils.errors import errors_in_one_line
 from activemlp_jax.utils.json_files import json_line
 from activemlp_jax.utils.runtime import (
@@ -89,17 +88,14 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, help="threads that read images (one per CPU)")
     for task in TASKS.values():
         task.add_evaluate_options(parser.add_argument_group(f"{task.noun}s"))
-    for name, parse, default, text in HOST_OPTIONS:
-        # The second spelling is that of train.py.
-        spellings = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
-        parser.add_argument(*spellings, type=parse, default=default, help=text)
+    add_host_options(parser)
     arguments = vars(parser.parse_args())
     keep_freed_memory()
     collect_garbage_rarely()
-    host_options = {name: arguments.pop(name) for name, *_ in HOST_OPTIONS}
+    host_options = hosts.Hosts(*(arguments.pop(field) for field in hosts.Hosts._fields))
     with errors_in_one_line():
         check_numbers(arguments)
-        with hosts.connected(hosts.Hosts(**host_options)):
+        with hosts.connected(host_options):
             lines = evaluate(arguments)
         if hosts.is_first():
             for line in lines:

@@ -15,7 +15,7 @@ a tenth as long.
 
 from ml_collections import ConfigDict
 
-from activemlp_jax.training.recipe import imagenet_config
+from configs.imagenet import get_config as imagenet_config
 
 
 def get_config() -> ConfigDict:

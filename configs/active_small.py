@@ -12,9 +12,9 @@ models of this size often train with more.
 
 from ml_collections import ConfigDict
 
-from activemlp_jax.training.recipe import imagenet_config
+from configs.imagenet import get_config as imagenet_config
 
 
 def get_config() -> ConfigDict:
-    """Return the recipe without changes."""
+    """Return the recipe of configs/imagenet.py."""
     return imagenet_config("active_small")

@@ -11,9 +11,9 @@ The drop path rate, 0.1, is the default of the authors' code.
 
 from ml_collections import ConfigDict
 
-from activemlp_jax.training.recipe import imagenet_config
+from configs.imagenet import get_config as imagenet_config
 
 
 def get_config() -> ConfigDict:
-    """Return the recipe without changes."""
+    """Return the recipe of configs/imagenet.py."""
     return imagenet_config("active_tiny")

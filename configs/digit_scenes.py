@@ -28,9 +28,9 @@ def get_config() -> ConfigDict:
     config.data.name = "digit_scenes"
     config.data.image_size = 64
     config.data.num_threads = 1  # as for the digits: a second thread would wait for the GIL
-    config.data.flip = 0.0  # a mirrored digit is not a digit
-    config.data.scene.max_class_share = 1.0  # the background covers most of every scene
-    config.data.scene.photometric = False  # colors are random already
+    config.augment.flip = 0.0  # a mirrored digit is not a digit
+    config.augment.scene.max_class_share = 1.0  # the background covers most of every scene
+    config.augment.scene.photometric = False  # colors are random already
     config.optimizer.schedule = "poly"
     config.optimizer.learning_rate = 1e-2
     config.optimizer.final_learning_rate = 0.0

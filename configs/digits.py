@@ -33,10 +33,11 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_epochs = 2
     config.data.resize_factor = 1.0  # the digits fill their images
     config.data.num_threads = 1  # for such small images, a second thread would wait for the GIL
-    config.data.warp.degrees = 15.0
-    config.data.warp.scale = 0.15
-    config.data.warp.shear = 0.2
-    config.data.warp.translate = 0.06
-    config.data.warp.bend = 0.05
+    config.augment.policy = "warp"
+    config.augment.warp.degrees = 15.0
+    config.augment.warp.scale = 0.15
+    config.augment.warp.shear = 0.2
+    config.augment.warp.translate = 0.06
+    config.augment.warp.bend = 0.05
     config.checkpoint.every_epochs = 5
     return config

@@ -16,7 +16,7 @@ learning rate does not scale with the batch size. docs/fine_tuning.md has measur
 
 from ml_collections import ConfigDict
 
-from activemlp_jax.training.recipe import imagenet_config
+from configs.imagenet import get_config as imagenet_config
 
 
 def get_config() -> ConfigDict:
@@ -27,16 +27,16 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 64
     config.ema_decay = 0.999
     config.ema_warmup = True
-    config.random_erasing = 0.0
-    config.mix.mixup_alpha = 0.0
-    config.mix.cutmix_alpha = 0.0
     config.data.name = "folder:data/photos"
     config.data.test_split = "val"
     config.data.num_threads = 4
-    config.data.repeats = 1
-    config.data.crop.min_area = 0.25
-    config.data.randaugment = "rand-m5-mstd0.5-inc1"
     config.data.on_error = "raise"  # with so few images, a broken one is worth fixing
+    config.augment.repeats = 1
+    config.augment.crop.min_area = 0.25
+    config.augment.rand_augment = "rand-m5-mstd0.5-inc1"
+    config.augment.random_erasing = 0.0
+    config.augment.mixup_alpha = 0.0
+    config.augment.cutmix_alpha = 0.0
     config.optimizer.schedule = "steps"
     config.optimizer.learning_rate = 1e-4
     config.optimizer.reference_batch_size = 0  # do not scale the rate with the batch size

@@ -13,7 +13,7 @@ Not run by us on a GPU or TPU.
 
 from ml_collections import ConfigDict
 
-from activemlp_jax.training.recipe import imagenet_config
+from configs.imagenet import get_config as imagenet_config
 
 
 def get_config() -> ConfigDict:

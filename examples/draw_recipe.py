@@ -9,6 +9,7 @@ after random erasing, and the third after cutmix in one group and mixup in the o
 
 import argparse
 import contextlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
 from activemlp_jax.models.active_mlp import create_model
 from activemlp_jax.tasks.classification import Classification
-from activemlp_jax.training.recipe import imagenet_config
+from activemlp_jax.training.cli_flags import load_config
 
 
 def main() -> None:
@@ -31,9 +32,9 @@ def main() -> None:
     )
     parser.add_argument("picture", help="the file to write")
     target = parser.parse_args().picture
-    config = imagenet_config("active_tiny")
+    config = load_config(f"{Path(__file__).parents[1]}/configs/imagenet.py")
     config.batch_size = 12
-    config.mix.group_size = 6
+    config.augment.mix_group_size = 6
     config.data.image_size = 128
     mean, std = config.data.mean, config.data.std
     source = open_source("photos:64")
@@ -49,7 +50,7 @@ def main() -> None:
     images = normalize(batch["image"], mean, std)
     rows = {
         "crop, flip, RandAugment": images,
-        "random erasing": random_erasing(erasing_key, images, config.random_erasing),
+        "random erasing": random_erasing(erasing_key, images, config.augment.random_erasing),
         "mixup or cutmix": task.inputs(batch, key)[0],
     }
     figure, axes = plt.subplots(len(rows), figsize=(12, 3.6), layout="constrained")

@@ -16,9 +16,8 @@ from activemlp_jax.data.sampler import EPOCH_MULTIPLE
 from activemlp_jax.distributed import sharding
 from activemlp_jax.models.active_mlp import create_model
 from activemlp_jax.models.flops import count_cost
-from activemlp_jax.training.config import check_config
+from activemlp_jax.training.config import check_config, default_config, set_variant
 from activemlp_jax.training.init_from import draw_variables
-from activemlp_jax.training.recipe import imagenet_config
 from activemlp_jax.training.trainer import build_trainer, train_flops
 from activemlp_jax.utils.types import Params, Variables
 
@@ -41,15 +40,13 @@ class Inputs(NamedTuple):
 
 
 def recipe(workload: Workload) -> ConfigDict:
-    """Config that trains the model on ImageNet, without drop path, erasing and mixing."""
-    create_model(workload.model)  # raises for an unknown name, with a list of the known ones
-    config = imagenet_config(workload.model)
+    """Config that trains the model without drop path, erasing and mixing."""
+    config = default_config()
+    set_variant(config, workload.model)
     config.batch_size = config.eval_batch_size = workload.batch_size
     config.data.image_size = workload.image_size
     config.model.dtype = workload.dtype
-    config.model.drop_path_rate = 0.0
-    config.mix.mixup_alpha = config.mix.cutmix_alpha = 0.0
-    config.random_erasing = 0.0
+    config.optimizer.schedule = "epochs"
     check_config(config)
     return config
 

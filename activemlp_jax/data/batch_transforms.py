@@ -49,7 +49,7 @@ class Mixing(NamedTuple):
 
 def mixes(config: ConfigDict) -> bool:
     """Whether `config`, the whole config, has mixup or cutmix."""
-    return bool(config.mix.mixup_alpha or config.mix.cutmix_alpha)
+    return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
 
 
 def group_size(config: ConfigDict) -> int:
@@ -58,7 +58,8 @@ def group_size(config: ConfigDict) -> int:
     Rows are mixed only with rows of their group. Without mixing, the group is the whole batch.
     `config` is the whole config.
     """
-    return min(config.mix.group_size, config.batch_size) if mixes(config) else config.batch_size
+    batch_size = config.batch_size
+    return min(config.augment.mix_group_size, batch_size) if mixes(config) else batch_size
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -4,6 +4,7 @@ Images are `[H, W, 3]` uint8 RGB arrays, or RGB Pillow images.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ def draw_crop(rng: np.random.Generator, width: int, height: int, config: ConfigD
       rng: random generator.
       width: width of the image, in pixels.
       height: height of the image, in pixels.
-      config: `config.data.crop`: `min_area` and `max_area` as shares of the image's area;
+      config: `config.augment.crop`: `min_area` and `max_area` as shares of the image's area;
         `min_ratio` and `max_ratio` of width to height.
 
     Source: the training transform of the authors' release (torchvision's RandomResizedCrop).
@@ -88,42 +89,40 @@ def augmented_crop(image: np.ndarray, rng: np.random.Generator, config: ConfigDi
     Args:
       image: `[H, W, 3]` uint8.
       rng: random generator.
-      config: `config.data`; `image_size`, `crop`, `flip`, `randaugment` and `color_jitter` are
-        used, the last one only without `randaugment`.
+      config: the whole config; of `config.augment`, the keys `crop`, `flip`, `rand_augment` and
+        `color_jitter` are used, the last one only without `rand_augment`.
 
     Returns:
       `[image_size, image_size, 3]` uint8.
 
     Source: the training transform of the authors' release (timm's `transforms_imagenet_train`).
     """
+    augment, size = config.augment, config.data.image_size
     height, width = image.shape[:2]
-    box = draw_crop(rng, width, height, config.crop)
+    box = draw_crop(rng, width, height, augment.crop)
     # Crop before resizing: `resize(..., box=box)` would also read pixels around the box.
     part = image[box.top : box.top + box.height, box.left : box.left + box.width]
-    picture = Image.fromarray(part).resize((config.image_size,) * 2, Image.Resampling.BICUBIC)
-    if rng.random() < config.flip:
+    picture = Image.fromarray(part).resize((size, size), Image.Resampling.BICUBIC)
+    if rng.random() < augment.flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if config.randaugment:
-        picture = parse_randaugment(config.randaugment)(picture, rng)
-    elif config.color_jitter:
-        picture = color_jitter(picture, rng, config.color_jitter)
+    if augment.rand_augment:
+        picture = parse_randaugment(augment.rand_augment)(picture, rng)
+    elif augment.color_jitter:
+        picture = color_jitter(picture, rng, augment.color_jitter)
     return np.asarray(picture)
 
 
-def train_transform(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """Augment an image for training.
+def warped(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
+    """Apply `random_warp` with `config.augment.warp`, and resize to `config.data.image_size`."""
+    return resize(random_warp(image, rng, config.augment.warp), config.data.image_size)
 
-    Args:
-      image: `[H, W, 3]` uint8.
-      rng: random generator.
-      config: `config.data`; its `augmentation` is 'warp' or 'random_resized_crop'.
 
-    Returns:
-      `[image_size, image_size, 3]` uint8.
-    """
-    if config.augmentation == "warp":
-        return resize(random_warp(image, rng, config.warp), config.image_size)
-    return augmented_crop(image, rng, config)
+# The values of `config.augment.policy`: from an image `[H, W, 3]` uint8, a random generator and the
+# whole config to an augmented image `[image_size, image_size, 3]` uint8.
+POLICIES: dict[str, Callable[[np.ndarray, np.random.Generator, ConfigDict], np.ndarray]] = {
+    "warp": warped,
+    "random_resized_crop": augmented_crop,
+}
 
 
 def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

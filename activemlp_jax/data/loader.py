@@ -116,7 +116,7 @@ def _set_once(store: Any, key: str) -> bool:
 def sample_order(config: ConfigDict, examples: int) -> SampleOrder:
     """Create the order of a run's samples, from the whole config and the number of `examples`."""
     groups = config.batch_size // group_size(config)
-    return SampleOrder(examples, config.batch_size, config.data.repeats, groups, config.seed)
+    return SampleOrder(examples, config.batch_size, config.augment.repeats, groups, config.seed)
 
 
 def read_unbroken(
@@ -146,7 +146,7 @@ def example_reader(
     A host thus reads and decodes an example only once per step.
     """
     order = sample_order(config, len(source))
-    data, batch_size, repeats = config.data, config.batch_size, config.data.repeats
+    data, batch_size, repeats = config.data, config.batch_size, config.augment.repeats
     local_batch = batch_size // processes
     # The repeats of an example may be split between two steps.
     examples_per_step = (batch_size + repeats - 2) // repeats + 1
@@ -167,7 +167,7 @@ def example_reader(
         samples = []
         for offset, row in rows.items():
             rng = np.random.default_rng([config.seed, step * batch_size + offset - start])
-            samples.append(Sample(row, transform(example, rng, data)))
+            samples.append(Sample(row, transform(example, rng, config)))
         return ExampleSamples(samples, skipped)
 
     return read, examples_per_step
@@ -248,8 +248,8 @@ def train_batches(
 
     Args:
       source: the training set.
-      transform: makes the arrays of a sample from an example, a random generator and `config.data`.
-      config: the whole config; `seed`, `batch_size` (global), `mix` and `data` are used.
+      transform: makes the arrays of a sample from an example, a random generator and `config`.
+      config: the whole config; `seed`, `batch_size` (global), `augment` and `data` are used.
       first_step: the first step; a resumed run passes its current step.
       last_step: the step after the last one.
       process: the index of this host.

@@ -206,7 +206,7 @@ def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
 
 
 def scene_train_transform(
-    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, data: ConfigDict
+    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, config: ConfigDict
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Resize, crop, flip and distort an image and its mask at random, for training.
 
@@ -218,10 +218,10 @@ def scene_train_transform(
       image: `[H, W, 3]` uint8.
       mask: `[H, W]` uint8.
       rng: random generator.
-      data: `config.data`. `image_size` is the side S of the crop, and `flip` is a probability.
-        `scene` has `long_side` (0 for no resizing), `short_side`, limits of the random ratio
-        (`min_ratio` and `max_ratio`), `max_class_share` (see `draw_crop_position`), and
-        `photometric`, whether to change colors.
+      config: the whole config. `data.image_size` is the side S of the crop. `data.scene` has
+        `long_side` (0 for no resizing) and `short_side`. `augment.flip` is a probability.
+        `augment.scene` has limits of the random ratio (`min_scale` and `max_scale`),
+        `max_class_share` (see `draw_crop_position`), and `photometric`, whether to change colors.
 
     Returns:
       The image `[S, S, 3]` uint8, the mask `[S, S]` uint8, and the (height, width) `[2]` int32 of
@@ -232,18 +232,18 @@ def scene_train_transform(
     Raises:
       UserError: OpenCV is not installed.
     """
-    size, scene = data.image_size, data.scene
-    if scene.long_side:
-        ratio = rng.uniform(scene.min_ratio, scene.max_ratio)
-        scale = int(scene.long_side * ratio), int(scene.short_side * ratio)
+    size, limit, augment = config.data.image_size, config.data.scene, config.augment
+    if limit.long_side:
+        ratio = rng.uniform(augment.scene.min_scale, augment.scene.max_scale)
+        scale = int(limit.long_side * ratio), int(limit.short_side * ratio)
         shape = resized_shape(mask.shape[0], mask.shape[1], scale)
         image, mask = resize_image(image, shape), resize_mask(mask, shape)
-    top, left = draw_crop_position(mask, size, rng, scene.max_class_share)
+    top, left = draw_crop_position(mask, size, rng, augment.scene.max_class_share)
     image = image[top : top + size, left : left + size]
     mask = mask[top : top + size, left : left + size]
-    if rng.random() < data.flip:
+    if rng.random() < augment.flip:
         image, mask = image[:, ::-1], mask[:, ::-1]
-    if scene.photometric:
+    if augment.scene.photometric:
         image = photometric_distortion(np.ascontiguousarray(image), rng)
     extent = np.array(mask.shape, np.int32)
     return _padded(image, size, 0), _padded(mask, size, IGNORED), extent

@@ -34,7 +34,7 @@ def random_warp(image: np.ndarray, rng: np.random.Generator, config: ConfigDict)
     Args:
       image: `[H, W, 3]` uint8.
       rng: random generator; 24 numbers are drawn.
-      config: `config.data.warp`. Limits of uniform draws: `degrees` of rotation, `scale` as the
+      config: `config.augment.warp`. Limits of uniform draws: `degrees` of rotation, `scale` as the
         maximum difference of a factor from 1, `shear` as a slope, and `translate` as a share of the
         side, each in both directions. `bend` is the standard deviation of the noise as a share of
         the side.

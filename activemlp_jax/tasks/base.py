@@ -107,9 +107,9 @@ class Task(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def transform(
-        example: Example, rng: np.random.Generator, data: ConfigDict
+        example: Example, rng: np.random.Generator, config: ConfigDict
     ) -> dict[str, np.ndarray]:
-        """Make the arrays of one training sample, on the host; `data` is `config.data`."""
+        """Make the arrays of one training sample, on the host; `config` is the whole config."""
 
     # Weights to start from
 

@@ -28,7 +28,7 @@ from activemlp_jax.data.batch_transforms import (
     normalize,
     random_erasing,
 )
-from activemlp_jax.data.image_transforms import train_transform
+from activemlp_jax.data.image_transforms import POLICIES
 from activemlp_jax.data.loader import eval_batches
 from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.data.sources import open_source
@@ -117,10 +117,10 @@ class Classification(Task):
 
     @staticmethod
     def transform(
-        example: Example, rng: np.random.Generator, data: ConfigDict
+        example: Example, rng: np.random.Generator, config: ConfigDict
     ) -> dict[str, np.ndarray]:
         """Make `image` `[S, S, 3]` uint8 and `label`, an int32 scalar."""
-        image = train_transform(example.image, rng, data)
+        image = POLICIES[config.augment.policy](example.image, rng, config)
         return {"image": image, "label": np.asarray(example.label, np.int32)}
 
     @staticmethod
@@ -155,21 +155,21 @@ class Classification(Task):
 
         Images are normalized, randomly erased and mixed; labels are smoothed and mixed.
         """
-        config, batch_size = self.settings, len(batch["label"])
+        config, augment = self.settings, self.settings.augment
         erasing_key, mixing_key = jax.random.split(key)
         images = self._normalize(batch["image"])
-        if config.random_erasing:
-            images = random_erasing(erasing_key, images, config.random_erasing)
+        if augment.random_erasing:
+            images = random_erasing(erasing_key, images, augment.random_erasing)
         labels = jax.nn.one_hot(batch["label"], self.model.num_classes)
         targets = optax.smooth_labels(labels, config.label_smoothing)
         if mixes(config):
             mixing = draw_mixing(
                 mixing_key,
-                batch_size // group_size(config),
+                len(images) // group_size(config),
                 *images.shape[1:3],
-                mixup_alpha=config.mix.mixup_alpha,
-                cutmix_alpha=config.mix.cutmix_alpha,
-                cutmix_probability=config.mix.cutmix_probability,
+                mixup_alpha=augment.mixup_alpha,
+                cutmix_alpha=augment.cutmix_alpha,
+                cutmix_probability=augment.cutmix_probability,
             )
             images, targets = mix(images, targets, mixing)
         return images, targets

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from activemlp_jax.data.base import Example, Source
-from activemlp_jax.data.batch_transforms import mixes, normalize
+from activemlp_jax.data.batch_transforms import normalize
 from activemlp_jax.data.preprocessing import ScenePreprocessing
 from activemlp_jax.data.segmentation_sources import open_scenes
 from activemlp_jax.data.segmentation_transforms import (
@@ -139,8 +139,12 @@ class Segmentation(Task):
     @staticmethod
     def check_config(config: ConfigDict) -> None:
         """Raise UserError for settings that are only for classification."""
-        if mixes(config) or config.random_erasing:
-            raise UserError("config.mix and config.random_erasing are for classification alone")
+        for key in ("random_erasing", "mixup_alpha", "cutmix_alpha"):
+            if value := config.augment[key]:
+                raise UserError(
+                    f"config.augment.{key} is {value}, expected 0 for segmentation; it is for "
+                    "classification alone"
+                )
         if config.accumulation != 1:
             raise UserError(
                 f"config.accumulation is {config.accumulation}, expected 1 for segmentation, whose "
@@ -155,7 +159,7 @@ class Segmentation(Task):
     @staticmethod
     def check_packages(config: ConfigDict) -> None:
         """Raise UserError if OpenCV is needed but missing."""
-        if config.data.scene.long_side or config.data.scene.photometric:
+        if config.data.scene.long_side or config.augment.scene.photometric:
             load_opencv()
 
     @staticmethod
@@ -165,10 +169,10 @@ class Segmentation(Task):
 
     @staticmethod
     def transform(
-        example: Example, rng: np.random.Generator, data: ConfigDict
+        example: Example, rng: np.random.Generator, config: ConfigDict
     ) -> dict[str, np.ndarray]:
         """Make uint8 `image` `[S, S, 3]` and `label` `[S, S]`, and `extent`, the unpadded size."""
-        image, label, extent = scene_train_transform(example.image, example.label, rng, data)
+        image, label, extent = scene_train_transform(example.image, example.label, rng, config)
         return {"image": image, "label": label, "extent": extent}
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The training program: config, recipes, optimizer, step, loop, checkpoints, reporting.
+"""The training program: config, optimizer, step, loop, checkpoints, reporting.
 
 Imports `tasks` and everything that `tasks` may import.
 """

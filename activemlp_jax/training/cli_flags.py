@@ -1,104 +1,132 @@
-"""Command lines of programs that take a config, with one-line errors for wrong flags."""
+"""Command lines that take a config, with one-line errors for wrong options."""
 
+import argparse
 import difflib
+import inspect
+import logging
 import os
+import re
 import runpy
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
 from rich.console import Console
 
-from activemlp_jax.training.config import default_config, flatten
-from activemlp_jax.utils.errors import (
-    Interrupted,
-    UserError,
-    errors_in_one_line,
-    exit_with,
-    one_line,
-)
+from activemlp_jax.command_line import Parser, add_host_options
+from activemlp_jax.training.config import current_name, default_config, flatten
+from activemlp_jax.utils.errors import Interrupted, UserError, errors_in_one_line, one_line
 from activemlp_jax.utils.runtime import collect_garbage_rarely, keep_freed_memory
 
-# The fields of hosts.Hosts: name, type, default, help.
-HOST_OPTIONS: tuple[tuple[str, type, Any, str], ...] = (
-    (
-        "coordinator",
-        str,
-        "",
-        "HOST:PORT of the first of several processes. SLURM, Open MPI and TPU pods need none of "
-        "these four.",
-    ),
-    ("num_processes", int, None, "Number of processes that share the work."),
-    ("process_id", int, None, "Number of this process, from 0."),
-    ("timeout", int, 300, "Seconds the processes wait for each other to start."),
-)
-_HOST_NAMES = tuple(name for name, *_ in HOST_OPTIONS)
-HELP_FLAGS = ("help", "helpfull", "helpshort", "?")
-
-
-def _keys(config: ConfigDict, prefix: str = "config.") -> list[str]:
-    """Names of all keys and groups of keys."""
-    keys = []
-    for key, value in config.items():
-        keys += [
-            prefix + key,
-            *(_keys(value, f"{prefix}{key}.") if hasattr(value, "items") else []),
-        ]
-    return keys
+PROJECT = str(Path(__file__).parents[2])
 
 
 def load_config(path: str) -> ConfigDict:
-    """Load a config from a Python file; raise UserError if the file does not give one."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no config file {path}")
+    """Load a config from a Python file.
+
+    The file can import others of the project as `configs.NAME`, whatever the working directory.
+
+    Args:
+      path: FILE.py, or FILE.py:VARIANT to call its `get_config` with a variant.
+
+    Raises:
+      UserError: the file does not give a config with the keys of `default_config`.
+    """
+    file, *variant = path.split(":", 1)
+    if not Path(file).is_file():
+        raise UserError(f"there is no config file {file}")
+    if PROJECT not in sys.path:
+        sys.path.append(PROJECT)
     try:
-        get_config = runpy.run_path(path).get("get_config")
-        config = get_config() if get_config else None
+        get_config = runpy.run_path(file).get("get_config")
+        if get_config is None:
+            raise UserError("the file defines no function get_config()")
+        if variant and not inspect.signature(get_config).parameters:
+            raise UserError("get_config() of this file takes no variant")
+        config = get_config(*variant)
+        known = flatten(default_config()).keys()
+        if not isinstance(config, ConfigDict) or flatten(config).keys() != known:
+            raise UserError("get_config() must return default_config() with other values")
     except Exception as error:  # whatever the user's file does wrong
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: {type(error).__name__}: {reason}") from error
-    if get_config is None:
-        raise UserError(f"{path} defines no function get_config()")
-    if not isinstance(config, ConfigDict) or set(_keys(config)) != set(_keys(default_config())):
-        raise UserError(f"{path}: get_config() must return default_config() with other values")
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{path}: {kind}{one_line(error)}") from error
     return config
 
 
-def _find_config_flags(argv: list[str], default_path: Path | None) -> tuple[str, list[str]]:
-    """Find the path of the config file, '' if none is given, and the keys that flags override."""
-    path, overrides = str(default_path or ""), []
-    for position, argument in enumerate(argv):
-        name, _, value = argument.lstrip("-").partition("=")
-        if not argument.startswith("-"):
-            continue
-        if name == "config":
-            path = value or " ".join(argv[position + 1 : position + 2])
-        elif name.startswith("config."):
-            overrides.append(name)
-    return path, overrides
+def config_name(path: str) -> str:
+    """Name of a config: that of its file, and the variant if there is one."""
+    file, *variant = path.split(":", 1)
+    return "_".join([Path(file).stem, *variant])
 
 
-def _check_keys(argv: list[str], default_path: Path | None) -> None:
-    """Raise UserError for a broken config file or an override of a key that it lacks."""
-    path, overrides = _find_config_flags(argv, default_path)
-    if not path:
+def parse_arguments(
+    parser: Parser, default_path: Path | None = None
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """Parse the command line of a command that takes a config.
+
+    Options that set keys of the config are read by ml_collections, by the type of the value in the
+    config. With --help, the keys of the config are printed too, and the process exits.
+
+    Args:
+      parser: with the command's own options, and `add_help=False`.
+      default_path: config file to use without --config; None if --config is required.
+
+    Returns:
+      The options, with the path of the config as `config`, and the config.
+
+    Raises:
+      UserError: the config file or an option is wrong.
+    """
+    parser.add_argument(
+        "--config",
+        default=str(default_path or ""),
+        metavar="FILE[:VARIANT]",
+        help="config file; --config.KEY=VALUE changes a key of it",
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this and all keys")
+    arguments, others = parser.parse_known_args()
+    if arguments.help:
+        config = load_config(arguments.config) if arguments.config else default_config()
+        parser.print_help()
+        print(f"\nKeys of {arguments.config or 'a config'}, changed by --config.KEY=VALUE:\n")
+        print(describe_keys(config))
+        sys.exit(0)
+    if not arguments.config:
         raise UserError("--config is missing, expected a config file such as configs/digits.py")
-    known = _keys(load_config(path))
-    for name in overrides:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"{path} has no key {name}{hint}")
+    config = load_config(arguments.config)
+    _set_keys(config, others, arguments.config)
+    return arguments, config
+
+
+def _set_keys(config: ConfigDict, words: Sequence[str], path: str) -> None:
+    """Change a config as `words` of the command line say; raise UserError for other words."""
+    keys = flatten(config)
+    for word in words:
+        match = re.match(r"--?(?:no)?config\.([\w.]+)", word)
+        if match and not any(f"{key}.".startswith(f"{match[1]}.") for key in keys):
+            close = difflib.get_close_matches(current_name(match[1]), keys, n=1)
+            hint = f"; did you mean config.{close[0]}?" if close else ""
+            raise UserError(f"{path} has no key config.{match[1]}{hint}")
+    flag_values, argv = flags.FlagValues(), [sys.argv[0], *words]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
+        rest = flag_values(argv)[1:]
+    except (flags.Error, IndexError, TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if rest:
+        raise UserError(
+            f"unexpected argument {rest[0]!r}; settings are given as --config.KEY=VALUE"
+        )
 
 
 def describe_keys(config: ConfigDict) -> str:
     """List all keys with their values for --help, one paragraph per group."""
     groups: dict[str, list[str]] = {}
-    for key, value in flatten(config.to_dict()).items():
+    for key, value in flatten(config).items():
         group, _, name = key.rpartition(".")
         # No-break spaces, so that a line does not break inside a tuple.
         groups.setdefault(group, []).append(f"{name}={value!r}".replace(" ", "\N{NO-BREAK SPACE}"))
@@ -116,110 +144,43 @@ def describe_keys(config: ConfigDict) -> str:
     return "\n".join(paragraphs).replace("\N{NO-BREAK SPACE}", " ")
 
 
-def _print_keys(default_path: Path | None) -> None:
-    """Print the keys of the config file given on the command line, for --help."""
-    path, _ = _find_config_flags(sys.argv[1:], default_path)
-    config = load_config(path) if path else default_config()
-    print(f"\nKeys of {path or 'a config'}, changed by --config.KEY=VALUE:\n")
-    print(describe_keys(config))
-
-
-def start(
-    main: Callable[[], None], own_flags: Sequence[str], default_path: Path | None = None
-) -> NoReturn:
-    """Parse the flags of a command that takes a config, run it and exit the process.
-
-    A UserError, from the flags or from `main`, is printed as one line.
+def run(description: str | None, default_path: Path) -> None:
+    """Run the command line of `train.py`.
 
     Args:
-      main: the command; it gets the config from `chosen_config`.
-      own_flags: names of other flags to show in --help; they must be defined already.
-      default_path: config file to use without --config; None if --config is required.
-    """
-    collect_garbage_rarely()
-    asks_for_help = any(
-        argument.startswith("-") and argument.lstrip("-") in HELP_FLAGS for argument in sys.argv[1:]
-    )
-    if not asks_for_help:
-        try:
-            _check_keys(sys.argv[1:], default_path)
-        except UserError as error:
-            exit_with(error)
-    config_flags.DEFINE_config_file(
-        "config",
-        str(default_path) if default_path else None,
-        "Config file; --config.KEY=VALUE changes a key of it.",
-    )
-    for name in ("config", *own_flags):
-        # --help shows the key flags of the main module.
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-
-    def parse(argv: list[str]) -> list[str]:
-        try:
-            rest = flags.FLAGS(argv)
-        except SystemExit:  # absl has printed --help, and would exit with status 1
-            with errors_in_one_line():
-                _print_keys(default_path)
-            sys.exit(0)
-        except (flags.Error, TypeError, ValueError) as error:
-            exit_with(" ".join(str(error).split()))
-        if len(rest) > 1:
-            exit_with(f"unexpected argument {rest[1]!r}; settings are given as --config.KEY=VALUE")
-        if flags.FLAGS["verbosity"].using_default_value:
-            # By default, absl shows what Orbax logs about every checkpoint.
-            flags.FLAGS["verbosity"].value = logging.WARNING
-            flags.FLAGS["verbosity"].using_default_value = False
-            # Drop Orbax's advice to save less often: that is up to the config.
-            logging.get_absl_logger().addFilter(
-                lambda record: "previous save" not in str(record.msg)
-            )
-        return rest
-
-    def run_main(argv: list[str]) -> None:
-        del argv
-        with errors_in_one_line():
-            main()
-
-    app.run(run_main, flags_parser=parse)
-
-
-def chosen_config() -> tuple[str, ConfigDict]:
-    """The path of the config file, and its config with the overrides of the command line."""
-    return config_flags.get_config_filename(flags.FLAGS["config"]), flags.FLAGS.config
-
-
-def run(default_path: Path) -> NoReturn:
-    """Parse the flags of `train.py`, train and exit the process.
-
-    Args:
+      description: its description, for --help.
       default_path: config file to use without --config.
     """
-    flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/NAME_OF_CONFIG.")
-    for name, kind, default, text in HOST_OPTIONS:
-        if kind is int:
-            flags.DEFINE_integer(name, default, text, lower_bound=0)
-        else:
-            flags.DEFINE_string(name, default, text)
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("--workdir", help="directory of the run (runs/NAME_OF_CONFIG)")
+    add_host_options(parser)
+    collect_garbage_rarely()
     keep_freed_memory()
-    start(_train, ("workdir", *_HOST_NAMES), default_path)
+    # Drop Orbax's advice to save less often: that is up to the config.
+    logging.getLogger("absl").addFilter(lambda record: "previous save" not in str(record.msg))
+    with errors_in_one_line():
+        _train(*parse_arguments(parser, default_path))
 
 
-def _train() -> None:
-    path, config = chosen_config()
-    name = Path(path).stem
-    workdir = flags.FLAGS.workdir or f"runs/{name}"
+def _train(arguments: argparse.Namespace, config: ConfigDict) -> None:
+    name = config_name(arguments.config)
+    workdir = arguments.workdir or f"runs/{name}"
     if "://" in workdir:
         raise UserError(f"--workdir is {workdir}, expected a directory of this machine")
-    host_options: dict[str, Any] = {name: flags.FLAGS[name].value for name in _HOST_NAMES}
     workdir_path = Path(workdir).expanduser()
-    if not host_options["process_id"]:
+    if not arguments.process_id:
         # Print before the imports below, which take seconds, and longer on a slow disk.
         print(one_line(f"starting: config {name}, workdir {workdir}"), flush=True)
     from activemlp_jax.distributed import hosts  # slow; --help does not need it
     from activemlp_jax.training.loop import train
 
+    host_options = hosts.Hosts(*(getattr(arguments, field) for field in hosts.Hosts._fields))
     try:
-        with hosts.connected(hosts.Hosts(**host_options)):
+        with hosts.connected(host_options):
             train(config, workdir_path, Console(), config_name=name)
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"\n{_interrupted(str(error), workdir_path)}")

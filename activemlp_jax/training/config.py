@@ -1,19 +1,23 @@
-"""All settings of a run with their defaults, and the check of a config."""
+"""All settings of a run: their defaults, their allowed values, and their former names."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from activemlp_jax.command_line import ABOVE_0, BELOW_1, check_range
 from activemlp_jax.data.batch_transforms import group_size
-from activemlp_jax.data.preprocessing import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-)
+from activemlp_jax.data.image_transforms import POLICIES
+from activemlp_jax.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from activemlp_jax.data.randaugment import parse_randaugment
+from activemlp_jax.models.active_mlp import MIN_IMAGE_SIDE, VARIANTS
+from activemlp_jax.models.segmentor import HEADS
 from activemlp_jax.tasks.registry import TASKS, make_task
-from activemlp_jax.training.limits import check_values
+from activemlp_jax.training.optimizer import NOT_DECAYED, OPTIMIZERS
+from activemlp_jax.training.schedules import SCHEDULES
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.json_files import short
 
@@ -94,46 +98,46 @@ def default_config() -> ConfigDict:
     config.data.num_workers = 0  # worker processes, instead of the threads
     config.data.on_error = "skip"  # replace a broken image by the next one; or "raise"
     config.data.max_skipped = 100  # stop after more broken images than this
-    config.data.repeats = 1  # copies of each image: repeated augmentation; see sampler.SampleOrder
-
-    # Or random_resized_crop, which uses crop, flip, randaugment and color_jitter.
-    config.data.augmentation = "warp"
-    config.data.crop = ConfigDict()  # see image_transforms.draw_crop
-    config.data.crop.min_area = 0.08
-    config.data.crop.max_area = 1.0
-    config.data.crop.min_ratio = 3 / 4
-    config.data.crop.max_ratio = 4 / 3
-    config.data.flip = 0.5  # probability
-    config.data.randaugment = ""  # such as rand-m9-mstd0.5-inc1; see randaugment
-    config.data.color_jitter = 0.0  # used only without RandAugment
-    config.data.scene = ConfigDict()  # for segmentation; see segmentation_transforms
-    # In training and in tests, scenes are resized to fit into long_side x short_side pixels; with a
-    # long_side of 0, they keep their size.
+    # Segmentation images are resized to fit into long_side x short_side pixels, in training and in
+    # tests; with a long_side of 0, they keep their size.
+    config.data.scene = ConfigDict()
     config.data.scene.long_side = 0
     config.data.scene.short_side = 512
-    config.data.scene.min_ratio = 0.5  # random scale of that size, in training
-    config.data.scene.max_ratio = 2.0
-    config.data.scene.max_class_share = 0.75  # largest share of one class in a crop
-    config.data.scene.photometric = True
-    config.data.warp = ConfigDict()  # for warp; see warp.random_warp
-    config.data.warp.degrees = 0.0
-    config.data.warp.scale = 0.0
-    config.data.warp.shear = 0.0
-    config.data.warp.translate = 0.0
-    config.data.warp.bend = 0.0
+
+    config.augment = ConfigDict()
+    config.augment.repeats = 1  # copies of each image, repeated augmentation; see SampleOrder
+    config.augment.policy = "warp"  # or random_resized_crop; see image_transforms
+    config.augment.crop = ConfigDict()  # for random_resized_crop; see image_transforms.draw_crop
+    config.augment.crop.min_area = 0.08
+    config.augment.crop.max_area = 1.0
+    config.augment.crop.min_ratio = 3 / 4
+    config.augment.crop.max_ratio = 4 / 3
+    config.augment.flip = 0.5  # probability; for random_resized_crop and for segmentation
+    config.augment.rand_augment = ""  # for random_resized_crop, such as rand-m9-mstd0.5-inc1
+    config.augment.color_jitter = 0.0  # for random_resized_crop without RandAugment
+    config.augment.warp = ConfigDict()  # for warp; see warp.random_warp
+    config.augment.warp.degrees = 0.0
+    config.augment.warp.scale = 0.0
+    config.augment.warp.shear = 0.0
+    config.augment.warp.translate = 0.0
+    config.augment.warp.bend = 0.0
+    config.augment.random_erasing = 0.0  # probability for each image
+    config.augment.mixup_alpha = 0.0  # 0: no mixup; see batch_transforms.draw_mixing
+    config.augment.cutmix_alpha = 0.0  # 0: no cutmix
+    config.augment.cutmix_probability = 0.5  # of cutmix rather than mixup, if both are on
+    config.augment.mix_group_size = 128  # rows that share one mixing; a smaller batch is one group
+    config.augment.scene = ConfigDict()  # for segmentation; see segmentation_transforms
+    config.augment.scene.min_scale = 0.5  # random scale of the resized image, if data.scene resizes
+    config.augment.scene.max_scale = 2.0
+    config.augment.scene.max_class_share = 0.75  # largest share of one class in a crop
+    config.augment.scene.photometric = True
 
     config.test = ConfigDict()
     config.test.every_epochs = 1
     config.test.size_multiple = 1  # round the sides of scenes to multiples; see tiling.Protocol
 
-    config.random_erasing = 0.0  # probability for each image
-    config.mix = ConfigDict()  # see batch_transforms.draw_mixing
-    config.mix.mixup_alpha = 0.0  # 0: no mixup
-    config.mix.cutmix_alpha = 0.0  # 0: no cutmix
-    config.mix.cutmix_probability = 0.5  # of cutmix rather than mixup, if both are on
-    config.mix.group_size = 128  # rows that share one mixing; a smaller batch is one group
-
-    config.optimizer = ConfigDict()  # AdamW
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"
     config.optimizer.schedule = "steps"  # or epochs, or poly; see schedules.learning_rate_schedule
     config.optimizer.learning_rate = 5e-4  # peak, after the warm-up
     config.optimizer.reference_batch_size = 0  # images that learning_rate is for; 0: do not scale
@@ -157,47 +161,179 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+def set_variant(config: ConfigDict, variant: str) -> None:
+    """Set the architecture in `config.model` to a published variant, one of `list_models()`."""
+    if variant not in VARIANTS:
+        raise UserError(f"no model {variant!r}, expected one of {', '.join(VARIANTS)}")
+    for field, value in VARIANTS[variant].items():
+        config.model[field] = tuple(map(float, value)) if field == "mlp_ratios" else value
+
+
+CHOICES: dict[str, Iterable[str]] = {
+    "task": TASKS,
+    "init_weights": ("auto", "ema", "model"),
+    "model.dtype": ("bfloat16", "float32", "float64"),
+    "head.name": HEADS,
+    "data.on_error": ("skip", "raise"),
+    "augment.policy": POLICIES,
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.schedule": SCHEDULES,
+    "optimizer.not_decayed": NOT_DECAYED,
+}
+
+# Lowest and highest value of each number, or of each of several numbers. Most upper limits are far
+# above what any run needs, to catch typing errors early.
+LIMITS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),  # JAX's random keys use 32 bits of it
+    "epochs": (1, 10**7),
+    "steps": (0, 10**7),
+    "batch_size": (1, 10**6),
+    "accumulation": (1, 10**6),
+    "eval_batch_size": (1, 10**6),
+    "label_smoothing": (0, BELOW_1),
+    "ema_decay": (0, BELOW_1),
+    "log_every_steps": (1, 10**7),
+    "profile": (0, 10**7),
+    "model.depths": (1, 1000),
+    "model.embed_dims": (1, 2**16),
+    "model.mlp_ratios": (0, 100),
+    "model.share_dims": (1, 2**16),
+    "model.offset_interval": (1, 1000),
+    "head.channels": (0, 2**16),
+    "head.aux_channels": (1, 2**16),
+    "head.neck_channels": (1, 2**16),
+    "head.dropout_rate": (0, BELOW_1),
+    "mesh.data": (-1, 10**6),
+    "mesh.fsdp": (1, 10**6),
+    "data.image_size": (MIN_IMAGE_SIDE, 2**12),
+    "data.resize_factor": (1, 4),
+    "data.mean": (-1000, 1000),
+    "data.std": (-1000, 1000),
+    "data.num_threads": (0, 1000),
+    "data.num_workers": (0, 1000),
+    "data.max_skipped": (0, 10**7),
+    "data.scene.long_side": (0, 2**14),
+    "data.scene.short_side": (1, 2**14),
+    "augment.repeats": (1, 1000),
+    "augment.crop.min_area": (ABOVE_0, 1),
+    "augment.crop.max_area": (ABOVE_0, 1),
+    "augment.crop.min_ratio": (ABOVE_0, 100),
+    "augment.crop.max_ratio": (ABOVE_0, 100),
+    "augment.flip": (0, 1),
+    "augment.color_jitter": (0, 10),
+    "augment.warp.degrees": (0, 360),
+    "augment.warp.scale": (0, BELOW_1),
+    "augment.warp.shear": (0, 10),
+    "augment.warp.translate": (0, 10),
+    "augment.warp.bend": (0, 10),
+    "augment.random_erasing": (0, 1),
+    "augment.mixup_alpha": (0, 1000),
+    "augment.cutmix_alpha": (0, 1000),
+    "augment.cutmix_probability": (0, 1),
+    "augment.mix_group_size": (1, 10**6),
+    "augment.scene.min_scale": (ABOVE_0, 100),
+    "augment.scene.max_scale": (ABOVE_0, 100),
+    "augment.scene.max_class_share": (ABOVE_0, 1),
+    "test.every_epochs": (1, 10**7),
+    "test.size_multiple": (1, 2**12),
+    # A run that diverges stops when a metric is not finite.
+    "optimizer.learning_rate": (ABOVE_0, 10**20),
+    "optimizer.reference_batch_size": (0, 10**6),
+    "optimizer.warmup_learning_rate": (0, 10**20),
+    "optimizer.final_learning_rate": (0, 10**20),
+    "optimizer.warmup_epochs": (0, 10**7),
+    "optimizer.warmup_steps": (0, 10**7),
+    "optimizer.weight_decay": (0, 1000),
+    "optimizer.b1": (0, BELOW_1),
+    "optimizer.b2": (0, BELOW_1),
+    "optimizer.eps": (0, 1),
+    "optimizer.clip_norm": (0, 10**7),
+    "optimizer.layer_decay": (ABOVE_0, 1),
+    "checkpoint.every_epochs": (1, 10**7),
+    "checkpoint.every_steps": (0, 10**7),
+    "checkpoint.every_minutes": (0, 10**7),
+    "checkpoint.keep": (1, 10**7),
+}
+
+
 def check_config(config: ConfigDict) -> None:
     """Raise UserError for invalid settings, naming the key, the value and what was expected."""
-    if config.task not in TASKS:
-        raise UserError(f"config.task is {config.task!r}, expected one of {', '.join(TASKS)}")
-    check_values(config)
-    for group, kind in (("crop", "area"), ("crop", "ratio"), ("scene", "ratio")):
-        low, high = (config.data[group][f"{end}_{kind}"] for end in ("min", "max"))
+    values = flatten(config)
+    for key, choices in CHOICES.items():
+        if values[key] not in choices:
+            raise UserError(
+                f"config.{key} is {values[key]!r}, expected one of {', '.join(choices)}"
+            )
+    for key, limits in LIMITS.items():
+        check_range(f"config.{key}", values[key], *limits)
+    if config.mesh.data == 0:
+        raise UserError("config.mesh.data is 0, expected -1 or at least 1")
+    for key in ("train_split", "test_split"):
+        if not config.data[key]:
+            raise UserError(f"config.data.{key} is '', expected the name of a split")
+    for group, kind in (("crop", "area"), ("crop", "ratio"), ("scene", "scale")):
+        low, high = (config.augment[group][f"{end}_{kind}"] for end in ("min", "max"))
         if low > high:
             raise UserError(
-                f"config.data.{group}.min_{kind} is {low!r}, expected at most max_{kind}, {high!r}"
+                f"config.augment.{group}.min_{kind} is {low!r}, expected at most max_{kind}, "
+                f"{high!r}"
             )
     TASKS[config.task].check_config(config)
     mixed_rows = group_size(config)
     if config.batch_size % mixed_rows:
         raise UserError(
             f"config.batch_size is {config.batch_size}, expected a multiple of "
-            f"config.mix.group_size, {mixed_rows}, or less than it"
+            f"config.augment.mix_group_size, {mixed_rows}, or less than it"
         )
     if config.model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise UserError("config.model.dtype is float64, which needs JAX_ENABLE_X64=1 to be set")
-    if config.data.randaugment:
+    if config.augment.rand_augment:
         try:
-            parse_randaugment(config.data.randaugment)
+            parse_randaugment(config.augment.rand_augment)
         except ValueError as error:
-            raise UserError(f"config.data.randaugment: {error}") from error
+            raise UserError(f"config.augment.rand_augment: {error}") from error
     make_task(config, num_classes=1)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested dict; keys are joined with dots and start with `prefix`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
-    return flat
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Values of a config, keyed by names such as 'data.name'."""
+    return flatten_dict(config.to_dict(), sep=".")
+
+
+# Names of keys, or of groups of keys, in the configs that earlier versions saved.
+RENAMED = {
+    "data.augmentation": "augment.policy",
+    "data.repeats": "augment.repeats",
+    "data.crop": "augment.crop",
+    "data.flip": "augment.flip",
+    "data.randaugment": "augment.rand_augment",
+    "data.color_jitter": "augment.color_jitter",
+    "data.warp": "augment.warp",
+    "data.scene.min_ratio": "augment.scene.min_scale",
+    "data.scene.max_ratio": "augment.scene.max_scale",
+    "data.scene.max_class_share": "augment.scene.max_class_share",
+    "data.scene.photometric": "augment.scene.photometric",
+    "random_erasing": "augment.random_erasing",
+    "mix.mixup_alpha": "augment.mixup_alpha",
+    "mix.cutmix_alpha": "augment.cutmix_alpha",
+    "mix.cutmix_probability": "augment.cutmix_probability",
+    "mix.group_size": "augment.mix_group_size",
+}
+
+
+def current_name(key: str) -> str:
+    """The name of a key that may have another name in earlier versions."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            return new + key.removeprefix(old)
+    return key
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Compare the settings of two runs in all keys but `FREE_TO_CHANGE`.
 
-    Configs saved by earlier versions lack some keys; these count as their defaults.
+    Configs saved by earlier versions may have former names of keys, and lack some keys; these count
+    as their defaults.
 
     Args:
       ours: the config of this run, as a nested dict.
@@ -206,8 +342,10 @@ def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     Returns:
       The keys that differ, each in a string with both values.
     """
-    defaults = flatten(json.loads(default_config().to_json()))
-    here, there = defaults | flatten(ours), defaults | flatten(theirs)
+    defaults = flatten_dict(json.loads(default_config().to_json()), sep=".")
+    here = defaults | flatten_dict(ours, sep=".")
+    saved = flatten_dict(theirs, sep=".")
+    there = defaults | {current_name(key): value for key, value in saved.items()}
     return [
         f"{key} ({short(there.get(key, 'absent'))} there, {short(here.get(key, 'absent'))} here)"
         for key in sorted(here.keys() | there.keys())

@@ -24,7 +24,7 @@ def code_version() -> str:
 
 def run_facts(config: ConfigDict, sources: Sequence[Source]) -> dict[str, Any]:
     """Facts that must match on every host, keyed by display name."""
-    settings = {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
+    settings = {f"config.{key}": value for key, value in flatten(config).items()}
     return {
         **settings,
         "the version of JAX": jax.__version__,

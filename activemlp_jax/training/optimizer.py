@@ -1,6 +1,7 @@
-"""AdamW with the original's weight decay groups, gradient clipping and layer-wise decay."""
+"""Optimizers by name, with the original's weight decay groups, clipping and layer-wise decay."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,8 @@ from ml_collections import ConfigDict
 
 from activemlp_jax.models.segmentor import Model, backbone
 from activemlp_jax.weights.torch_names import BACKBONE
+
+NOT_DECAYED = ("vectors", "norms")  # the values of `config.optimizer.not_decayed`
 
 
 def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
@@ -75,26 +78,35 @@ def layer_scales(params: Any, model: Model, decay: float) -> Any:
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
+def adamw(
+    config: ConfigDict, schedule: optax.Schedule, mask: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Make AdamW, with decoupled weight decay of the parameters that `mask` marks."""
+    return optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=mask,
+    )
+
+
+OPTIMIZERS = {"adamw": adamw}  # the values of `config.optimizer.name`
+
+
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, model: Model
 ) -> optax.GradientTransformation:
-    """Make AdamW with decoupled weight decay and, if configured, clipping and layer-wise decay.
+    """Make the optimizer that `config.name` names and, if configured, clip and decay by layer.
 
     Args:
       config: `config.optimizer`.
       schedule: learning rate by step.
       model: the model to train.
     """
-    transforms = [
-        optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=partial(decay_mask, not_decayed=config.not_decayed),
-        )
-    ]
+    mask = partial(decay_mask, not_decayed=config.not_decayed)
+    transforms = [OPTIMIZERS[config.name](config, schedule, mask)]
     if config.clip_norm:
         transforms.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.layer_decay < 1:

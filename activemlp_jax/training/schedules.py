@@ -1,5 +1,6 @@
 """Learning rate schedules."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,16 +26,7 @@ def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 def learning_rate_schedule(
     config: ConfigDict, steps_per_epoch: int, steps: int, batch_size: int
 ) -> optax.Schedule:
-    """Make the learning rate schedule that `config.schedule` names: 'steps', 'epochs' or 'poly'.
-
-    'steps' is a linear warm-up and then a cosine decay. The cosine is counted from the start of the
-    run, not from the end of the warm-up.
-
-    'epochs' matches the original exactly: the rate is constant within an epoch. The original steps
-    its scheduler after each epoch with that epoch's number, so epoch e has the rate for e - 1, and
-    the first two epochs both have the lowest rate of the warm-up.
-
-    'poly' is a linear decay with a linear warm-up, for segmentation.
+    """Make the learning rate schedule that `config.schedule` names, one of `SCHEDULES`.
 
     Args:
       config: `config.optimizer`.
@@ -46,23 +38,47 @@ def learning_rate_schedule(
       A function from the step to the learning rate.
     """
     peak = peak_learning_rate(config, batch_size)
-    if config.schedule == "poly":
-        return _poly_schedule(config, peak, steps)
-    if config.schedule == "epochs":
-        return _epoch_schedule(config, peak, steps_per_epoch, -(-steps // steps_per_epoch))
+    return SCHEDULES[config.schedule](config, peak, steps_per_epoch, steps)
+
+
+def _cosine_by_step(
+    config: ConfigDict, peak: float, steps_per_epoch: int, steps: int
+) -> optax.Schedule:
+    """Linear warm-up, then a cosine decay, counted from the start of the run."""
     warmup_length = warmup_steps(config, steps_per_epoch)
     warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_length, 1))
     cosine = optax.cosine_decay_schedule(peak, steps, alpha=config.final_learning_rate / peak)
     return lambda step: jnp.where(step < warmup_length, warmup(step), cosine(step))
 
 
-def _poly_schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedule:
+def _cosine_by_epoch(
+    config: ConfigDict, peak: float, steps_per_epoch: int, steps: int
+) -> optax.Schedule:
+    """The same shape with one rate per epoch, exactly as the original.
+
+    The original steps its scheduler after each epoch with that epoch's number, so epoch e has the
+    rate for e - 1, and the first two epochs both have the lowest rate of the warm-up.
+    """
+    epochs = -(-steps // steps_per_epoch)
+    lowest, final, warmup = (
+        config.warmup_learning_rate,
+        config.final_learning_rate,
+        config.warmup_epochs,
+    )
+    scheduled = np.maximum(np.arange(epochs) - 1, 0)
+    rising = lowest + scheduled * (peak - lowest) / max(warmup, 1)
+    falling = final + (peak - final) * (1 + np.cos(np.pi * scheduled / epochs)) / 2
+    rates = np.where(scheduled < warmup, rising, falling)
+    return lambda step: jnp.asarray(rates)[jnp.minimum(step // steps_per_epoch, epochs - 1)]
+
+
+def _linear(config: ConfigDict, peak: float, steps_per_epoch: int, steps: int) -> optax.Schedule:
     """Linear decay to the final rate, multiplied during the warm-up by a factor that rises to 1.
 
-    Source: mmcv's PolyLrUpdaterHook with power 1 and a linear warm-up.
+    Source: mmcv's PolyLrUpdaterHook with power 1 and a linear warm-up, for segmentation.
     """
     final, lowest = config.final_learning_rate, config.warmup_learning_rate / peak
-    warmup = config.warmup_steps
+    warmup = warmup_steps(config, steps_per_epoch)
 
     def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, float)
@@ -73,17 +89,10 @@ def _poly_schedule(config: ConfigDict, peak: float, steps: int) -> optax.Schedul
     return rate
 
 
-def _epoch_schedule(
-    config: ConfigDict, peak: float, steps_per_epoch: int, epochs: int
-) -> optax.Schedule:
-    """One rate per epoch, looked up in a table."""
-    lowest, final, warmup = (
-        config.warmup_learning_rate,
-        config.final_learning_rate,
-        config.warmup_epochs,
-    )
-    scheduled = np.maximum(np.arange(epochs) - 1, 0)  # the original's scheduler is one epoch late
-    rising = lowest + scheduled * (peak - lowest) / max(warmup, 1)
-    falling = final + (peak - final) * (1 + np.cos(np.pi * scheduled / epochs)) / 2
-    rates = np.where(scheduled < warmup, rising, falling)
-    return lambda step: jnp.asarray(rates)[jnp.minimum(step // steps_per_epoch, epochs - 1)]
+# The values of `config.optimizer.schedule`: from `config.optimizer`, the peak learning rate, the
+# steps per epoch and the steps of the run to a function from the step to the learning rate.
+SCHEDULES: dict[str, Callable[[ConfigDict, float, int, int], optax.Schedule]] = {
+    "steps": _cosine_by_step,
+    "epochs": _cosine_by_epoch,
+    "poly": _linear,
+}

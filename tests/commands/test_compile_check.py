@@ -110,8 +110,11 @@ def open_here(name: str) -> list[Any]:
             [*SMALL, "--topology=cpu:8", "--config.mesh.fsdp=3"],
             "config.mesh is all x 3 (data x fsdp), which the 8 devices do not fill",
         ),
-        ([*SMALL, "--topology=cpu:8", "--images=0"], "images=0"),
-        ([*SMALL, "--topology=cpu:8", f"--classes={10**9}"], "classes=1000000000"),
+        ([*SMALL, "--topology=cpu:8", "--images=0"], "--images is 0, expected at least 1"),
+        (
+            [*SMALL, "--topology=cpu:8", f"--classes={10**9}"],
+            "--classes is 1000000000, expected at most 1,048,576",
+        ),
         ([*SMALL, "--topology=cpu:8", "--images=20"], "only 20 images"),
         ([*SMALL, "--topology=cpu:8", "--config.bath_size=8"], "did you mean config.batch_size?"),
     ],
@@ -141,7 +144,6 @@ def test_a_missing_compiler_is_named_with_the_command_that_brings_it(
 def test_help_shows_examples():
     output = run("--help")  # absl shows the docstring of the program
     assert "--config configs/active_tiny.py --topology v5e:4x4" in output
-    assert "--topology: A TPU slice" in output
-    for name in ("images", "classes"):
-        assert f"--{name}: Number of {name} of the training set; default:" in output
+    for name in ("topology", "images", "classes"):
+        assert f"--{name} {name.upper()}" in output
     assert "--config.mesh.  data=-1 fsdp=1" in output

@@ -32,10 +32,10 @@ ARGUMENTS = (
     "--config.checkpoint.every_steps=9",
     # Boxes are erased, and rows mixed in groups of 8: of the five groups of a batch one lies on two
     # hosts, and two on two devices of one host.
-    "--config.random_erasing=0.5",
-    "--config.mix.mixup_alpha=0.8",
-    "--config.mix.cutmix_alpha=1.0",
-    "--config.mix.group_size=8",
+    "--config.augment.random_erasing=0.5",
+    "--config.augment.mixup_alpha=0.8",
+    "--config.augment.cutmix_alpha=1.0",
+    "--config.augment.mix_group_size=8",
     # constant
     "--config.optimizer.learning_rate=1e-3",
     "--config.optimizer.final_learning_rate=1e-3",
@@ -233,7 +233,7 @@ def test_a_host_whose_others_never_come_says_so(number: int, message: str, tmp_p
         (["--config.mesh.fsdp=3"], "config.mesh is all x 3 (data x fsdp), which the 4 devices"),
         (["--config.mesh.data=2"], "config.mesh is 2 x 1 (data x fsdp), which the 4 devices"),
         (
-            ["--config.batch_size=30", "--config.mix.group_size=10"],
+            ["--config.batch_size=30", "--config.augment.mix_group_size=10"],
             "config.batch_size is 30, expected a multiple of 4",
         ),
         (

@@ -186,7 +186,7 @@ def test_the_ade20k_recipe_trains_from_a_classifier_and_is_tested(classifier: Pa
     )
     workdir = tmp_path / "run"
     settings = SMALL | {"init_from": classifier, "data.name": f"ade20k:{tmp_path}"}
-    config = ROOT / "configs" / "ade20k_upernet_active_large.py"
+    config = ROOT / "configs" / "ade20k_upernet.py"
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     (printed,) = finish([start("--config", str(config), "--workdir", str(workdir), *flags)])
     assert f"starting from the model weights in {classifier}: the backbone, under a new" in printed
@@ -214,12 +214,12 @@ def test_the_semantic_fpn_recipe_trains_on_scene_parse150_and_goes_on_after_a_fa
     """
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     prepare_scene_parse150(tmp_path, monkeypatch, lambda _: mask(30, 40, 1))
-    config = load_config(str(ROOT / "configs" / "ade20k_fpn_active_tiny.py"))
+    config = load_config(f"{ROOT}/configs/ade20k_fpn.py:active_tiny")
     splits = {"data.train_split": "train", "data.test_split": "test"}
     config.update_from_flattened_dict(
         {**SMALL, **splits, "init_from": str(classifier), "data.name": "tfds:scene_parse150"}
         | {"head.neck_channels": 16, "test.size_multiple": 256}  # one size for all
-        | {"steps": 5, "test.every_epochs": 2, "checkpoint.every_steps": 1, "data.flip": 0.0}
+        | {"steps": 5, "test.every_epochs": 2, "checkpoint.every_steps": 1, "augment.flip": 0.0}
     )
     printed = io.StringIO()
 
@@ -259,7 +259,7 @@ def test_a_mask_with_a_class_that_is_none_stops_training_with_its_name(
     data = {"data.name": f"ade20k:{tmp_path}", "data.num_workers": 1}
     settings = {**SMALL, **data, "init_from": classifier}
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    config = ROOT / "configs" / "ade20k_upernet_active_large.py"
+    config = ROOT / "configs" / "ade20k_upernet.py"
     process = start("--config", str(config), "--workdir", str(tmp_path / "run"), *flags)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2

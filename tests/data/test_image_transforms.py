@@ -61,18 +61,18 @@ def test_preprocessing_that_cannot_work_is_named(values: dict[str, Any], message
         Preprocessing(**values)
 
 
-def data_config(**changes: Any) -> Any:
-    config = default_config().data
-    config.augmentation = "random_resized_crop"
-    config.image_size = 48
-    config.update_from_flattened_dict(changes)
+def settings(**changes: Any) -> Any:
+    """A config for images of 48 pixels; `changes` are to `config.augment`."""
+    config = default_config()
+    config.data.image_size = 48
+    config.augment.update_from_flattened_dict(changes)
     return config
 
 
 def draw_crops(width: int, height: int) -> np.ndarray:
     """`DRAWS` boxes: left, top, width, height."""
     rng = np.random.default_rng(1)
-    crop = data_config().crop
+    crop = settings().augment.crop
     return np.array([draw_crop(rng, width, height, crop) for _ in range(DRAWS)])
 
 
@@ -126,20 +126,20 @@ def test_crops_lie_anywhere_inside(axis: int):
 def test_where_no_crop_fits_it_is_the_largest_in_the_centre(
     size: tuple[int, int], expected: tuple[int, int, int, int]
 ):
-    crop = data_config(**{"crop.min_area": 0.9}).crop
+    crop = settings(**{"crop.min_area": 0.9}).augment.crop
     assert draw_crop(np.random.default_rng(0), *size, crop) == expected
 
 
 def test_training_crops_then_resizes_then_flips():
     image = load_sample_image("china.jpg")
     expected_rng = np.random.default_rng(7)
-    box = draw_crop(expected_rng, 640, 427, data_config().crop)
+    box = draw_crop(expected_rng, 640, 427, settings().augment.crop)
     part = Image.fromarray(image).crop(
         (box.left, box.top, box.left + box.width, box.top + box.height)
     )
     expected = np.asarray(part.resize((48, 48), Image.Resampling.BICUBIC))
-    kept = augmented_crop(image, np.random.default_rng(7), data_config(flip=0.0))
-    flipped = augmented_crop(image, np.random.default_rng(7), data_config(flip=1.0))
+    kept = augmented_crop(image, np.random.default_rng(7), settings(flip=0.0))
+    flipped = augmented_crop(image, np.random.default_rng(7), settings(flip=1.0))
     np.testing.assert_array_equal(kept, expected)
     np.testing.assert_array_equal(flipped, expected[:, ::-1])
 
@@ -147,7 +147,7 @@ def test_training_crops_then_resizes_then_flips():
 def test_half_of_the_training_images_are_flipped():
     image = np.zeros((8, 8, 3), np.uint8)
     image[:, 4:] = 255
-    whole = data_config(**{"crop.min_area": 1.0, "crop.min_ratio": 1.0, "crop.max_ratio": 1.0})
+    whole = settings(**{"crop.min_area": 1.0, "crop.min_ratio": 1.0, "crop.max_ratio": 1.0})
     rng = np.random.default_rng(0)
     flips = sum(augmented_crop(image, rng, whole)[0, 0, 0] > 128 for _ in range(1000))
     assert stats.binomtest(int(flips), 1000, 0.5).pvalue > 0.01, flips
@@ -174,9 +174,9 @@ def test_colour_jitter_is_used_only_without_randaugment():
     image = load_sample_image("flower.jpg")[:60, :60]
 
     def augmented(**changes: Any) -> np.ndarray:
-        return augmented_crop(image, np.random.default_rng(0), data_config(**changes))
+        return augmented_crop(image, np.random.default_rng(0), settings(**changes))
 
     plain = augmented()
     assert (augmented(color_jitter=0.4) != plain).any()
-    policy = {"randaugment": "rand-m9-n0"}  # nothing is drawn
+    policy = {"rand_augment": "rand-m9-n0"}  # nothing is drawn
     np.testing.assert_array_equal(augmented(color_jitter=0.4, **policy), plain)

@@ -36,9 +36,9 @@ EVALUATION = Preprocessing(image_size=32, resize_factor=1.0)
 def config(**changes: Any) -> Any:
     config = default_config()
     config.batch_size = BATCH
-    config.data.warp.degrees = 20.0
-    config.data.warp.translate = 0.1
-    config.mix.group_size = 4
+    config.augment.warp.degrees = 20.0
+    config.augment.warp.translate = 0.1
+    config.augment.mix_group_size = 4
     config.update_from_flattened_dict(changes)
     return config
 
@@ -50,10 +50,10 @@ def source() -> ArraySource:
 
 
 RECIPE = {
-    "mix.mixup_alpha": 0.8,  # so that there are groups
-    "data.repeats": 3,
-    "data.augmentation": "random_resized_crop",
-    "data.randaugment": "rand-m9-mstd0.5-inc1",
+    "augment.mixup_alpha": 0.8,  # so that there are groups
+    "augment.repeats": 3,
+    "augment.policy": "random_resized_crop",
+    "augment.rand_augment": "rand-m9-mstd0.5-inc1",
 }
 TRANSFORM = Classification.transform
 # A program that does not parse flags of absl.

@@ -24,6 +24,7 @@ from activemlp_jax.data.segmentation_transforms import (
     resized_shape,
     scene_train_transform,
 )
+from activemlp_jax.training.config import default_config
 from activemlp_jax.utils.errors import UserError
 
 STEPS = {
@@ -36,20 +37,15 @@ GOLDENS = goldens.load("seg_transforms.npz")
 PHOTOMETRIC = [key for key in GOLDENS if key.split("_")[0] in STEPS]
 
 
-def data_config(image_size: int, **scene: Any) -> ConfigDict:
-    """`config.data` without resizing, flips and changed colours, but for what is given."""
-    config = ConfigDict({"image_size": image_size, "flip": 0.0})
-    config.scene = ConfigDict(
-        {
-            "long_side": 0,
-            "short_side": 0,
-            "min_ratio": 1.0,
-            "max_ratio": 1.0,
-            "max_class_share": 1.0,
-            "photometric": False,
-        }
-    )
-    config.scene.update(scene)
+def settings(
+    image_size: int, flip: float = 0.0, sides: tuple[int, int] = (0, 0), **scene: Any
+) -> ConfigDict:
+    """A config without resizing, flips and changed colours, but for what is given."""
+    config = default_config()
+    config.data.image_size, config.augment.flip = image_size, flip
+    config.data.scene.long_side, config.data.scene.short_side = sides
+    fixed = {"min_scale": 1.0, "max_scale": 1.0, "max_class_share": 1.0, "photometric": False}
+    config.augment.scene.update(fixed | scene)
     return config
 
 
@@ -244,7 +240,7 @@ def test_a_crop_is_cut_out_of_image_and_mask_alike():
     image, mask = numbered(100, 120)
     for seed in range(20):
         ours, labels, extent = scene_train_transform(
-            image, mask, np.random.default_rng(seed), data_config(32)
+            image, mask, np.random.default_rng(seed), settings(32)
         )
         top, left = ours[0, 0, :2]
         assert (ours.shape, ours.dtype) == ((32, 32, 3), np.uint8)
@@ -256,12 +252,11 @@ def test_a_crop_is_cut_out_of_image_and_mask_alike():
 
 def test_a_flip_turns_image_and_mask_alike():
     image, mask = numbered(32, 32)
-    config = data_config(32)
-    config.flip = 1.0
+    config = settings(32, flip=1.0)
     ours, labels, _ = scene_train_transform(image, mask, np.random.default_rng(0), config)
     np.testing.assert_array_equal(ours, image[:, ::-1])
     np.testing.assert_array_equal(labels, mask[:, ::-1])
-    config.flip = 0.5
+    config.augment.flip = 0.5
     flips = [
         scene_train_transform(image, mask, np.random.default_rng(seed), config)[0][0, 0, 1] == 31
         for seed in range(400)
@@ -276,8 +271,7 @@ def test_what_is_smaller_than_the_crop_is_padded_at_the_bottom_and_right(
 ):
     image, mask = numbered(height, width)
     image, mask = image + 1, np.minimum(mask, 200)
-    config = data_config(32)
-    config.flip = flip
+    config = settings(32, flip)
     ours, labels, extent = scene_train_transform(image, mask, np.random.default_rng(1), config)
     rows, columns = min(height, 32), min(width, 32)
     assert extent.tolist() == [rows, columns]
@@ -290,7 +284,7 @@ def test_what_is_smaller_than_the_crop_is_padded_at_the_bottom_and_right(
 
 def test_padding_stays_black_under_changed_colours():
     image, mask = np.full((10, 12, 3), 128, np.uint8), np.ones((10, 12), np.uint8)
-    config = data_config(32, photometric=True)
+    config = settings(32, photometric=True)
     for seed in range(40):
         ours, _, _ = scene_train_transform(image, mask, np.random.default_rng(seed), config)
         assert ours[10:].max() == ours[:, 12:].max() == 0
@@ -298,7 +292,7 @@ def test_padding_stays_black_under_changed_colours():
 
 def test_resizing_draws_a_ratio_of_the_scale():
     image, mask = numbered(40, 60)
-    config = data_config(400, long_side=120, short_side=60, min_ratio=0.5, max_ratio=2.0)
+    config = settings(400, sides=(120, 60), min_scale=0.5, max_scale=2.0)
     extents = []
     for seed in range(300):
         _, _, extent = scene_train_transform(image, mask, np.random.default_rng(seed), config)
@@ -313,16 +307,8 @@ def test_resizing_draws_a_ratio_of_the_scale():
 def test_all_steps_together_give_a_scene_of_the_right_size_and_depend_on_the_generator_alone():
     photo = load_sample_image("china.jpg")
     mask = photo[..., 0] // 32
-    config = data_config(
-        128,
-        long_side=512,
-        short_side=128,
-        min_ratio=0.5,
-        max_ratio=2.0,
-        max_class_share=0.75,
-        photometric=True,
-    )
-    config.flip = 0.5
+    changes = {"min_scale": 0.5, "max_scale": 2.0, "max_class_share": 0.75, "photometric": True}
+    config = settings(128, 0.5, (512, 128), **changes)
     seen = set()
     for seed in range(12):
         first, second = (
@@ -345,8 +331,7 @@ def test_neither_image_nor_mask_is_altered_even_where_they_are_read_only():
     assert not image.flags.writeable
     before = image.tobytes(), mask.tobytes()
     for long_side in (0, 100):
-        config = data_config(48, long_side=long_side, short_side=50, photometric=True)
-        config.flip = 1.0
+        config = settings(48, 1.0, (long_side, 50), photometric=True)
         for seed in range(8):
             results = scene_train_transform(image, mask, np.random.default_rng(seed), config)
             for result in results:

@@ -133,8 +133,8 @@ def test_every_odd_image_of_a_folder_is_read_trained_on_and_evaluated(tmp_path: 
     config.update_from_flattened_dict(
         {
             "batch_size": len(kinds),
-            "data.augmentation": "random_resized_crop",
-            "data.randaugment": "rand-m9-mstd0.5-inc1",
+            "augment.policy": "random_resized_crop",
+            "augment.rand_augment": "rand-m9-mstd0.5-inc1",
         }
     )
     for index in range(len(kinds)):

@@ -10,7 +10,7 @@ from activemlp_jax.training.config import default_config
 
 
 def warp(**limits: float) -> Any:
-    settings = default_config().data.warp
+    settings = default_config().augment.warp
     for key, value in limits.items():
         settings[key] = value
     return settings

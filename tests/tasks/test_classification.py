@@ -60,7 +60,7 @@ def test_loss_is_the_cross_entropy_to_smoothed_labels():
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
-MIXED = {"mix.mixup_alpha": 0.8, "mix.cutmix_alpha": 1.0, "mix.group_size": 3}
+MIXED = {"augment.mixup_alpha": 0.8, "augment.cutmix_alpha": 1.0, "augment.mix_group_size": 3}
 
 
 def test_smoothed_targets_are_mixed_with_the_images():
@@ -98,7 +98,8 @@ def test_erasing_comes_before_mixing():
     """Noise of a box is blended with the partner's pixels, as the original's order gives."""
     batch, _, _ = batch_and_log_probabilities()
     batch = {**batch, "image": np.full_like(batch["image"], 128)}
-    settings = {"random_erasing": 1.0, "mix.mixup_alpha": 0.8, "mix.group_size": 6}
+    settings = {"random_erasing": 1.0, "mixup_alpha": 0.8, "mix_group_size": 6}
+    settings = {f"augment.{key}": value for key, value in settings.items()}
     images, _ = jax.jit(task(**settings).inputs)(batch, jax.random.key(0))
     plain = normalize(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
     changed = np.asarray((images != plain).any(-1))
@@ -108,14 +109,14 @@ def test_erasing_comes_before_mixing():
 
 def test_in_bfloat16_models_pixels_and_targets_stay_float32():
     batch, _, _ = batch_and_log_probabilities()
-    config = task(**MIXED, random_erasing=0.25).config
+    config = task(**MIXED, **{"augment.random_erasing": 0.25}).config
     model = am.ActiveMLP(**goldens.MICRO, dtype=jnp.bfloat16)
     half = Classification(model, Preprocessing(32), config)
     images, targets = jax.jit(half.inputs)(batch, jax.random.key(0))
     assert images.dtype == targets.dtype == jnp.float32
     np.testing.assert_allclose(targets.sum(-1), np.ones(6), rtol=1e-6)
     variables = goldens.rule_variables(model)
-    full = task(**MIXED, random_erasing=0.25)
+    full = task(**MIXED, **{"augment.random_erasing": 0.25})
     ours, exact = (
         jax.jit(partial(loss, t))(variables, batch, jax.random.key(0)) for t in (half, full)
     )

@@ -9,12 +9,12 @@ import pytest
 import activemlp_jax as am
 from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.tasks.registry import make_task
-from activemlp_jax.training.cli_flags import load_config
+from activemlp_jax.training.cli_flags import config_name, load_config
 from activemlp_jax.training.config import check_config, default_config, flatten
-from activemlp_jax.training.recipe import ade20k_config, imagenet_config
 from activemlp_jax.utils.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+FOLDER = Path(__file__).parents[2] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.py"))
 
 # Section 4 of the paper and the authors' release; 1,024 images are eight devices with 128.
 RECIPE: dict[str, Any] = {
@@ -23,26 +23,27 @@ RECIPE: dict[str, Any] = {
     "label_smoothing": 0.1,
     "ema_decay": 0.99996,
     "ema_warmup": False,
-    "random_erasing": 0.25,
-    "mix.mixup_alpha": 0.8,
-    "mix.cutmix_alpha": 1.0,
-    "mix.cutmix_probability": 0.5,
-    "mix.group_size": 128,
+    "augment.random_erasing": 0.25,
+    "augment.mixup_alpha": 0.8,
+    "augment.cutmix_alpha": 1.0,
+    "augment.cutmix_probability": 0.5,
+    "augment.mix_group_size": 128,
     "model.drop_path_rate": 0.1,
     "data.name": "tfds:imagenet2012",
     "data.train_split": "train",
     "data.test_split": "validation",
     "data.image_size": 224,
     "data.resize_factor": 256 / 224,
-    "data.repeats": 3,
-    "data.augmentation": "random_resized_crop",
-    "data.crop.min_area": 0.08,
-    "data.crop.max_area": 1.0,
-    "data.crop.min_ratio": 3 / 4,
-    "data.crop.max_ratio": 4 / 3,
-    "data.flip": 0.5,
-    "data.randaugment": "rand-m9-mstd0.5-inc1",
-    "data.color_jitter": 0.4,
+    "augment.repeats": 3,
+    "augment.policy": "random_resized_crop",
+    "augment.crop.min_area": 0.08,
+    "augment.crop.max_area": 1.0,
+    "augment.crop.min_ratio": 3 / 4,
+    "augment.crop.max_ratio": 4 / 3,
+    "augment.flip": 0.5,
+    "augment.rand_augment": "rand-m9-mstd0.5-inc1",
+    "augment.color_jitter": 0.4,
+    "optimizer.name": "adamw",
     "optimizer.schedule": "epochs",
     "optimizer.learning_rate": 5e-4,
     "optimizer.reference_batch_size": 512,
@@ -70,14 +71,14 @@ def test_every_config_can_work_and_says_how_to_run_it(path: Path):
 
 @pytest.mark.parametrize("batch_size", [100, 128, 256, 257])
 def test_a_batch_is_whole_groups_only_where_it_is_mixed(batch_size: int):
-    config = imagenet_config("active_tiny")
+    config = load_config(f"{FOLDER}/imagenet.py:active_tiny")
     config.batch_size = batch_size
     if batch_size == 257:
         with pytest.raises(UserError, match=r"257, expected a multiple of .*group_size, 128"):
             check_config(config)
     else:
         check_config(config)
-    config.mix.mixup_alpha = config.mix.cutmix_alpha = 0.0
+    config.augment.mixup_alpha = config.augment.cutmix_alpha = 0.0
     check_config(config)
 
 
@@ -86,25 +87,26 @@ def test_a_batch_is_whole_groups_only_where_it_is_mixed(batch_size: int):
     [
         ({"accumulation": 2}, "accumulation is 2, expected 1 for segmentation"),
         ({"batch_size": 1}, "batch_size is 1, expected at least 2 for segmentation"),
-        ({"random_erasing": 0.1}, "random_erasing are for classification alone"),
-        ({"mix.mixup_alpha": 0.1}, "config.mix and config.random_erasing are for classification"),
+        ({"augment.random_erasing": 0.1}, "random_erasing is 0.1, expected 0 for segmentation"),
+        ({"augment.mixup_alpha": 0.1}, "config.augment.mixup_alpha is 0.1, expected 0 for segment"),
         ({"head.name": "unet"}, "config.head.name is 'unet', expected one of upernet, fpn"),
-        ({"data.scene.min_ratio": 3.0}, "scene.min_ratio is 3.0, expected at most max_ratio, 2.0"),
+        (
+            {"augment.scene.min_scale": 3.0},
+            "min_scale is 3.0, expected at most max_scale, 2.0",
+        ),
         ({"task": "detection"}, "task is 'detection', expected one of classification, segm"),
         ({"optimizer.not_decayed": "none"}, "not_decayed is 'none', expected one of vectors, nor"),
     ],
 )
 def test_what_segmentation_cannot_do_is_named(changes: dict[str, Any], message: str):
-    config = ade20k_config("active_tiny", "upernet")
+    config = load_config(f"{FOLDER}/ade20k_upernet.py:active_tiny")
     check_config(config)
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         check_config(config)
 
 
-NUMBERS = [
-    key for key, value in flatten(default_config().to_dict()).items() if type(value) in (int, float)
-]
+NUMBERS = [key for key, value in flatten(default_config()).items() if type(value) in (int, float)]
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -149,11 +151,11 @@ ADE20K: dict[str, Any] = {
     "data.image_size": 512,
     "data.scene.long_side": 2048,
     "data.scene.short_side": 512,
-    "data.scene.min_ratio": 0.5,
-    "data.scene.max_ratio": 2.0,
-    "data.scene.max_class_share": 0.75,
-    "data.scene.photometric": True,
-    "data.flip": 0.5,
+    "augment.scene.min_scale": 0.5,
+    "augment.scene.max_scale": 2.0,
+    "augment.scene.max_class_share": 0.75,
+    "augment.scene.photometric": True,
+    "augment.flip": 0.5,
     "optimizer.schedule": "poly",
     "optimizer.final_learning_rate": 0.0,
     "optimizer.reference_batch_size": 0,
@@ -173,8 +175,8 @@ UPERNET: dict[str, Any] = {
 @pytest.mark.parametrize("name", am.list_models())
 @pytest.mark.parametrize("head", ["upernet", "fpn"])
 def test_each_model_has_configs_with_the_originals_recipe_for_ade20k(name: str, head: str):
-    config = load_config(str(CONFIGS[0].with_name(f"ade20k_{head}_{name}.py")))
-    flat = flatten(config.to_dict())
+    config = load_config(f"{FOLDER}/ade20k_{head}.py:{name}")
+    flat = flatten(config)
     expected = ADE20K | (UPERNET if head == "upernet" else {"steps": 40_000})
     assert {key: flat[key] for key in expected} == expected
     model = make_task(config, num_classes=150).model
@@ -184,21 +186,24 @@ def test_each_model_has_configs_with_the_originals_recipe_for_ade20k(name: str, 
 
 @pytest.mark.parametrize("name", am.list_models())
 def test_each_model_has_a_config_with_the_originals_recipe(name: str):
-    config = load_config(str(CONFIGS[0].with_name(f"{name}.py")))
-    flat = {
-        f"{prefix}{key}": value
-        for prefix, part in (
-            ("", config),
-            ("mix.", config.mix),
-            ("model.", config.model),
-            ("data.", config.data),
-            ("data.crop.", config.data.crop),
-            ("optimizer.", config.optimizer),
-        )
-        for key, value in part.items()
-    }
+    config = load_config(f"{FOLDER}/{name}.py")
+    flat = flatten(config)
     differing = {key: flat[key] for key, value in RECIPE.items() if flat[key] != value}
     assert not differing
     model = make_task(config, num_classes=1000).model
     for field, value in VARIANTS[name].items():
         assert getattr(model, field) == value
+    assert config == load_config(f"{FOLDER}/imagenet.py:{name}")
+
+
+@pytest.mark.parametrize("name", ["imagenet", "ade20k_upernet", "ade20k_fpn"])
+def test_an_unknown_variant_is_named_with_the_known_ones(name: str):
+    known = "active_xtiny, active_tiny, active_small, active_base, active_large"
+    message = f"{name}.py:active_huge: no model 'active_huge', expected one of {known}$"
+    with pytest.raises(UserError, match=message):
+        load_config(f"{FOLDER}/{name}.py:active_huge")
+
+
+def test_a_variant_is_part_of_the_name_of_a_config():
+    assert config_name("configs/ade20k_fpn.py:active_tiny") == "ade20k_fpn_active_tiny"
+    assert config_name("configs/ade20k_fpn.py") == "ade20k_fpn"

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from activemlp_jax.training.config import check_config, default_config
+from activemlp_jax.training.config import RENAMED, check_config, default_config
 from activemlp_jax.training.workdir import (
     EPOCHS_FILE,
     STEPS_FILE,
@@ -58,6 +59,34 @@ def test_a_setting_that_a_run_of_an_earlier_version_lacks_has_its_default(
             claim(tmp_path, config(ema_warmup=True))
     else:
         claim(tmp_path, config())
+
+
+def test_a_run_of_an_earlier_version_may_come_back_with_former_names_of_keys(tmp_path: Path):
+    """`mix`, `random_erasing` and parts of `data` are now in `augment`; AdamW had no name."""
+    settings = {
+        "augment.flip": 0.25, "augment.crop.min_area": 0.3, "augment.warp.bend": 0.1,
+        "augment.mix_group_size": 4, "augment.random_erasing": 0.5, "augment.scene.min_scale": 0.6,
+        "augment.rand_augment": "rand-m5", "augment.policy": "random_resized_crop",
+    }  # fmt: skip
+    claim(tmp_path, config(**settings))
+    path = tmp_path / "config.json"
+    saved = flatten_dict(json.loads(path.read_text()), sep=".")
+    former = {new: old for old, new in RENAMED.items()}
+    earlier = {}
+    for key, value in saved.items():
+        if key != "optimizer.name":
+            group = next((name for name in former if f"{key}.".startswith(f"{name}.")), "")
+            earlier[former.get(group, "") + key.removeprefix(group)] = value
+    assert not [key for key in earlier if key.startswith("augment")]
+    assert (earlier["random_erasing"], earlier["mix.group_size"]) == (0.5, 4)
+    assert (earlier["data.flip"], earlier["data.crop.min_area"]) == (0.25, 0.3)
+    path.write_text(json.dumps(unflatten_dict(earlier, sep=".")))
+    with pytest.raises(
+        UserError, match=r"settings: augment\.flip \(0\.25 there, 0\.5 here\); give"
+    ):
+        claim(tmp_path, config(**settings | {"augment.flip": 0.5}))
+    claim(tmp_path, config(**settings))
+    assert json.loads(path.read_text())["augment"]["flip"] == 0.25
 
 
 def test_a_directory_of_another_run_is_left_alone_and_every_difference_named(tmp_path: Path):
@@ -204,7 +233,7 @@ def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.resize_factor": 0.5}, r"config\.data\.resize_factor is 0\.5, expected 1 or more"),
+        ({"data.resize_factor": 0.5}, r"config\.data\.resize_factor is 0\.5, expected at least 1"),
         ({"data.test_split": ""}, r"config\.data\.test_split is .., expected the name of a split"),
         ({"data.image_size": 31}, r"config\.data\.image_size is 31, expected at least 32"),
         ({"model.depths": (2, 2, 1, 2)}, r"config\.model: depths is .*stage 2 has 1 block"),
@@ -213,20 +242,21 @@ def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path
         ({"batch_size": 0}, r"config\.batch_size is 0, expected at least 1"),
         ({"ema_decay": 1.0}, r"config\.ema_decay is 1\.0"),
         ({"epochs": -1}, r"config\.epochs is -1"),
-        ({"optimizer.learning_rate": 0.0}, r"config\.optimizer\.learning_rate is 0\.0"),
+        ({"optimizer.learning_rate": 0.0}, r"learning_rate is 0\.0, expected more than 0"),
         ({"optimizer.learning_rate": float("inf")}, r"config\.optimizer\.learning_rate is inf"),
         ({"optimizer.weight_decay": -1.0}, r"config\.optimizer\.weight_decay is -1\.0"),
-        ({"optimizer.b1": 1.0}, r"config\.optimizer\.b1 is 1\.0, expected 0 <= value < 1"),
+        ({"optimizer.b1": 1.0}, r"config\.optimizer\.b1 is 1\.0, expected less than 1"),
+        ({"optimizer.name": "lion"}, r"config\.optimizer\.name is 'lion', expected one of adamw"),
         ({"data.mean": (0.5,)}, r"config\.data\.mean is \(0\.5,\), expected three numbers"),
         ({"data.std": (0.2, 0.0, 0.2)}, r"config\.data\.std is .*expected three numbers above 0"),
-        ({"data.warp.bend": -0.1}, r"config\.data\.warp\.bend is -0\.1, expected 0 or more"),
+        ({"augment.warp.bend": -0.1}, r"augment\.warp\.bend is -0\.1, expected at least 0"),
         ({"model.mlp_ratios": (0.01, 4.0, 4.0, 4.0)}, r"stage 0 .* no hidden channels"),
         ({"mesh.fsdp": 0}, r"config\.mesh\.fsdp is 0, expected at least 1"),
         ({"mesh.data": 0}, r"config\.mesh\.data is 0, expected -1 or at least 1"),
         ({"accumulation": 0}, r"config\.accumulation is 0, expected at least 1"),
         ({"model.remat_stages": (4,)}, r"remat_stages is \(4,\), expected stages from 0 to 3"),
         ({"model.dtype": "float64"}, r"dtype is float64, which needs JAX_ENABLE_X64=1"),
-        ({"seed": 2**40}, r"config\.seed is 1099511627776, expected 0 <= seed < 2\*\*32"),
+        ({"seed": 2**40}, r"config\.seed is 1099511627776, expected at most 4,294,967,295"),
     ],
 )
 def test_settings_that_cannot_work_are_named_before_any_work(changes: Any, message: str):
