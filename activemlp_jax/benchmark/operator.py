@@ -11,7 +11,7 @@ import numpy as np
 from activemlp_jax.benchmark.measuring import JAX, Contender, Workload, say
 from activemlp_jax.benchmark.programs import compile_function
 from activemlp_jax.models.active_mlp import VARIANTS, create_model
-from activemlp_jax.ops.sample_axis import IMPLEMENTATIONS, sample_axis
+from activemlp_jax.ops.sample_axis import NAMES, sample_axis
 
 MODEL = "active_tiny"
 
@@ -67,7 +67,7 @@ def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -
 
 def compile_operator(case: Case) -> Iterator[Contender]:
     """Compile the JAX implementations for this backend, forward and with gradients."""
-    for name in IMPLEMENTATIONS:
+    for name in NAMES:
         kind, _, platform = name.partition("_")
         if kind == "pallas" and platform != jax.default_backend():
             say(f"without {JAX} {name}, which is interpreted here")

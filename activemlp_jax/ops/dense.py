@@ -1,7 +1,7 @@
-"""Dense form: each output is a weighted sum over its whole row or column, without indices.
+"""Dense implementation: outputs are weighted sums over whole rows or columns, without indices.
 
 `out[i] = sum_k weight(i, k) * x[k]`, where only the two pixels k next to the sampled position have
-nonzero weights. The terms of the sum take many times the memory of the map, so this form needs a
+nonzero weights. The terms of the sum take many times the memory of the map, so this needs a
 compiler that fuses them into the sum. It has no scatter, so every run adds in the same order.
 """
 
@@ -40,21 +40,21 @@ def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
     return jnp.where(jnp.isfinite(repeated), total, jnp.nan).astype(x.dtype)
 
 
-def x_cotangent(x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str) -> jax.Array:
-    """Cotangent of `x`, `[B, H, W, C]`; does not depend on the values of `x`."""
+def grad_x(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str) -> jax.Array:
+    """Gradient of `x`, `[B, H, W, C]`; does not depend on the values of `x`."""
     dim = _dim(axis)
     left, right, fraction = _neighbors(_repeat(offset, x.shape[-1]), dim)
     weight = jnp.where(left, 1 - fraction, jnp.where(right, fraction, 0))
-    return (weight * jnp.expand_dims(cotangent, dim + 1)).sum(dim).astype(x.dtype)
+    return (weight * jnp.expand_dims(grad, dim + 1)).sum(dim).astype(x.dtype)
 
 
 def backward(
-    x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str
+    x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Cotangents of `x` and `offset`."""
+    """Gradients of `x` and `offset`."""
     dim = _dim(axis)
     left, right, _ = _neighbors(_repeat(offset, x.shape[-1]), dim)
     values = jnp.expand_dims(x.astype(offset.dtype), dim)
-    slope = cotangent * jnp.where(right, values, jnp.where(left, -values, 0)).sum(dim + 1)
-    offset_cotangent = slope.astype(offset.dtype).reshape(*offset.shape, -1).sum(-1)
-    return x_cotangent(x, offset, cotangent, axis), offset_cotangent
+    slope = grad * jnp.where(right, values, jnp.where(left, -values, 0)).sum(dim + 1)
+    grad_offset = slope.astype(offset.dtype).reshape(*offset.shape, -1).sum(-1)
+    return grad_x(x, offset, grad, axis), grad_offset

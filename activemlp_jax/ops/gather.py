@@ -1,4 +1,4 @@
-"""Gather form: the forward pass reads rows by index, the backward pass adds to the same rows.
+"""Gather implementation: reads rows by index, and adds to the same rows in the backward pass.
 
 A row holds the channels that share an offset. CPUs are fast at this kind of memory access. The map
 is padded with the pixels just outside it and flattened into a table of rows, so no index needs a
@@ -47,22 +47,20 @@ def _forward_map(x: jax.Array, offset: jax.Array, axis: int) -> jax.Array:
     return ((1 - fraction) * left + fraction * right).astype(x.dtype).reshape(x.shape)
 
 
-def _offset_cotangent_map(
-    x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: int
-) -> jax.Array:
+def _grad_offset_map(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: int) -> jax.Array:
     rows, _ = _rows(offset, axis)
     left, right = (value.astype(offset.dtype) for value in _read(x, rows, axis))
-    slope = cotangent.reshape(left.shape) * (right - left)
+    slope = grad.reshape(left.shape) * (right - left)
     # The barrier keeps XLA from fusing the reads into the sum. The sum is written out, because
     # CPUs are slow at reducing a short last axis. Together they save a third of the time.
     slope = jax.lax.optimization_barrier(slope)
     return sum((slope[..., s] for s in range(1, slope.shape[-1])), start=slope[..., 0])
 
 
-def _x_cotangent_map(x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: int) -> jax.Array:
+def _grad_x_map(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: int) -> jax.Array:
     rows, fraction = _rows(offset, axis)
     group_size = x.shape[-1] // offset.shape[-1]
-    grouped = cotangent.reshape(*offset.shape, 1, group_size).astype(offset.dtype)
+    grouped = grad.reshape(*offset.shape, 1, group_size).astype(offset.dtype)
     shape = [sum(pair) + side for pair, side in zip(_padding(axis, 3), x.shape, strict=True)]
     table = jnp.zeros(shape, offset.dtype).reshape(-1, group_size)
     terms = jnp.stack([1 - fraction, fraction], axis=-2) * grouped
@@ -80,16 +78,16 @@ def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
     return jax.vmap(partial(_forward_map, axis=_map_axis(axis)))(x, offset)
 
 
-def offset_cotangent(x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str) -> jax.Array:
-    """Cotangent of the offsets, `[B, H, W, G]`, by gathers alone."""
-    per_map = partial(_offset_cotangent_map, axis=_map_axis(axis))
-    return jax.vmap(per_map)(x, offset, cotangent)
+def grad_offset(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str) -> jax.Array:
+    """Gradient of the offsets, `[B, H, W, G]`, by gathers alone."""
+    per_map = partial(_grad_offset_map, axis=_map_axis(axis))
+    return jax.vmap(per_map)(x, offset, grad)
 
 
 def backward(
-    x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str
+    x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Cotangents of `x` and `offset`."""
-    per_map = partial(_x_cotangent_map, axis=_map_axis(axis))
-    x_cotangent = jax.vmap(per_map)(x, offset, cotangent)
-    return x_cotangent, offset_cotangent(x, offset, cotangent, axis)
+    """Gradients of `x` and `offset`."""
+    per_map = partial(_grad_x_map, axis=_map_axis(axis))
+    grad_x = jax.vmap(per_map)(x, offset, grad)
+    return grad_x, grad_offset(x, offset, grad, axis)

@@ -1,6 +1,6 @@
-"""GPU form: Pallas kernels for Triton that read and write each map about once.
+"""GPU implementation: Pallas kernels for Triton that read and write each map about once.
 
-The forward kernel reads features by index. In the backward kernel, each feature sums the cotangents
+The forward kernel reads features by index. In the backward kernel, each feature sums the gradients
 of the positions that read it, always in the same order; a scatter-add would be nondeterministic.
 Which positions read a feature depends on the data, but none is farther away than the longest offset
 of the image. The sum goes over that distance, so short offsets, as models have, cost little. On
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from activemlp_jax.ops.kernels import as_form
+from activemlp_jax.ops.kernels import on_batches
 from activemlp_jax.ops.reference import first_index, split_offset
 
 TILE_ELEMENTS = 1024
@@ -139,7 +139,7 @@ def _backward_kernel(
     make_tile: Callable[[], Tile],
     x: Any,
     offset: Any,
-    cotangent: Any,
+    grad: Any,
     reach: Any,
     x_out: Any,
     offset_out: Any,
@@ -147,9 +147,9 @@ def _backward_kernel(
     tile = make_tile()
     floor, _, _ = tile.offsets(offset)
     left, right = _read(tile, x, floor)
-    own_cotangent = tile.features(cotangent, 0, tile.exists)
+    own_grad = tile.features(grad, 0, tile.exists)
     ref = offset_out.at[tile.image, tile.position, tile.group]
-    triton.store(ref, (own_cotangent * (right - left)).sum(-1), mask=tile.exists)
+    triton.store(ref, (own_grad * (right - left)).sum(-1), mask=tile.exists)
 
     def add(distance: jax.Array, total: jax.Array) -> jax.Array:
         floor, fraction, exists = tile.offsets(offset, distance)
@@ -158,7 +158,7 @@ def _backward_kernel(
         left_pixel = floor + distance.astype(jnp.float32)
         reads = exists & ((left_pixel == 0) | (left_pixel == -1))
         weight = jnp.where(reads, jnp.where(left_pixel == 0, 1 - fraction, fraction), 0.0)
-        return total + weight[..., None] * tile.features(cotangent, distance, reads)
+        return total + weight[..., None] * tile.features(grad, distance, reads)
 
     first, end = reach[tile.image, 0], reach[tile.image, 1]
     total = jax.lax.fori_loop(first, end, add, jnp.zeros(tile.shape, jnp.float32))
@@ -207,11 +207,9 @@ def _forward(axis: str, x: jax.Array, offset: jax.Array) -> jax.Array:
     return _call(_forward_kernel, axis, [0], x, offset)[0]
 
 
-def _backward(
-    axis: str, x: jax.Array, offset: jax.Array, cotangent: jax.Array
-) -> tuple[jax.Array, ...]:
+def _backward(axis: str, x: jax.Array, offset: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
     reach = _reach(offset, axis)
-    return tuple(_call(_backward_kernel, axis, [0, 1], x, offset, cotangent, reach))
+    return tuple(_call(_backward_kernel, axis, [0, 1], x, offset, grad, reach))
 
 
-forward, backward = as_form(_forward, _backward)
+forward, backward = on_batches(_forward), on_batches(_backward)

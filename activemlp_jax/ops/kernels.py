@@ -35,30 +35,7 @@ def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(run)  # traces a kernel once for all blocks of the same shape
 
 
-def as_form(
-    forward: Callable[..., Any], backward: Callable[..., Any]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Make the `forward` and `backward` of a form from kernels.
-
-    Args:
-      forward: takes the axis, maps and offsets; returns the sampled maps.
-      backward: takes the axis, maps, offsets and cotangents; returns the cotangents of the maps
-        and of the offsets.
-
-    Returns:
-      The two functions, as `activemlp_jax.ops` describes them.
-    """
-    forward_by_axis, backward_by_axis = (
-        {axis: _batched(partial(function, axis)) for axis in "hw"}
-        for function in (forward, backward)
-    )
-
-    def run_forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
-        return forward_by_axis[axis](x, offset)
-
-    def run_backward(
-        x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str
-    ) -> tuple[jax.Array, jax.Array]:
-        return backward_by_axis[axis](x, offset, cotangent)
-
-    return run_forward, run_backward
+def on_batches(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function of arrays and then the axis from one of the axis and then the arrays."""
+    by_axis = {axis: _batched(partial(kernel, axis)) for axis in "hw"}
+    return lambda *arguments: by_axis[arguments[-1]](*arguments[:-1])

@@ -17,8 +17,8 @@ def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
     def forward(module: nn.Module, *arrays: Any) -> Any:
         return nn.vjp(function, module, *arrays)
 
-    def backward(transposed: Callable[..., Any], cotangents: Any) -> Any:
+    def backward(transposed: Callable[..., Any], grads: Any) -> Any:
         # The barrier makes earlier layers wait for all gradients of this part.
-        return jax.lax.optimization_barrier(transposed(cotangents))
+        return jax.lax.optimization_barrier(transposed(grads))
 
     return nn.remat(nn.custom_vjp(function, forward, backward))

@@ -1,4 +1,4 @@
-"""Definition of the operator, the reference that all other forms are tested against.
+"""Definition of the operator, the reference that all implementations are tested against.
 
 Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3. The original computes it
 as `torchvision.ops.deform_conv2d` with a 1x1 kernel and one offset group per channel.

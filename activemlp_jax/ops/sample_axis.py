@@ -1,7 +1,7 @@
 """The Active Token Mixer's operator: read features at learned positions along one axis.
 
 `sample_axis` is the only public function. `reference` defines what it computes; the other modules
-of the package hold its forms, implementations that each suit one kind of platform.
+of the package hold its implementations, which each suit one kind of platform.
 
 Source: "Active Token Mixer" (AAAI 2023, arXiv 2203.06108), section 3.
 """
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from activemlp_jax.ops import dense, gather, gpu, reference, tpu
 
 
-class Form(NamedTuple):
+class Implementation(NamedTuple):
     """One implementation of the operator; `activemlp_jax.ops` describes the two functions."""
 
     forward: Callable[[jax.Array, jax.Array, str], jax.Array]
@@ -27,29 +27,29 @@ class Form(NamedTuple):
 
 
 def _gather_dense_backward(
-    x: jax.Array, offset: jax.Array, cotangent: jax.Array, axis: str
+    x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str
 ) -> tuple[jax.Array, jax.Array]:
     return (
-        dense.x_cotangent(x, offset, cotangent, axis),
-        gather.offset_cotangent(x, offset, cotangent, axis),
+        dense.grad_x(x, offset, grad, axis),
+        gather.grad_offset(x, offset, grad, axis),
     )
 
 
-FORMS = {
-    "gather": Form(gather.forward, gather.backward),
-    "dense": Form(dense.forward, dense.backward),
-    "gather_dense": Form(gather.forward, _gather_dense_backward),
-    "pallas_tpu": Form(tpu.forward, tpu.backward),
-    "pallas_gpu": Form(gpu.forward, gpu.backward),
+IMPLEMENTATIONS = {
+    "gather": Implementation(gather.forward, gather.backward),
+    "dense": Implementation(dense.forward, dense.backward),
+    "gather_dense": Implementation(gather.forward, _gather_dense_backward),
+    "pallas_tpu": Implementation(tpu.forward, tpu.backward),
+    "pallas_gpu": Implementation(gpu.forward, gpu.backward),
 }
-IMPLEMENTATIONS = ("definition", *FORMS)
+NAMES = ("definition", *IMPLEMENTATIONS)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))  # traces once for all blocks of the same shape
 def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
-    """Run the `part` 'forward' or 'backward' of a form; 'auto' selects the form by platform."""
+    """Run the `part` 'forward' or 'backward' of an implementation; 'auto' selects it by platform."""
     if impl != "auto":
-        return getattr(FORMS[impl], part)(*arrays, axis)
+        return getattr(IMPLEMENTATIONS[impl], part)(*arrays, axis)
     # On GPUs a scatter-add is nondeterministic, so runs would differ in their last digits. Where a
     # GPU cannot run the kernels, the backward pass is therefore a dense sum.
     names = {"cpu": "gather", "tpu": "dense", "default": "gather_dense"}
@@ -59,8 +59,11 @@ def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
         names["tpu"] = "pallas_tpu"
         if gpu.runs_here():
             names["cuda"] = "pallas_gpu"
-    forms = {name: partial(getattr(FORMS[form], part), axis=axis) for name, form in names.items()}
-    return jax.lax.platform_dependent(*arrays, **forms)
+    functions = {
+        platform: partial(getattr(IMPLEMENTATIONS[name], part), axis=axis)
+        for platform, name in names.items()
+    }
+    return jax.lax.platform_dependent(*arrays, **functions)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -72,8 +75,8 @@ def _sample_forward(x: jax.Array, offset: jax.Array, axis: str, impl: str) -> An
     return _sample(x, offset, axis, impl), (x, offset)
 
 
-def _sample_backward(axis: str, impl: str, arguments: Any, cotangent: jax.Array) -> Any:
-    return _run(impl, "backward", axis, *arguments, cotangent)
+def _sample_backward(axis: str, impl: str, arguments: Any, grad: jax.Array) -> Any:
+    return _run(impl, "backward", axis, *arguments, grad)
 
 
 _sample.defvjp(_sample_forward, _sample_backward)
@@ -121,9 +124,9 @@ def sample_axis(x: ArrayLike, offset: ArrayLike, axis: str, impl: str = "auto") 
         )
     if axis not in ("h", "w"):
         raise ValueError(f"sample_axis: axis is {axis!r}, expected 'h' or 'w'")
-    if impl not in ("auto", *IMPLEMENTATIONS):
+    if impl not in ("auto", *NAMES):
         raise ValueError(
-            f"sample_axis: impl is {impl!r}, expected 'auto' or one of {', '.join(IMPLEMENTATIONS)}"
+            f"sample_axis: impl is {impl!r}, expected 'auto' or one of {', '.join(NAMES)}"
         )
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, offset.dtype), jnp.float32)
     if impl.startswith("pallas") and dtype != jnp.float32:

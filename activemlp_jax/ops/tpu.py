@@ -1,9 +1,9 @@
-"""TPU form: the dense form as Pallas kernels, which keep the weights in registers.
+"""TPU implementation: the dense one as Pallas kernels, which keep the weights in registers.
 
-XLA materializes parts of the dense form, several times the size of the map. These kernels read and
-write each map once. They repeat the offsets for the channels of a group by a matmul with a matrix
-of zeros and ones, which moves nothing between lanes. On other platforms the kernels run in
-interpret mode.
+XLA materializes parts of the dense implementation, several times the size of the map. These
+kernels read and write each map once. They repeat the offsets for the channels of a group by a
+matmul with a matrix of zeros and ones, which moves nothing between lanes. On other platforms the
+kernels run in interpret mode.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from activemlp_jax.ops.kernels import as_form
+from activemlp_jax.ops.kernels import on_batches
 
 # Finite offsets are clipped to +-FAR, which is outside any map. The others become NOT_FINITE,
 # because zero times NaN would spread NaN in the matmul.
@@ -82,21 +82,21 @@ def _forward_h(x: Any, offset: Any, expand: Any, out: Any) -> None:
 
 
 def _backward_h(
-    x: Any, offset: Any, cotangent: Any, expand: Any, x_out: Any, offset_out: Any, sums: Any
+    x: Any, offset: Any, grad: Any, expand: Any, x_out: Any, offset_out: Any, sums: Any
 ) -> None:
     sums[...] = jnp.zeros_like(sums)
 
     def one_row(i: jax.Array) -> None:
         _, floor, fraction = _positions(offset[i], expand[...], i.astype(jnp.float32))
-        row_cotangent = cotangent[i].astype(jnp.float32)
+        row_grad = grad[i].astype(jnp.float32)
 
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
             index = k.astype(jnp.float32)
-            sums[k] += _weight(floor, fraction, index) * row_cotangent
+            sums[k] += _weight(floor, fraction, index) * row_grad
             return total + _slope(floor, x[k].astype(jnp.float32), index)
 
         total = jax.lax.fori_loop(0, len(x), add, jnp.zeros_like(floor))
-        offset_out[i] = _sum_groups(row_cotangent * total, expand[...])
+        offset_out[i] = _sum_groups(row_grad * total, expand[...])
 
     _for_each(len(x), one_row)
     x_out[...] = sums[...].astype(x_out.dtype)
@@ -118,7 +118,7 @@ def _forward_w(x: Any, offset: Any, expand: Any, out: Any, row: Any) -> None:
 def _backward_w(
     x: Any,
     offset: Any,
-    cotangent: Any,
+    grad: Any,
     expand: Any,
     x_out: Any,
     offset_out: Any,
@@ -127,18 +127,18 @@ def _backward_w(
 ) -> None:
     def one_row(i: jax.Array) -> None:
         _, floor, fraction = _positions(offset[i], expand[...], _coordinates(row.shape))
-        row_cotangent = cotangent[i].astype(jnp.float32)
+        row_grad = grad[i].astype(jnp.float32)
         row[...] = x[i].astype(jnp.float32)
 
         def add(k: jax.Array, total: jax.Array) -> jax.Array:
             index = k.astype(jnp.float32)
-            weighted = _weight(floor, fraction, index) * row_cotangent
+            weighted = _weight(floor, fraction, index) * row_grad
             sums[pl.ds(k, 1)] = jnp.sum(weighted, axis=0, keepdims=True)
             return total + _slope(floor, row[pl.ds(k, 1)], index)
 
         total = jax.lax.fori_loop(0, len(row), add, jnp.zeros_like(floor))
         x_out[i] = sums[...].astype(x_out.dtype)
-        offset_out[i] = _sum_groups(row_cotangent * total, expand[...])
+        offset_out[i] = _sum_groups(row_grad * total, expand[...])
 
     _for_each(len(x), one_row)
 
@@ -192,11 +192,11 @@ def _forward(axis: str, x: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def _backward(
-    axis: str, x: jax.Array, offset: jax.Array, cotangent: jax.Array
+    axis: str, x: jax.Array, offset: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     if axis == "h":
-        return tuple(_call(_backward_h, 1, axis, [0, 1], x, offset, cotangent))
-    return tuple(_call(_backward_w, 2, axis, [0, 1], x, offset, cotangent))
+        return tuple(_call(_backward_h, 1, axis, [0, 1], x, offset, grad))
+    return tuple(_call(_backward_w, 2, axis, [0, 1], x, offset, grad))
 
 
-forward, backward = as_form(_forward, _backward)
+forward, backward = on_batches(_forward), on_batches(_backward)

@@ -14,7 +14,7 @@ from small_models import BACKBONE
 from activemlp_jax.benchmark import __main__ as command
 from activemlp_jax.benchmark.measuring import COLUMNS
 from activemlp_jax.models.active_mlp import VARIANTS
-from activemlp_jax.ops.sample_axis import IMPLEMENTATIONS
+from activemlp_jax.ops.sample_axis import NAMES
 from activemlp_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -49,13 +49,13 @@ def test_the_operator_is_timed_at_every_stage_by_every_implementation(tmp_path: 
     rows = [row for row in rows_of(path) if row["what"] != "copy"]
     assert all(float(row["copy_fraction"]) > 0 for row in rows)
     found = {(row["model"], row["what"], row["implementation"]) for row in rows}
-    left_out = {name for name in IMPLEMENTATIONS if f"without jax {name}" in result.stdout}
+    left_out = {name for name in NAMES if f"without jax {name}" in result.stdout}
     assert found == {
         (f"active_tiny stage {stage}", f"{axis} {what}", f"jax {name}")
         for stage in (1, 2, 3, 4)
         for axis in ("h", "w")
         for what in ("forward", "forward+backward")
-        for name in IMPLEMENTATIONS
+        for name in NAMES
         if name not in left_out
     }
 

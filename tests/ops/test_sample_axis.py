@@ -15,9 +15,9 @@ from hypothesis.extra import numpy as hnp
 
 from activemlp_jax import sample_axis
 from activemlp_jax.ops import gpu
-from activemlp_jax.ops.sample_axis import IMPLEMENTATIONS
+from activemlp_jax.ops.sample_axis import NAMES
 
-IMPLS = list(IMPLEMENTATIONS)
+IMPLS = list(NAMES)
 KERNELS = ["pallas_tpu", "pallas_gpu"]  # which know float32 alone; interpreted here
 IN_FLOAT64 = [impl for impl in IMPLS if impl not in KERNELS]
 AXES = ["h", "w"]
@@ -104,7 +104,7 @@ def test_values_and_gradients_equal_the_original_in_float32(axis: str, impl: str
 def test_values_and_gradients_equal_a_triple_loop(axis: str, case: Any):
     """Of all forms at once, as each example has a shape of its own to compile for."""
     expected = triple_loop(*case, axis)
-    impls = [impl for impl in IMPLEMENTATIONS if impl not in KERNELS]
+    impls = [impl for impl in NAMES if impl not in KERNELS]
     together = jax.jit(lambda *arrays: [value_and_gradients(*arrays, axis, impl) for impl in impls])
     for impl, results in zip(impls, together(*case), strict=True):
         for name, ours, reference in zip(("y", "x", "offset"), results, expected, strict=True):
