@@ -47,7 +47,7 @@ NAMES = ("definition", *IMPLEMENTATIONS)
 
 @partial(jax.jit, static_argnums=(0, 1, 2))  # traces once for all blocks of the same shape
 def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
-    """Run the `part` 'forward' or 'backward' of an implementation; 'auto' selects it by platform."""
+    """Run 'forward' or 'backward' of an implementation; 'auto' selects it by platform."""
     if impl != "auto":
         return getattr(IMPLEMENTATIONS[impl], part)(*arrays, axis)
     # On GPUs a scatter-add is nondeterministic, so runs would differ in their last digits. Where a
