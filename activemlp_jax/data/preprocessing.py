@@ -45,6 +45,19 @@ class Preprocessing:
             raise ValueError(f"resize_factor is {short(factor)}, expected at most {MAX_FACTOR}")
         _check_colors(self.mean, self.std)
 
+    @property
+    def side(self) -> int:
+        """Side of the model's square input, in pixels."""
+        return self.image_size
+
+    def with_side(self, side: int) -> "Preprocessing":
+        """Return the same preprocessing for another side."""
+        return dataclasses.replace(self, image_size=side)
+
+    def describe(self) -> str:
+        """Say what becomes of the size of images."""
+        return f"images of {self.image_size} pixels"
+
 
 @dataclasses.dataclass(frozen=True)
 class ScenePreprocessing:
@@ -79,6 +92,21 @@ class ScenePreprocessing:
         if type(self.long_side) is not int or self.long_side:
             _check_side("long_side", self.long_side, self.short_side, MAX_SIDE, "0 or ")
         _check_colors(self.mean, self.std)
+
+    @property
+    def side(self) -> int:
+        """Side of the windows, in pixels."""
+        return self.window
+
+    def with_side(self, side: int) -> "ScenePreprocessing":
+        """Return the same preprocessing for another side."""
+        return dataclasses.replace(self, window=side)
+
+    def describe(self) -> str:
+        """Say what becomes of the size of images."""
+        if not self.long_side:
+            return "images as large as they are"
+        return f"images resized into {self.long_side} x {self.short_side} pixels"
 
 
 def _check_side(name: str, value: object, low: int, high: int, other: str = "") -> None:

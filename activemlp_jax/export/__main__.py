@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 
 from activemlp_jax.command_line import Parser, check_numbers
-from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.export.onnx import write_onnx
 from activemlp_jax.export.readme import write_readme
 from activemlp_jax.export.stablehlo import write_stablehlo
@@ -52,11 +51,8 @@ def with_image_size(card: ModelCard, image_size: int | None) -> ModelCard:
     if image_size is None:
         return card
     check_numbers({"image_size": image_size})
-    preprocessing = card.preprocessing
     try:
-        if isinstance(preprocessing, Preprocessing):
-            return replace(card, preprocessing=replace(preprocessing, image_size=image_size))
-        return replace(card, preprocessing=replace(preprocessing, window=image_size))
+        return replace(card, preprocessing=card.preprocessing.with_side(image_size))
     except ValueError as error:
         raise UserError(f"--image-size: {error}") from error
 
@@ -71,8 +67,7 @@ def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
     Returns:
       The content of `config.json`, without entries in `files`.
     """
-    content, prep, count = card.to_json(), card.preprocessing, card.model.num_classes
-    side = prep.image_size if isinstance(prep, Preprocessing) else prep.window
+    content, side, count = card.to_json(), card.preprocessing.side, card.model.num_classes
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     logits = jax.eval_shape(card.model.apply, variables, images)
     cost = count_cost(card.model, side, side)

@@ -85,14 +85,7 @@ class ModelCard:
 
     def __repr__(self) -> str:
         """Summarize the card on one line; `to_json` gives all of it."""
-        preprocessing = self.preprocessing
-        if isinstance(preprocessing, Preprocessing):
-            images = f"images of {preprocessing.image_size} pixels"
-        elif preprocessing.long_side:
-            size = f"{preprocessing.long_side} x {preprocessing.short_side}"
-            images = f"images resized into {size} pixels"
-        else:
-            images = "images as large as they are"
+        images = self.preprocessing.describe()
         kinds = [f"{kind}{' (default)' * (kind == self.default_kind)}" for kind in self.kinds]
         weights = f"weights {', '.join(kinds)}"
         return f"ModelCard({title(self.model)}, {self.describe_classes()}, {images}, {weights})"
