@@ -12,6 +12,7 @@ from activemlp_jax.utils.errors import UserError, exit_with
 # the memory, or start more threads than the system allows, before they fail.
 LIMITS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 2**20),
+    "classes": (2, 2**20),
     "deviation": (0, 10**6),
     "image_size": (MIN_IMAGE_SIDE, 2**14),
     "images": (1, 2**40),

@@ -37,8 +37,10 @@ pytestmark = pytest.mark.xdist_group("export")
 
 PHOTO = "photo.jpg"
 Answers = dict[str, tuple[np.ndarray, np.ndarray]]
-CLASSIFIER = am.ActiveMLP(**BACKBONE, num_classes=3)
-SEGMENTOR = am.ActiveSegmentor(BACKBONE, "upernet", 4, channels=8, aux_channels=8)
+# Conversion infers the interval from names of weights, which two blocks per stage leave open.
+EVERY_BLOCK = BACKBONE | {"offset_interval": 1}
+CLASSIFIER = am.ActiveMLP(**EVERY_BLOCK, num_classes=3)
+SEGMENTOR = am.ActiveSegmentor(EVERY_BLOCK, "upernet", 4, channels=8, aux_channels=8)
 CARDS = {
     "classifier": ModelCard(
         CLASSIFIER,

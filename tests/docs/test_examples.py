@@ -43,7 +43,7 @@ def test_the_script_for_slurm_starts_training_and_queues_again_where_it_was_stop
     assert words[2:6] == chosen
     assert words[:2] == [".venv/bin/python", "train.py"]
     keys = {word.partition("=")[0].removeprefix("--config.") for word in words[6:]}
-    assert keys <= set(flatten(default_config().to_dict()))
+    assert keys <= set(flatten(default_config()))
 
 
 def test_drawn_shapes_are_scenes_with_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
