@@ -36,6 +36,6 @@ def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_batches(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function of arrays and then the axis from one of the axis and then the arrays."""
+    """Make a function of arrays and the keyword `axis` from `kernel(axis, *arrays)`."""
     by_axis = {axis: _batched(partial(kernel, axis)) for axis in "hw"}
-    return lambda *arguments: by_axis[arguments[-1]](*arguments[:-1])
+    return lambda *arrays, axis: by_axis[axis](*arrays)

@@ -49,7 +49,7 @@ NAMES = ("definition", *IMPLEMENTATIONS)
 def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
     """Run 'forward' or 'backward' of an implementation; 'auto' selects it by platform."""
     if impl != "auto":
-        return getattr(IMPLEMENTATIONS[impl], part)(*arrays, axis)
+        return getattr(IMPLEMENTATIONS[impl], part)(*arrays, axis=axis)
     # On GPUs a scatter-add is nondeterministic, so runs would differ in their last digits. Where a
     # GPU cannot run the kernels, the backward pass is therefore a dense sum.
     names = {"cpu": "gather", "tpu": "dense", "default": "gather_dense"}
