@@ -1,7 +1,7 @@
-"""Class names of the scene parsing benchmark of ADE20K.
+"""Class names of ADE20K's scene parsing benchmark.
 
-They are the first names of its 150 classes. Label 0, 'other', is dropped, so `CLASS_NAMES[0]` is
-label 1 of the files.
+ADE20K gives each of the 150 classes one or more synonyms; these are the first ones. Label 0 of the
+files, 'other', is left out, so `CLASS_NAMES[0]` is the name of label 1.
 
 Source: B. Zhou et al., "Scene Parsing through ADE20K Dataset" (2017).
 """

@@ -1,7 +1,7 @@
-"""Writing of tensorflow-datasets (TFDS) datasets as ArrayRecord files, shard by shard.
+"""Write datasets of tensorflow-datasets (TFDS) as shards in ArrayRecord format.
 
-A shard gets its final name only once it is complete, so an interrupted run can continue with the
-missing shards.
+A shard gets its final name only once it is complete, so after an interruption, another run needs to
+write only the missing shards.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ PLAN_FILE = "prepared_from.json"
 
 
 class Member(NamedTuple):
-    """An image file named `name`: `size` bytes at `offset` in the file `path`."""
+    """The image file `name`, which consists of the `size` bytes at `offset` of the file `path`."""
 
     path: str
     offset: int
@@ -50,7 +50,11 @@ class Member(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """A file to write: `records()` yields `examples` of them, from `size` bytes of source data."""
+    """A shard to write to `file`.
+
+    `records()` yields its serialized examples, of which there are `examples`. `size` is the number
+    of bytes of source data.
+    """
 
     split: str
     file: str
@@ -60,15 +64,16 @@ class Shard(NamedTuple):
 
 
 def shard_file(name: str, split: str, index: int, count: int) -> str:
-    """Return the name of the file where TFDS looks for a shard."""
+    """Return the file name that TFDS expects for a shard."""
     return f"{name}-{split}.array_record-{index:05}-of-{count:05}"
 
 
 def plan_shards(name: str, features: Any, splits: Mapping[str, Sequence[Member]]) -> list[Shard]:
     """Divide the image files of each split into shards.
 
-    The files are shuffled by a hash of their names, so that a slice such as 'train[:1%]' has images
-    of all classes. The TFDS `features` are `image`, `label` and `file_name`.
+    The files are sorted by a hash of their names, which mixes the classes, so that a slice such as
+    'train[:1%]' has images of all classes. `features` has the TFDS features `image`, `label` and
+    `file_name`.
     """
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
 
@@ -100,7 +105,7 @@ def write_dataset(
     num_threads: int,
     console: Console,
 ) -> None:
-    """Write a dataset's shards that are missing or incomplete, then its metadata; print the result.
+    """Write a dataset's missing or incomplete shards, then its metadata, and print the result.
 
     Args:
       data_dir: the folder of TFDS datasets.
@@ -137,7 +142,7 @@ def write_dataset(
 
 
 def _claim(directory: Path, shards: Sequence[Shard]) -> None:
-    """Reserve `directory` for these shards, or check that an earlier run did."""
+    """Reserve `directory` for these shards, or check that an earlier run reserved it for them."""
     plan = {shard.file: [shard.examples, shard.size] for shard in shards}
     path = directory / PLAN_FILE
     if path.exists():
@@ -176,7 +181,7 @@ def _count(path: Path) -> int:
 def _write_metadata(
     directory: Path, name: str, version: str, features: Any, shards: Sequence[Shard]
 ) -> dict[str, int]:
-    """Write the metadata that TFDS needs to read the shards; count the examples of each split."""
+    """Write the metadata that TFDS needs to read the shards; return each split's example count."""
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory, dataset_name=name, filetype_suffix="array_record"
     )

@@ -1,4 +1,4 @@
-"""Interfaces of datasets, random access to images and their labels, and opening them by name."""
+"""Interfaces for random access to images and their labels; open datasets by name."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from activemlp_jax.data.decoding import decode
 from activemlp_jax.utils.errors import UserError
 
-# The first of these splits that a dataset has is the default for evaluation.
+# The evaluation split of a dataset is the first of these that it has.
 EVALUATION_SPLITS = ("val", "validation", "test")
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Source(Protocol):
 
 
 class EncodedExample(NamedTuple):
-    """The bytes of an image file, its class index, and its name in error messages."""
+    """The bytes of an image file, its class index, and the name that error messages use for it."""
 
     data: bytes
     label: int
@@ -48,7 +48,7 @@ class EncodedExample(NamedTuple):
 
 
 class EncodedSource(abc.ABC):
-    """A `Source` that can also give its images as encoded files; most sources can."""
+    """A `Source` that can also return the undecoded bytes of its images, as most sources can."""
 
     class_names: tuple[str, ...]
 
@@ -71,12 +71,13 @@ def open_by_name(
 
     Args:
       name: the name of the dataset.
-      split: the name of a split; None for the one to evaluate on.
-      openers: functions of the part after the colon and the split, by the form of the name.
-      what: what is opened, for the error message.
+      split: the name of a split; None for the evaluation split.
+      openers: the function that opens each kind of dataset, keyed by the pattern of its names, such
+        as 'folder:PATH'. Its arguments are the part of the name after the colon, and the split.
+      what: what kind of dataset is opened, for the error message.
 
     Raises:
-      UserError: the name has none of the forms, or the dataset cannot be opened.
+      UserError: the name matches none of the patterns, or the dataset cannot be opened.
     """
     kind, colon, rest = name.partition(":")
     for form, opener in openers.items():
@@ -87,7 +88,7 @@ def open_by_name(
 
 
 def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:
-    """Return `split`, or the one to evaluate on if it is None; raise UserError if it is unknown."""
+    """Return `split`, or the evaluation split if it is None; raise UserError if it is unknown."""
     split = split or evaluation_split(splits, name)
     if split not in splits:
         raise UserError(f"{name} has the splits {', '.join(splits)}, not {split!r}")
@@ -95,7 +96,7 @@ def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:
 
 
 def evaluation_split(splits: Sequence[str], name: object) -> str:
-    """Choose the split to evaluate on; raise UserError, naming the dataset, if none is for that."""
+    """Return the evaluation split; raise UserError, which names the dataset, if there is none."""
     for split in EVALUATION_SPLITS:
         if split in splits:
             return split
@@ -103,7 +104,7 @@ def evaluation_split(splits: Sequence[str], name: object) -> str:
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:
-    """Choose up to `count` indices below `length`, from the first to the last."""
+    """Choose up to `count` evenly spaced indices, from 0 to `length` - 1."""
     return np.linspace(0, length - 1, min(length, count), dtype=int).tolist()
 
 
@@ -113,7 +114,7 @@ def check_same_classes(expected: tuple[str, ...], actual: tuple[str, ...], what:
     Args:
       expected: the expected class names, by label.
       actual: the class names to check, by label.
-      what: what has the `actual` classes, for the error message.
+      what: the name, in the error message, of the dataset or model with the `actual` classes.
 
     Raises:
       UserError: the names differ; the message gives the first difference.

@@ -1,8 +1,8 @@
 """Normalization and augmentation of batches on the device, inside the jitted step.
 
-Images are `[B, H, W, 3]` float32 here, whatever dtype the model computes in, because bfloat16 would
-keep only three digits of a mixing weight or an area. Random numbers depend on the key alone, so
-they are the same on any number of devices.
+Normalized images are `[B, H, W, 3]` float32, whatever dtype the model computes in, because bfloat16
+keeps only about three digits, too few for a mixing weight or an area. Random numbers depend on the
+key alone, so they are the same on any number of devices.
 """
 
 import math
@@ -35,11 +35,12 @@ class Boxes(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """How to mix each of the G groups of a batch; every field has one value per group.
+    """The mixup or cutmix draws of a batch, one per mixing group (images that share one draw).
 
-    `weight`, float32, is the share of an image's own label in its mixed label. With `is_cutmix`,
-    the pixels inside `box` come from the partner image and the others stay. Without it (mixup),
-    every pixel is `weight` times its own value plus `1 - weight` times its partner's.
+    Every field has one value per group. `weight`, float32, is the share of an image's own label in
+    its mixed label. If `is_cutmix`, the pixels inside `box` come from the partner image and the
+    others stay. Otherwise (mixup), every pixel becomes `weight` times its own value plus
+    `1 - weight` times its partner's.
     """
 
     weight: jax.Array
@@ -48,15 +49,15 @@ class Mixing(NamedTuple):
 
 
 def mixes(config: ConfigDict) -> bool:
-    """Whether `config`, the whole config, has mixup or cutmix."""
+    """Return whether `config`, the whole config, turns on mixup or cutmix."""
     return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
 
 
 def group_size(config: ConfigDict) -> int:
-    """Number of consecutive rows of a batch that share one draw of mixup or cutmix.
+    """Return the size of a mixing group: consecutive rows of a batch that share one draw.
 
-    Rows are mixed only with rows of their group. Without mixing, the group is the whole batch.
-    `config` is the whole config.
+    Rows are mixed only with rows of their own group. Without mixup and cutmix, the whole batch is
+    one group. `config` is the whole config.
     """
     batch_size = config.batch_size
     return min(config.augment.mix_group_size, batch_size) if mixes(config) else batch_size
@@ -79,12 +80,12 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def draw_erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> Boxes:
-    """Draw a box to erase for each of `count` images.
+    """Draw one box to erase in each of `count` images.
 
-    The area is uniform in `ERASING_AREA`, the ratio of height to width log-uniform in
-    `ERASING_RATIO`, the sides are rounded, and the position is uniform among those inside the
-    image. The first of `ERASING_TRIES` draws with both sides smaller than the image's is used. If
-    no draw fits, the box is empty.
+    The area is uniform in `ERASING_AREA`, and the ratio of height to width is log-uniform in
+    `ERASING_RATIO`. The sides are rounded to whole pixels. Of `ERASING_TRIES` such draws, the first
+    with both sides smaller than the image's is used; if there is none, the box is empty. The
+    position is uniform among those where the box lies inside the image.
 
     Source: random erasing of the authors' release (timm's RandomErasing, one box).
     """
@@ -101,7 +102,7 @@ def draw_erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> B
     widths = jnp.round(jnp.sqrt(area / ratio)).astype(jnp.int32)
     fits = (heights < height) & (widths < width)
     first = fits & (jnp.cumsum(fits, axis=1) == 1)
-    # A masked sum instead of indexing, which is slow on TPUs.
+    # A masked sum, because indexing is slow on TPUs.
     box_height, box_width = (jnp.where(first, sides, 0).sum(1) for sides in (heights, widths))
     top = jax.random.randint(keys[2], (count,), 0, height - box_height + 1)
     left = jax.random.randint(keys[3], (count,), 0, width - box_width + 1)
@@ -109,7 +110,7 @@ def draw_erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> B
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Fill a random box with standard normal noise in some of the images.
+    """Erase a random box in some of the images by filling it with standard normal noise.
 
     Args:
       key: a random key.
@@ -135,13 +136,14 @@ def draw_mixing(
     cutmix_alpha: float,
     cutmix_probability: float,
 ) -> Mixing:
-    """Draw mixup or cutmix for each of `groups` groups of images of `height` by `width` pixels.
+    """Draw mixup or cutmix for `groups` mixing groups of images of `height` by `width` pixels.
 
-    A group gets cutmix with `cutmix_probability`, otherwise mixup. A method with an alpha of 0 is
-    never drawn. Lambda, the share of an image's own label, follows Beta(alpha, alpha), with the
-    alpha of the drawn method. The box of cutmix has the sides `int(side * sqrt(1 - lambda))`, minus
-    one pixel if that is odd, and its center is a uniformly drawn pixel. The box is clipped to the
-    image, and lambda is corrected to match the clipped area.
+    A group gets cutmix with probability `cutmix_probability`, and mixup otherwise. A method with an
+    alpha of 0 is never drawn. Lambda, the share of an image's own label, follows Beta(alpha,
+    alpha), with the alpha of the drawn method. The cutmix box measures
+    `int(side * sqrt(1 - lambda))` for each side of the image, minus one pixel if that is odd. Its
+    center is a uniformly drawn pixel of the image. The box is clipped to the image, and lambda is
+    corrected to match the clipped area.
 
     Source: mixup and cutmix of the authors' release (timm's Mixup, mode 'batch').
     """
@@ -169,12 +171,12 @@ def draw_mixing(
 
 
 def mix(images: jax.Array, targets: jax.Array, mixing: Mixing) -> tuple[jax.Array, jax.Array]:
-    """Mix each row of a group with the row at the same place in the reversed group.
+    """Mix each image with its partner, the image at the mirrored position in its mixing group.
 
     Args:
-      images: `[B, H, W, 3]`, in groups of consecutive rows, all of the same size.
+      images: `[B, H, W, 3]`; each mixing group is a block of consecutive rows, all equally large.
       targets: `[B, K]` class probabilities.
-      mixing: how to mix each group; the number of groups divides B.
+      mixing: how to mix each group; the number of groups must divide B.
 
     Returns:
       The mixed images and targets, with unchanged shapes.

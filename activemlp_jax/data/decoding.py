@@ -1,4 +1,4 @@
-"""Decoding of image files, with limits that protect against malicious files."""
+"""Decode image files, within limits that protect against malicious files."""
 
 import contextlib
 import io
@@ -29,7 +29,8 @@ MOST_PIXELS = 178_956_970  # Pillow refuses larger images as well
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Pillow reads more formats, but EPS runs a program, and most others get little scrutiny.
+# The formats that are decoded. Pillow supports more, but for EPS it runs an external program, and
+# its code for most others gets little scrutiny.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
 IMAGE_SUFFIXES = (
     *(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -42,11 +43,11 @@ OTHER_SUFFIXES = (
     *(".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".svg"),
     *(".tga", ".xcf"),
 )
-MAX_LISTED = 3  # files listed in a message
+MAX_LISTED = 3  # a message lists at most this many files
 
 
 class BrokenImageError(UserError):
-    """An image cannot be read; the message names it and gives the reason."""
+    """Raised if an image cannot be read; the message names the image and gives the reason."""
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
@@ -64,20 +65,21 @@ def read_image_file(path: str | os.PathLike[str]) -> bytes:
 def decode(data: bytes, name: str) -> np.ndarray:
     """Decode an image to pixels, `[H, W, 3]` uint8 RGB.
 
-    Gray images get three equal channels, alpha is dropped, palettes are looked up, and 16-bit
-    values keep their upper eight bits. As in the authors' release, an EXIF orientation is not
-    applied.
+    Gray images get three equal channels, alpha is dropped, palette indices become colors, and
+    16-bit values keep their upper eight bits. As in the authors' release, an EXIF orientation is
+    not applied.
 
     Args:
       data: the bytes of an image file in one of `FORMATS`.
       name: the name of the image in error messages.
 
     Raises:
-      BrokenImageError: it is not an image, is truncated, or has more than `MOST_PIXELS` pixels.
+      BrokenImageError: the data is not an image, is truncated, or has more than `MOST_PIXELS`
+        pixels.
     """
     if simplejpeg is not None and data.startswith(JPEG_MAGIC):
-        # simplejpeg fails where libjpeg only warns. Pillow may still read such a file, or it gives
-        # the reason.
+        # simplejpeg raises an error where libjpeg only warns. Pillow may still read such a file;
+        # otherwise, its error gives the reason.
         with contextlib.suppress(ValueError, MemoryError):
             height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
             if colors in ("YCbCr", "Gray") and height * width <= MOST_PIXELS:
@@ -97,7 +99,7 @@ def open_image(
 ) -> Iterator[Image.Image]:
     """Open an encoded image in Pillow, without decoding it, and close it on exit.
 
-    The arguments after `data`, a file in one of `FORMATS`, are those of `pillow_errors`.
+    `data` is a file in one of `FORMATS`. The other arguments are those of `pillow_errors`.
     """
     with pillow_errors(name, what, error), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         check_pixels(image)
@@ -150,7 +152,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_turned(data: bytes) -> bool:
-    """Whether the EXIF orientation of an image file asks viewers to rotate or mirror it.
+    """Return whether the EXIF orientation of an image file tells viewers to rotate or mirror it.
 
     False for TIFF files, because Pillow rotates them itself.
     """
@@ -164,7 +166,7 @@ def is_turned(data: bytes) -> bool:
 
 
 def warn_of_orientation(images: Iterable[bytes], where: object) -> None:
-    """Warn on stderr if any of the image files, some of a dataset, has an EXIF orientation."""
+    """Warn on stderr if any of `images`, a sample of a dataset's files, has an EXIF orientation."""
     turned = [is_turned(image) for image in images]
     if any(turned):
         warn(
@@ -174,17 +176,17 @@ def warn_of_orientation(images: Iterable[bytes], where: object) -> None:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name has the suffix of a supported image format."""
+    """Return whether a file name has the suffix of a supported image format."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_other_image_name(name: str) -> bool:
-    """Whether a file that is not hidden has the suffix of an unsupported image format."""
+    """Return whether a file name has the suffix of an unsupported format and is not hidden."""
     return name.lower().endswith(OTHER_SUFFIXES) and not name.startswith(".")
 
 
 def describe_left_out(names: Sequence[str]) -> str:
-    """Describe image files in unsupported formats: how many, which, and what to do."""
+    """Describe image files in unsupported formats: how many, which, and what to do about them."""
     named = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
     kinds = ", ".join(sorted({Path(name).suffix.lower() for name in names}))
     many = f"{len(names)} files" if len(names) > 1 else "1 file"

@@ -18,23 +18,25 @@ MAX_ROTATION = math.radians(10)
 MAX_SHEAR = 0.1
 MAX_STRETCH = 0.1  # relative change of a digit's width
 BACKGROUND_LEVELS, INK_LEVELS = (0, 110), (90, 255)  # ranges of each color channel
-COLOR_CANDIDATES = 12  # a digit or stroke gets the one most distinct from earlier colors
-CENTER_CANDIDATES = 20  # a digit gets the one farthest from earlier digits
+# A digit or stroke gets, out of this many random colors, the one most unlike earlier colors.
+COLOR_CANDIDATES = 12
+# A digit gets, out of this many random centers, the one farthest from earlier digits.
+CENTER_CANDIDATES = 20
 
 
 @functools.cache
 def _digits(split: str) -> tuple[tuple[Image.Image, int], ...]:
-    """The digits of `split` as pairs of a gray picture of 32 x 32 pixels and the digit."""
+    """Load the digits of `split`, each as a gray picture of 32 x 32 pixels and its value."""
     source = open_digits(split)
     images, labels = zip(*(source[index] for index in range(len(source))), strict=True)
-    # Upscaling 8 x 8 pixels blurs the edges; more contrast gives sharp ones without a halo.
+    # Upscaling from 8 x 8 pixels blurs the edges; more contrast sharpens them without a halo.
     inked = [np.clip(2.5 * (image[..., 0].astype(float) - 44), 0, 255) for image in images]
     pictures = [Image.fromarray(ink.astype(np.uint8)) for ink in inked]
     return tuple(zip(pictures, labels, strict=True))
 
 
 def _farthest(candidates: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Choose the candidate `[N]` whose nearest other point is farthest."""
+    """Choose the point of `candidates` that is farthest from its nearest neighbor in `others`."""
     distances = np.linalg.norm(candidates[:, None] - others, axis=-1)
     return candidates[distances.min(axis=1, initial=np.inf).argmax()]
 

@@ -39,16 +39,16 @@ class Box(NamedTuple):
 def draw_crop(rng: np.random.Generator, width: int, height: int, config: ConfigDict) -> Box:
     """Draw a random crop of an image.
 
-    The area is uniform, the ratio of width to height log-uniform, and the position uniform among
-    those inside the image. A crop that does not fit is drawn again. If none of `CROP_TRIES` crops
-    fits, the result is the largest centered crop with a ratio within the limits.
+    The area is uniform, the ratio of width to height is log-uniform, and the position is uniform
+    among those inside the image. A crop that does not fit is drawn again. If none of `CROP_TRIES`
+    crops fits, the result is the largest centered crop with a ratio within the limits.
 
     Args:
       rng: random generator.
       width: width of the image, in pixels.
       height: height of the image, in pixels.
-      config: `config.augment.crop`: `min_area` and `max_area` as shares of the image's area;
-        `min_ratio` and `max_ratio` of width to height.
+      config: the section `augment.crop`, with `min_area` and `max_area` as shares of the image's
+        area, and `min_ratio` and `max_ratio` as width divided by height.
 
     Source: the training transform of the authors' release (torchvision's RandomResizedCrop).
     """
@@ -73,7 +73,7 @@ def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float
     Args:
       picture: an RGB image.
       rng: random generator.
-      strength: each change has a factor between 1 - `strength`, at least 0, and 1 + `strength`.
+      strength: each factor is uniform from max(0, 1 - `strength`) to 1 + `strength`.
 
     Source: the training transform of the authors' release (torchvision's ColorJitter, no hue).
     """
@@ -89,8 +89,8 @@ def augmented_crop(image: np.ndarray, rng: np.random.Generator, config: ConfigDi
     Args:
       image: `[H, W, 3]` uint8.
       rng: random generator.
-      config: the whole config; of `config.augment`, the keys `crop`, `flip`, `rand_augment` and
-        `color_jitter` are used, the last one only without `rand_augment`.
+      config: the whole config; `data.image_size` is used, and of `augment` the keys `crop`, `flip`,
+        `rand_augment` and `color_jitter`, the last one only without `rand_augment`.
 
     Returns:
       `[image_size, image_size, 3]` uint8.
@@ -117,8 +117,9 @@ def warped(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> n
     return resize(random_warp(image, rng, config.augment.warp), config.data.image_size)
 
 
-# The values of `config.augment.policy`: from an image `[H, W, 3]` uint8, a random generator and the
-# whole config to an augmented image `[image_size, image_size, 3]` uint8.
+# The augmentation policies, keyed by the value of `config.augment.policy`. Each maps an image
+# `[H, W, 3]` uint8, a random generator and the whole config to an augmented image
+# `[image_size, image_size, 3]` uint8.
 POLICIES: dict[str, Callable[[np.ndarray, np.random.Generator, ConfigDict], np.ndarray]] = {
     "warp": warped,
     "random_resized_crop": augmented_crop,
@@ -133,12 +134,12 @@ def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
 
     Args:
       image: `[H, W, 3]` uint8.
-      preprocessing: `image_size` and `resize_factor` are used.
+      preprocessing: only its `image_size` and `resize_factor` are used.
 
     Returns:
       `[image_size, image_size, 3]` uint8.
 
-    Source: the evaluation transform of the authors' release, pixel for pixel.
+    Source: the evaluation transform of the authors' release, reproduced pixel for pixel.
     """
     size = preprocessing.image_size
     short = int(preprocessing.resize_factor * size)

@@ -2,8 +2,8 @@
 
 The batch of a training step is a pure function of the seed and the step: a sample's position in
 the run alone determines which example is read and which random numbers augment it. Batches
-therefore do not depend on the number of workers or hosts or on restarts, and a run resumes from
-its step number.
+therefore do not depend on the number of workers or hosts or on restarts, and a run needs only its
+step number to resume.
 """
 
 import contextlib
@@ -34,35 +34,39 @@ Transform = Callable[[Example, np.random.Generator, ConfigDict], Batch]
 
 BATCHES_AHEAD = 2
 
-# When a run ends at once, Python's resource tracker frees the shared memory that the run leaves and
-# warns about it. The warnings would follow the one line that says why the run ended.
+# When a run ends abruptly, Python's resource tracker frees the shared memory that the run left
+# behind, and warns about it. These warnings would follow the one line that says why the run ended.
 QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 
-# Keys in the store that all hosts share: a prefix for one key per broken image, and their count.
+# Keys in the store that all hosts share: the prefix of one key per broken image, and the counter
+# of broken images.
 SKIPPED_PREFIX, SKIPPED_COUNT = "activemlp/skipped/", "activemlp/images_skipped"
 
 
 class Sample(NamedTuple):
-    """One row of a host's part of a batch: its arrays by name."""
+    """A sample: its row in this host's part of a batch, and its arrays by name."""
 
     row: int
     arrays: dict[str, np.ndarray]
 
 
 class ExampleSamples(NamedTuple):
-    """All samples that a host needs of an example in a step, and the broken examples before it."""
+    """All samples that a host makes from one example in a step.
+
+    `skipped` has the index of each broken example that was tried before it, and the reason.
+    """
 
     samples: list[Sample]
     skipped: list[tuple[int, str]]
 
 
 def stack(samples: Sequence[Batch]) -> Batch:
-    """Stack samples, which are arrays by name, into a batch."""
+    """Stack samples, each a dict of arrays by name, into a batch."""
     return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 class Skipped:
-    """Counts images that training could not read, each once, even if several hosts read it.
+    """Counter of images that training could not read; an image that several hosts read counts once.
 
     Its length is the number of images that this host was the first to report, so the sum over all
     hosts is the number of broken images.
@@ -84,7 +88,7 @@ class Skipped:
         return self._reported
 
     def add(self, index: int, reason: str) -> None:
-        """Count example `index` as broken; raise UserError if that exceeds the limit."""
+        """Count the example at `index` as broken; raise UserError if that exceeds the limit."""
         if index in self._seen:
             return
         self._seen.add(index)
@@ -114,7 +118,7 @@ def _set_once(store: Any, key: str) -> bool:
 
 
 def sample_order(config: ConfigDict, examples: int) -> SampleOrder:
-    """Create the order of a run's samples, from the whole config and the number of `examples`."""
+    """Create a run's `SampleOrder` from the whole config and the dataset's number of examples."""
     groups = config.batch_size // group_size(config)
     return SampleOrder(examples, config.batch_size, config.augment.repeats, groups, config.seed)
 
@@ -124,8 +128,8 @@ def read_unbroken(
 ) -> tuple[Example, list[tuple[int, str]]]:
     """Read the example at `index` or, if it is broken, the next one that is not.
 
-    Returns it with the index of each broken example and the reason. Raises BrokenImageError if more
-    than `max_skipped` examples in a row are broken.
+    Return the example, and the index and reason of each broken one before it. Raise
+    BrokenImageError if more than `max_skipped` examples in a row, or all of them, are broken.
     """
     skipped: list[tuple[int, str]] = []
     while True:
@@ -141,14 +145,16 @@ def read_unbroken(
 def example_reader(
     source: Source, transform: Transform, config: ConfigDict, process: int, processes: int
 ) -> tuple[Callable[[int], ExampleSamples], int]:
-    """Make the function from an index to an example's samples in a step; count indices per step.
+    """Make a function that reads an example and makes this host's samples of it for one step.
 
-    A host thus reads and decodes an example only once per step.
+    A host thus reads and decodes an example only once per step, even with several samples of it.
+    The argument of the function is an index that counts the examples of all steps. Return the
+    function, and the number of indices per step.
     """
     order = sample_order(config, len(source))
     data, batch_size, repeats = config.data, config.batch_size, config.augment.repeats
     local_batch = batch_size // processes
-    # The repeats of an example may be split between two steps.
+    # The most examples in a batch: the repeats of one may be split between two steps.
     examples_per_step = (batch_size + repeats - 2) // repeats + 1
     max_skipped = data.max_skipped if data.on_error == "skip" else 0
 
@@ -182,7 +188,7 @@ def _assemble(examples: Sequence[ExampleSamples]) -> dict[str, Any]:
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
-    """End this worker process as soon as its parent process has ended, even if killed."""
+    """End this worker process as soon as its parent has ended, even if the parent was killed."""
     # Otherwise the worker would wait forever to hand over its batches. After the last worker,
     # Python's resource tracker ends too and frees the shared memory that held the batches.
     del worker, workers
@@ -257,8 +263,8 @@ def train_batches(
       skipped: counts the images that cannot be read, if `config.data.on_error` is 'skip'.
 
     Yields:
-      The arrays of `batch_size / processes` samples, stacked, by name. Close the iterator to stop
-      its threads and processes.
+      A batch of `batch_size / processes` samples: stacked arrays, by name. Close the iterator to
+      stop its threads and processes.
 
     Raises:
       BrokenImageError: an image cannot be read and `config.data.on_error` is 'raise', or more than
@@ -293,7 +299,7 @@ def eval_batches(
     Each host has one block of consecutive rows of every global batch.
 
     Args:
-      source: the set to evaluate on.
+      source: the evaluation set.
       preprocessing: how to resize and crop images; normalization happens on the device.
       batch_size: the global batch size.
       num_threads: the number of threads that read and transform; 0 uses the caller's thread.
@@ -301,9 +307,9 @@ def eval_batches(
       processes: the number of hosts, which divides the batch size.
 
     Yields:
-      `image` `[B, S, S, 3]` uint8, `label` `[B]` int32, and `mask` `[B]` float32, for the B images
-      of this host and image size S. The mask is 1 for an example, and 0 for padding, which fills
-      the last batch so that all hosts take the same number of steps.
+      `image` `[B, S, S, 3]` uint8, `label` `[B]` int32, and `mask` `[B]` float32, for this host's B
+      images and the image size S. The mask is 1 for an example and 0 for padding, which fills the
+      last batch so that all hosts take the same number of steps.
 
     Raises:
       BrokenImageError: an image cannot be read.

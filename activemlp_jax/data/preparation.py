@@ -1,7 +1,7 @@
-"""Preparation of datasets as ArrayRecord files, which allow random access during training.
+"""Prepare datasets as ArrayRecord files, which allow random access during training.
 
-Every function writes into `data_dir`, a folder of TFDS datasets, with `num_threads` threads, and
-prints progress and the result on `console`.
+The `prepare_*` functions write into `data_dir`, a folder of TFDS datasets, and print the result on
+`console`. All but `prepare_tfds` also show progress there and write `num_threads` shards at a time.
 """
 
 import os
@@ -35,10 +35,10 @@ IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 
 
 def index_tar(path: Path) -> list[tuple[str, int, int]]:
-    """List the name, offset and size of each file in an uncompressed tar file and its inner tars.
+    """List name, offset and size of each file in an uncompressed tar file or in a tar inside it.
 
     Raises:
-      UserError: it is not a tar file, or is truncated.
+      UserError: the file is not a tar file, or is truncated.
     """
     members: list[tuple[str, int, int]] = []
     try:
@@ -59,13 +59,14 @@ def index_tar(path: Path) -> list[tuple[str, int, int]]:
 
 
 def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Console) -> None:
-    """Build imagenet2012 from the folder `tars` with the official tar files.
+    """Build the dataset imagenet2012 from the official tar files in the folder `tars`.
 
     The image files are copied byte for byte. The labels of the validation images come from
     tensorflow-datasets.
 
     Raises:
-      UserError: a tar file is missing, is broken, or has an unexpected number of images.
+      UserError: a tar file is missing or broken, or has an unexpected number of images or an image
+        of an unknown class.
     """
     for file in IMAGENET_TARS.values():
         if not (tars / file).is_file():
@@ -109,10 +110,13 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
 def prepare_folder(
     folder: Path, name: str, data_dir: Path, num_threads: int, console: Console
 ) -> None:
-    """Build the dataset `name` from a folder of class folders, or of one such folder per split.
+    """Build the dataset `name` from a folder with one folder of images per class.
+
+    It may instead have one such folder per split.
 
     Raises:
-      UserError: the name or the folder has the wrong form, or splits differ in their classes.
+      UserError: the name is invalid, the folder has another layout, or splits differ in their
+        classes.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError(
@@ -168,7 +172,8 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
     `source` is the folder of one version of the dataset, with `dataset_info.json`.
 
     Raises:
-      UserError: it is not such a folder, its files have another format, or it is in `data_dir`.
+      UserError: `source` is not such a folder, its files have another format, or the new files
+        would go into it.
     """
     if not (source / "dataset_info.json").is_file():
         raise UserError(

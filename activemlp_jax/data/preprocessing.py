@@ -8,7 +8,7 @@ from activemlp_jax.utils.json_files import short
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Limits beyond the needs of any model, so that a malicious model file cannot exhaust the memory.
+# Limits far above what any model needs, so that a malicious model file cannot exhaust the memory.
 MAX_INPUT_SIDE, MAX_SIDE = 2**12, 2**14  # pixels
 MAX_FACTOR = 4
 MAX_COLOR, MIN_STD = 1000, 1e-6
@@ -51,11 +51,11 @@ class Preprocessing:
         return self.image_size
 
     def with_side(self, side: int) -> "Preprocessing":
-        """Return the same preprocessing for another side."""
+        """Return the same preprocessing with another `side`."""
         return dataclasses.replace(self, image_size=side)
 
     def describe(self) -> str:
-        """Say what becomes of the size of images."""
+        """Describe the size to which images are resized."""
         return f"images of {self.image_size} pixels"
 
 
@@ -69,8 +69,8 @@ class ScenePreprocessing:
     Args:
       long_side: maximum of the long side, in pixels; 0 leaves images at their size.
       short_side: maximum of the short side, in pixels.
-      window: side of the windows of sliding-window inference, in pixels: the size of the crops in
-        training.
+      window: side of the windows of sliding-window inference, in pixels; also the side of the crops
+        in training.
       mean: see `Preprocessing`.
       std: see `Preprocessing`.
 
@@ -99,11 +99,11 @@ class ScenePreprocessing:
         return self.window
 
     def with_side(self, side: int) -> "ScenePreprocessing":
-        """Return the same preprocessing for another side."""
+        """Return the same preprocessing with another `side`."""
         return dataclasses.replace(self, window=side)
 
     def describe(self) -> str:
-        """Say what becomes of the size of images."""
+        """Describe the size to which images are resized."""
         if not self.long_side:
             return "images as large as they are"
         return f"images resized into {self.long_side} x {self.short_side} pixels"

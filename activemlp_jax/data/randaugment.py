@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 FILL = (124, 116, 104)  # color of pixels from outside the image: ImageNet's mean
-MAX_MAGNITUDE = 10.0  # upper end of the scale
+MAX_MAGNITUDE = 10.0  # upper end of the scale of magnitudes
 
 Picture = Image.Image
 Enhancer = Callable[[Picture], ImageEnhance._Enhance]
@@ -58,7 +58,7 @@ def _enhance(kind: Enhancer) -> Callable[[Picture, float], Picture]:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An image operation; a magnitude sets its strength.
+    """An image operation whose strength depends on a magnitude.
 
     Args:
       apply: the operation, as a function of a picture and a level.
@@ -71,7 +71,7 @@ class Operation:
     signed: bool = False
 
     def __call__(self, picture: Picture, magnitude: float) -> Picture:
-        """Apply to an RGB picture; `magnitude` is 0 to 10, or -10 to 10 if `signed`."""
+        """Apply it to an RGB picture; `magnitude` is 0 to 10, or -10 to 10 if `signed`."""
         return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE) if self.level else 0.0)
 
 
@@ -125,7 +125,7 @@ INCREASING: dict[str, Operation] = {
     },
 }
 
-# 'inc0': a larger magnitude weakens some operations, as in the first AutoAugment.
+# 'inc0': a larger magnitude weakens some operations, as in the original AutoAugment.
 NOT_INCREASING: dict[str, Operation] = {
     **SHARED,
     "Posterize": Operation(_posterize, lambda share: int(share * 4)),
@@ -192,8 +192,8 @@ SECTION = re.compile(r"(mstd|mmax|inc|m|n|p)(inf|\d+(?:\.\d+)?)")
 def parse_randaugment(policy: str) -> RandAugment:
     """Parse the description of a policy, such as 'rand-m9-mstd0.5-inc1'.
 
-    It is 'rand', followed by sections of a name and a number, separated by '-' and in any order.
-    Each section is optional:
+    A description is 'rand', followed by sections in any order, separated by '-'. A section is a
+    name and a number. Each of these sections is optional:
 
       m: magnitude, 0 to 10; default 10.
       n: number of operations per picture, up to 15; default 2.
@@ -204,7 +204,7 @@ def parse_randaugment(policy: str) -> RandAugment:
       inc: 1 if all operations get stronger with the magnitude; default 0.
 
     Raises:
-      ValueError: the description has another form, or a value is out of range; the message names
+      ValueError: the description is malformed, or a value is out of range; the message names
         the section.
     """
     head, *sections = policy.split("-")

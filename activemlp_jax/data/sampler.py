@@ -26,22 +26,23 @@ class SampleOrder:
     Every epoch shuffles the whole dataset and drops the last, partial batch.
 
     With repeated augmentation, each image comes `repeats` times in a row. These copies are dealt
-    round-robin to the groups of a batch, so that they are mixed with different partners. An epoch
-    has as many samples as without repeats, truncated to a multiple of `EPOCH_MULTIPLE` if there
-    are at least as many, so it shows one image in `repeats`.
+    round-robin to the mixing groups of a batch (the images that share one mixup or cutmix draw), so
+    that each copy is mixed with a different partner. An epoch has as many samples as the dataset
+    has examples, so it shows only one image in `repeats`. With repeats, the number of samples is
+    rounded down to a multiple of `EPOCH_MULTIPLE`, unless it is smaller than that.
 
     Args:
       examples: the number of examples in the dataset.
       batch_size: the global batch size.
       repeats: how many times an epoch shows each of its images.
-      groups: the number of groups in a batch; divides `batch_size`.
+      groups: the number of mixing groups in a batch; divides `batch_size`.
       seed: the seed of the run.
 
     Raises:
       UserError: an epoch is smaller than a batch.
 
-    Source: the repeated-augmentation sampler of the authors' release (DeiT's RASampler). A group
-    here corresponds to a device there.
+    Source: the repeated-augmentation sampler of the authors' release (DeiT's RASampler). A mixing
+    group here corresponds to a device there.
     """
 
     examples: int
@@ -79,7 +80,7 @@ class SampleOrder:
         return index_shuffle(image, self.examples - 1, _epoch_seed(self.seed, epoch), rounds=4)
 
     def row(self, offset: int) -> int:
-        """Return the row in a batch of the `offset`-th sample of the batch."""
+        """Return the row of a batch in which its `offset`-th sample is placed."""
         index, group = divmod(offset, self.groups)
         return group * (self.batch_size // self.groups) + index
 

@@ -1,4 +1,4 @@
-"""Segmentation datasets by name.
+"""Open segmentation datasets by name.
 
 A scene is an image together with a mask, which has a class index per pixel.
 """
@@ -21,7 +21,7 @@ from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import read_file
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"  # bytes 24 and 25 are the bit depth and the color type
-MAX_LISTED = 3  # images without a mask listed in a message
+MAX_LISTED = 3  # a message lists at most this many images without a mask
 MAX_CLASS_FILE_BYTES = 2**20  # limit on the size of a file with class names
 CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
 ADE20K_FOLDER = "ADEChallengeData2016"
@@ -30,10 +30,10 @@ ADE20K_BUILDER = "scene_parse150"
 
 
 class SceneSource(Source, Protocol):
-    """A split of a segmentation dataset: a label is a mask `[H, W]` uint8 of its image's size.
+    """A split of a segmentation dataset; a label is a mask `[H, W]` uint8 as large as its image.
 
     Each pixel of a mask is a class index or `IGNORED`. `source[index]` raises BrokenImageError if
-    the image cannot be read, and another UserError if the mask cannot.
+    the image cannot be read, and another UserError if the mask cannot be read.
     """
 
     def shape(self, index: int) -> tuple[int, int]:
@@ -55,7 +55,7 @@ def decode_mask(data: bytes, name: str, *, as_rgb: bool = False) -> np.ndarray:
       as_rgb: also accept three channels if they are equal.
 
     Raises:
-      UserError: it is not an image, or does not have one channel of 8 bits.
+      UserError: the data is not an image, or does not have one channel of 8 bits.
     """
     if data.startswith(PNG_MAGIC) and data[25:26] == b"\0" and data[24] in (2, 4):
         # Pillow scales gray values of fewer bits up to 8 bits, which changes the class indices.
@@ -86,7 +86,7 @@ def labels_of_mask(
       shape: the (height, width) of the image.
       classes: the number of classes.
       reduce_zero_label: whether stored values count classes from 1, and 0 means no class. Then 0
-        becomes `IGNORED`, and the others are reduced by 1.
+        becomes `IGNORED`, and all values but `IGNORED` are reduced by 1.
 
     Raises:
       UserError: the mask and the image differ in size, or a value is not a label of a class.
@@ -124,8 +124,8 @@ class SceneFolder:
       reduce_zero_label: see `labels_of_mask`.
 
     Raises:
-      UserError: a folder is missing, there are no images, an image has no mask, or one of the
-        checked masks cannot be read.
+      UserError: a folder is missing, there are no images, an image has no mask, or one of the masks
+        that are checked (see `CHECKED_MASKS`) cannot be read.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class SceneFolder:
         return len(self._images)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Read the size of an image."""
+        """Read an image's (height, width) from its header."""
         file = self._images[index]
         return _image_shape(read_image_file(file), str(file))
 
@@ -171,19 +171,19 @@ class SceneFolder:
 
 
 class TfdsScenes:
-    """A split of `scene_parse150` of tensorflow-datasets (TFDS), in ArrayRecord files.
+    """A split of the TFDS (tensorflow-datasets) dataset `scene_parse150`, in ArrayRecord files.
 
     The masks must be those of the scene parsing benchmark, with one channel or three equal ones, as
     TFDS writes them from arrays. The TFDS builder itself downloads the masks of the instance
-    benchmark, with three channels and other classes, which this class rejects.
+    benchmark; they have three channels and other classes, and this class rejects them.
 
     Args:
       name: 'scene_parse150', optionally with a version, as `tfds.builder` takes it.
       split: a split or slice such as 'train' or 'test[:10%]'; None for 'test'.
 
     Raises:
-      UserError: it is another dataset, is not prepared, is not in ArrayRecord files, or one of the
-        checked masks cannot be used.
+      UserError: `name` is another dataset, is not prepared, or is not in ArrayRecord files, or one
+        of the masks that are checked (see `CHECKED_MASKS`) cannot be used.
     """
 
     class_names = ade20k.CLASS_NAMES
@@ -213,7 +213,7 @@ class TfdsScenes:
         return len(self._records)
 
     def shape(self, index: int) -> tuple[int, int]:
-        """Read the size of an image."""
+        """Read an image's (height, width) from its header."""
         return _image_shape(self._records[index]["image"], self._record_name(index))
 
     def _record_name(self, index: int) -> str:
@@ -260,7 +260,7 @@ def read_class_names(file: Path) -> tuple[str, ...]:
 
     Raises:
       UserError: the file cannot be read, it does not have 2 to 255 names, a line before the last
-        name is empty, or a name comes twice.
+        name is empty, or a name appears twice.
     """
     expected = "expected the names of the classes, one a line, in the order of their labels"
     try:
@@ -281,14 +281,14 @@ def read_class_names(file: Path) -> tuple[str, ...]:
 
 
 def open_scene_folder(path: str, split: str | None) -> SceneFolder:
-    """Open a folder of scenes: `images`, their masks in `annotations`, and `classes.txt`.
+    """Open a folder of scenes, with `images`, their masks in `annotations`, and `classes.txt`.
 
-    Subfolders of `images` and `annotations` are splits. The values of a mask are class indices,
-    counted from 0, or `IGNORED`.
+    If `images` and `annotations` have subfolders, these are the splits. The values of a mask are
+    class indices, counted from 0, or `IGNORED`.
 
     Args:
       path: the folder.
-      split: the name of a split; None for the one to evaluate on, or if there are no splits.
+      split: the name of a split; None for the evaluation split, or if there are no splits.
 
     Raises:
       UserError: the split does not exist, or the folder has another layout.
@@ -322,8 +322,9 @@ def open_scenes(name: str, split: str | None = None) -> SceneSource:
     """Open a split of a segmentation dataset.
 
     Args:
-      name: a name of a form in `OPENERS`.
-      split: the name of a split; None for the one to evaluate on.
+      name: the dataset, in one of the patterns listed in `OPENERS`, such as digit_scenes or
+        folder:PATH.
+      split: the name of a split; None for the evaluation split.
 
     Raises:
       UserError: the name or split is unknown, or the dataset cannot be read.

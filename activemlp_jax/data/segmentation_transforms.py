@@ -32,7 +32,7 @@ def load_opencv() -> Any:
 
 
 def resized_shape(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
-    """Compute the (height, width) at which an image fits into `scale` and keeps its aspect ratio.
+    """Compute the largest (height, width) that fits into `scale` and keeps an image's aspect ratio.
 
     Args:
       height: height of the image, in pixels.
@@ -87,7 +87,7 @@ def _change_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarra
 
 
 def change_brightness(image: np.ndarray, delta: float) -> np.ndarray:
-    """Add `delta` to an image `[H, W, 3]` uint8, clipped and truncated.
+    """Add `delta` to an image `[H, W, 3]` uint8; clip and truncate the result.
 
     Source: mmsegmentation's PhotoMetricDistortion.
 
@@ -98,7 +98,7 @@ def change_brightness(image: np.ndarray, delta: float) -> np.ndarray:
 
 
 def change_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply an image `[H, W, 3]` uint8 by `factor`, clipped and truncated.
+    """Multiply an image `[H, W, 3]` uint8 by `factor`; clip and truncate the result.
 
     Source: mmsegmentation's PhotoMetricDistortion.
 
@@ -109,7 +109,7 @@ def change_contrast(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def change_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply the saturation of an image `[H, W, 3]` uint8 by `factor`, clipped and truncated.
+    """Multiply the saturation of an image `[H, W, 3]` uint8 by `factor`; clip and truncate it.
 
     Source: mmsegmentation's PhotoMetricDistortion, on OpenCV's 8-bit HSV.
 
@@ -166,8 +166,8 @@ def draw_crop_position(
 ) -> tuple[int, int]:
     """Draw the (top, left) of a random crop of `size` by `size` pixels.
 
-    It is drawn again, at most `CROP_TRIES` times, while the crop has fewer than two classes or one
-    class has a share of at least `max_share` of the labeled pixels.
+    A crop is drawn again, up to `CROP_TRIES` times, if it has fewer than two classes or if one
+    class covers at least `max_share` of its labeled pixels.
 
     Args:
       mask: `[H, W]` uint8; along a side shorter than `size`, the crop starts at 0.
@@ -210,9 +210,9 @@ def scene_train_transform(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Resize, crop, flip and distort an image and its mask at random, for training.
 
-    The image is resized to fit into `long_side` by `short_side` pixels, both times a random ratio.
-    A result smaller than the crop is padded at the bottom and right: the mask with `IGNORED`, the
-    image with 0. The task sets the padding to 0 again after normalization.
+    The image is resized to fit into `long_side` by `short_side` pixels, both multiplied by a random
+    ratio. A result smaller than the crop is padded at the bottom and right: the mask with
+    `IGNORED`, the image with 0. After normalization, the task sets the padding to 0 again.
 
     Args:
       image: `[H, W, 3]` uint8.
@@ -220,8 +220,8 @@ def scene_train_transform(
       rng: random generator.
       config: the whole config. `data.image_size` is the side S of the crop. `data.scene` has
         `long_side` (0 for no resizing) and `short_side`. `augment.flip` is a probability.
-        `augment.scene` has limits of the random ratio (`min_scale` and `max_scale`),
-        `max_class_share` (see `draw_crop_position`), and `photometric`, whether to change colors.
+        `augment.scene` has the limits of the random ratio (`min_scale` and `max_scale`),
+        `max_class_share` (see `draw_crop_position`), and `photometric`: whether to change colors.
 
     Returns:
       The image `[S, S, 3]` uint8, the mask `[S, S]` uint8, and the (height, width) `[2]` int32 of

@@ -1,4 +1,4 @@
-"""Image classification datasets by name."""
+"""Open image classification datasets by name."""
 
 import contextlib
 import functools
@@ -39,7 +39,7 @@ DISTINCT_PHOTOS = 64
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:
-    """List the entries of a folder by name; raise UserError if it cannot be read."""
+    """List the entries of a folder, sorted by name; raise UserError if it cannot be read."""
     if not os.path.isdir(folder):
         raise UserError(f"there is no folder {folder}")
     try:
@@ -61,7 +61,7 @@ def subfolders(folder: Path) -> list[str]:
 def scan_images(folder: Path, what: str) -> tuple[list[str], list[str]]:
     """List the paths of a folder's images, and the names of images in unsupported formats.
 
-    Raises UserError, which calls the folder `what`, if it cannot be read or has no images.
+    Raise UserError if the folder cannot be read or if it has no images; `what` names it then.
     """
     entries = scan(folder)
     files = [entry.path for entry in entries if is_image_name(entry.name)]
@@ -72,19 +72,19 @@ def scan_images(folder: Path, what: str) -> tuple[list[str], list[str]]:
 
 
 def no_images(what: str, left_out: Sequence[str]) -> UserError:
-    """Create the error for a folder, named `what`, with only the unsupported images `left_out`."""
+    """Create the error for a folder, called `what`, that has no images in supported formats."""
     expected = f"{what} has no images, expected {', '.join(IMAGE_SUFFIXES)}"
     return UserError(f"{expected}; {describe_left_out(left_out)}" if left_out else expected)
 
 
 def warn_of_left_out(folder: object, names: Sequence[str]) -> None:
-    """Warn on stderr about image files of a folder in unsupported formats, if there are any."""
+    """Warn on stderr if a folder has images in unsupported formats, which `names` lists."""
     if names:
         warn(f"{folder}: {describe_left_out(names)}")
 
 
 def warn_of_images(folder: Path, files: Sequence[str], left_out: Sequence[str]) -> None:
-    """Warn on stderr about images that are left out, and if some of `files` are to be rotated."""
+    """Warn on stderr about unsupported images, and if some of `files` have an EXIF orientation."""
 
     def readable() -> Iterator[bytes]:
         for index in evenly_spaced(len(files), CHECKED_IMAGES):
@@ -96,7 +96,7 @@ def warn_of_images(folder: Path, files: Sequence[str], left_out: Sequence[str]) 
 
 
 class ArraySource:
-    """A split in memory: `images` `[N, H, W, 3]` uint8 and `labels` `[N]`."""
+    """A dataset split in memory: `images` `[N, H, W, 3]` uint8 and `labels` `[N]`."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]):
         self._images = images
@@ -114,7 +114,7 @@ def open_digits(split: str | None) -> Source:
     """Open the 1,797 handwritten digits that come with scikit-learn, upscaled to 32 x 32 pixels.
 
     The split 'train' has the first 1,437 digits in the dataset's order. The split 'test', the
-    default, has the last 360, which were written by other people. Others raise UserError.
+    default, has the last 360, which were written by other people. Any other raises UserError.
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
     learning repository; the copy in `sklearn.datasets.load_digits`.
@@ -157,13 +157,13 @@ class FolderSource(EncodedSource):
         return len(self.files)
 
     def encoded(self, index: int) -> EncodedExample:
-        """Read a file; raise BrokenImageError if that fails."""
+        """Read an image file; raise BrokenImageError if that fails."""
         file, label = self.files[index]
         return EncodedExample(read_image_file(file), label, file)
 
 
 def open_folder(path: str, split: str | None) -> Source:
-    """Open a folder of class folders, or the split of a folder that has one such folder per split.
+    """Open a folder of class folders, or `split` of a folder that has one such folder per split.
 
     The second layout is that of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`. Raises
     UserError as `FolderSource` does.
@@ -175,11 +175,11 @@ def open_folder(path: str, split: str | None) -> Source:
 
 
 class PhotosSource(EncodedSource):
-    """JPEG files of 500 x 375 pixels, kept encoded in memory, to measure data loading and training.
+    """A source of JPEG files in memory, of 500 x 375 pixels, to time data loading and training.
 
-    They repeat `DISTINCT_PHOTOS` crops of scikit-learn's two sample photographs, with labels 0 to
-    999 in turn. Their size and decoding cost are those of ImageNet images, but there is nothing to
-    learn.
+    The files are `DISTINCT_PHOTOS` crops of scikit-learn's two sample photographs, repeated, with
+    labels 0 to 999 in turn. They are about as large and as slow to decode as ImageNet images, but
+    there is nothing to learn.
 
     Args:
       count: the number of examples.
@@ -194,7 +194,7 @@ class PhotosSource(EncodedSource):
         return self._count
 
     def encoded(self, index: int) -> EncodedExample:
-        """Return a JPEG file."""
+        """Return the JPEG file of the example at `index`."""
         return EncodedExample(self._files[index % DISTINCT_PHOTOS], index % 1000, f"photo {index}")
 
 
@@ -216,7 +216,7 @@ def _photo_files() -> tuple[bytes, ...]:
 
 
 def _open_photos(count: str, split: str | None) -> Source:
-    del split  # all are the same
+    del split  # all splits are the same
     if not re.fullmatch(r"[1-9]\d{0,9}", count):
         raise UserError(f"no data set 'photos:{count}', expected photos:COUNT, such as photos:1024")
     return PhotosSource(int(count))
@@ -234,8 +234,8 @@ def open_source(name: str, split: str | None = None) -> Source:
     """Open a split of an image classification dataset.
 
     Args:
-      name: a name of a form in `OPENERS`.
-      split: the name of a split; None for the one to evaluate on.
+      name: the dataset, in one of the patterns listed in `OPENERS`, such as digits or folder:PATH.
+      split: the name of a split; None for the evaluation split.
 
     Raises:
       UserError: the name or split is unknown, or the dataset cannot be read.

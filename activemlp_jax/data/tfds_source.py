@@ -16,7 +16,7 @@ DATA_DIR_HINT = "set the environment variable TFDS_DATA_DIR to the folder of you
 
 
 def open_builder(name: str) -> tuple[Any, dict[str, Any]]:
-    """Open the builder `name`, as `tfds.builder` takes it; return it with its features by name.
+    """Open the builder that `tfds.builder` finds by `name`; return it and its features by name.
 
     Raises:
       UserError: the dataset is unknown, or the files that describe it are damaged.
@@ -27,7 +27,8 @@ def open_builder(name: str) -> tuple[Any, dict[str, Any]]:
         for data_dir in tfds.core.utils.file_utils.list_data_dirs():
             _check_descriptions(Path(data_dir).expanduser() / name.split(":")[0].split("/")[0])
         builder = tfds.builder(name)
-        features, _ = builder.info.features, list(builder.info.splits)  # from files, maybe damaged
+        # Both are read from files, which may be damaged.
+        features, _ = builder.info.features, list(builder.info.splits)
         return builder, dict(getattr(features, "items", dict)())  # empty for one unnamed feature
     except Exception as error:  # TFDS errors have no common base class
         raise UserError(
@@ -56,9 +57,8 @@ class Records:
     Args:
       builder: a builder from `open_builder`.
       name: the name of the builder.
-      split: a split or slice such as 'train' or 'validation[:10%]'; None for the one to evaluate
-        on.
-      encoded: features to return as the bytes of their files, without decoding.
+      split: a split or slice such as 'train' or 'validation[:10%]'; None for the evaluation split.
+      encoded: the names of features whose encoded bytes are returned without decoding.
 
     Raises:
       UserError: the dataset is not prepared or is not in ArrayRecord files, the split does not
@@ -134,17 +134,17 @@ class Records:
 
 
 class TfdsSource(EncodedSource):
-    """A split of an image classification dataset of TFDS, in ArrayRecord files.
+    """A split of an image classification dataset of TFDS, read from ArrayRecord files.
 
     Args:
       name: the name of the builder, optionally with a config and version, as `tfds.builder` takes
         it.
-      split: a split or slice such as 'train' or 'validation[:10%]'; None for the one to evaluate
-        on.
+      split: a split or slice such as 'train' or 'validation[:10%]'; None for the evaluation split.
 
     Raises:
       UserError: the dataset is unknown, is not prepared, is not in ArrayRecord files, is not for
-        image classification, or has a label out of range in one of the checked records.
+        image classification, or has a label out of range in one of the records that are checked
+        (see `CHECKED_RECORDS`).
     """
 
     def __init__(self, name: str, split: str | None):
@@ -167,7 +167,7 @@ class TfdsSource(EncodedSource):
         return len(self._records)
 
     def encoded(self, index: int) -> EncodedExample:
-        """Read a record; raise BrokenImageError, or UserError for a label that is out of range."""
+        """Read a record; raise BrokenImageError, or UserError if its label is out of range."""
         return self._example(index, self._records[index])
 
     def _example(self, index: int, record: dict[str, Any]) -> EncodedExample:

@@ -13,7 +13,7 @@ MESH = 2  # cells along each side of a warped image
 
 @functools.lru_cache(maxsize=256)
 def _mesh(width: int, height: int) -> tuple[list[tuple[int, int, int, int]], np.ndarray]:
-    """Return mesh cells (left, upper, right, lower), and centered corners [rows, columns, xy]."""
+    """Return cells (left, upper, right, lower), and corners [row, column, xy] from the center."""
     xs = [width * i // MESH for i in range(MESH + 1)]
     ys = [height * i // MESH for i in range(MESH + 1)]
     cells = [
@@ -27,17 +27,17 @@ def _mesh(width: int, height: int) -> tuple[list[tuple[int, int, int, int]], np.
 def random_warp(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
     """Rotate, scale, shear, shift and bend an image at random.
 
-    The image is divided into `MESH` by `MESH` cells. An affine map around the center gives the
-    position in the source image of each corner of a cell, and noise on these positions bends the
+    The image is divided into `MESH` by `MESH` cells. An affine map around the center sends each
+    corner of a cell to a position in the source image, and noise added to these positions bends the
     cells. Pixels from outside the image are black.
 
     Args:
       image: `[H, W, 3]` uint8.
       rng: random generator; 24 numbers are drawn.
-      config: `config.augment.warp`. Limits of uniform draws: `degrees` of rotation, `scale` as the
-        maximum difference of a factor from 1, `shear` as a slope, and `translate` as a share of the
-        side, each in both directions. `bend` is the standard deviation of the noise as a share of
-        the side.
+      config: the section `augment.warp`. `degrees` of rotation, `scale` (difference of a factor
+        from 1), `shear` (a slope) and `translate` (a share of the side) are the limits of uniform
+        draws in both directions. `bend` is the standard deviation of the noise, as a share of the
+        side.
 
     Returns:
       `[H, W, 3]` uint8.

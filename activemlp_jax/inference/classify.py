@@ -1,4 +1,4 @@
-"""Classification of images: class probabilities, and the features that the head sees."""
+"""Classify images: compute class probabilities, or the features that the head receives."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.layers import at_least_float32
 from activemlp_jax.weights.model_card import ModelCard
 
-BATCH_SIZES = (1, 8, 32)  # few sizes to compile, and still little padding
+BATCH_SIZES = (1, 8, 32)  # few, so that little is compiled, but enough to keep padding small
 T = TypeVar("T")
 
 
@@ -37,7 +37,7 @@ class ClassProbability(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A classifier with the preprocessing of its images."""
+    """A classification model together with the preprocessing of its images."""
 
     model: ActiveMLP
     preprocessing: Preprocessing
@@ -50,12 +50,12 @@ class Classifier:
         return normalize(images, self.preprocessing.mean, self.preprocessing.std)
 
     def probabilities(self, variables: Any, images: jax.Array) -> jax.Array:
-        """Class probabilities `[B, num_classes]` of prepared `images` `[B, S, S, 3]`."""
+        """Compute class probabilities `[B, num_classes]` of prepared `images` `[B, S, S, 3]`."""
         logits = jnp.asarray(self.model.apply(variables, self._normalized(images)))
         return jax.nn.softmax(logits)
 
     def embeddings(self, variables: Any, images: jax.Array) -> jax.Array:
-        """Features `[B, C]` that the head sees, for prepared `images` `[B, S, S, 3]`."""
+        """Compute the features `[B, C]` that the head gets for prepared `images` `[B, S, S, 3]`."""
 
         def pooled(model: ActiveMLP, images: jax.Array) -> jax.Array:
             x = model.norm(model.features(images)[-1])
@@ -83,7 +83,7 @@ def make_classifier(model: Any, card: ModelCard | None) -> Classifier:
 def ask(
     program: Callable[[Any], jax.Array], images: Iterable[tuple[T, np.ndarray]], count: int
 ) -> Iterator[tuple[T, np.ndarray]]:
-    """Run `program` on images in batches of one of `BATCH_SIZES`; the last batch is padded.
+    """Run `program` on images in batches of one size from `BATCH_SIZES`; pad the last batch.
 
     Args:
       program: maps a batch `[B, S, S, 3]` to one row per image.
@@ -103,7 +103,7 @@ def ask(
 
 
 def most_probable(row: np.ndarray, names: tuple[str, ...], top: int) -> list[ClassProbability]:
-    """List the `top` classes of `row`, probabilities `[num_classes]`, most probable first."""
+    """List the `top` most probable classes of `row`, the probabilities `[num_classes]`."""
     order = np.argsort(-row, kind="stable")[:top]
     return [ClassProbability(int(label), names[label], float(row[label])) for label in order]
 
@@ -155,14 +155,13 @@ def classify(
 def embed_images(
     model: ActiveMLP, variables: Any, images: Any, card: ModelCard | None = None
 ) -> np.ndarray:
-    """Compute the features that a classifier's head sees: the last map, normalized and averaged.
+    """Compute the features that a classifier's head receives: last map, normalized and averaged.
 
     Args:
       model: a classifier.
       variables: variables of the model.
       images: one image or several, as for `classify`.
-      card: result of `read_card`, for the preprocessing; required for the same models as by
-        `classify`.
+      card: result of `read_card`, for the preprocessing; required whenever `classify` requires it.
 
     Returns:
       `[N, C]` float32, one row per image; a single image also gives one row.

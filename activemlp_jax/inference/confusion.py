@@ -20,7 +20,7 @@ from activemlp_jax.utils.types import Variables
 
 
 def count_pixels(labels: jax.Array, predictions: jax.Array, classes: int) -> jax.Array:
-    """Count confusion matrices, label by prediction, without `IGNORED` labels.
+    """Count the confusion matrix of each image; pixels with the label `IGNORED` do not count.
 
     Args:
       labels: `[B, H, W]` uint8.
@@ -28,9 +28,9 @@ def count_pixels(labels: jax.Array, predictions: jax.Array, classes: int) -> jax
       classes: number of classes K.
 
     Returns:
-      Confusion matrices `[B, K, K]` int32, in pixels.
+      Confusion matrices `[B, K, K]` int32: numbers of pixels by label and prediction.
     """
-    ignored = classes * classes  # past the end, so dropped
+    ignored = classes * classes  # an index past the end, so that scatter-add drops it
 
     def count(label: jax.Array, prediction: jax.Array) -> jax.Array:
         label = label.astype(jnp.int32)
@@ -42,14 +42,14 @@ def count_pixels(labels: jax.Array, predictions: jax.Array, classes: int) -> jax
 
 
 class Part(NamedTuple):
-    """A batch of scenes: their indices and their key."""
+    """The indices of a batch of scenes, and the key that all of them share."""
 
     indices: list[int]
     key: BatchKey
 
 
 def plan_parts(keys: Sequence[BatchKey], batch_size: int) -> list[Part]:
-    """Group all scenes, each once, into batches of equal keys; the largest scenes come first."""
+    """Divide all scenes into batches of scenes with equal keys; the largest scenes come first."""
     by_key: dict[BatchKey, list[int]] = {}
     for index, key in enumerate(keys):
         by_key.setdefault(key, []).append(index)
@@ -71,7 +71,7 @@ def _load_parts(
     batch_size: int,
     num_threads: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield this host's rows of each part, in order; rows past its end count no pixel."""
+    """Yield this host's rows of each part, in order; padding rows have only `IGNORED` labels."""
     local = batch_size // jax.process_count()
 
     def scene(number: int) -> dict[str, np.ndarray]:
@@ -103,16 +103,16 @@ def make_evaluation(
 
     Args:
       segmenter: the model to evaluate.
-      mesh: all devices of all hosts, over which variables may be split.
+      mesh: all devices of all hosts, over which variables may be sharded.
       batch_size: scenes per batch, over all devices.
       num_threads: threads on each host that read and resize; 0 uses the caller's thread.
       watch: returns an iterator over the given parts, which may show progress.
 
     Returns:
-      A function of variables, keyed by name and on the devices, and of labeled scenes. For each
-      name it returns `confusion` `[K, K]` int64: pixels by label and prediction, counting each
-      scene once. It raises BrokenImageError or another UserError if a scene cannot be read, and
-      UserError if no pixel has a label.
+      A function of two arguments: the sets of variables, keyed by name and on the devices, and the
+      labeled scenes. For each name it returns `confusion` `[K, K]` int64: pixels by label and
+      prediction, counting each scene once. It raises BrokenImageError or another UserError if a
+      scene cannot be read, and UserError if no pixel has a label.
     """
     classes = segmenter.model.num_classes
 

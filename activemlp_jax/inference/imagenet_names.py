@@ -1,4 +1,4 @@
-"""Readable class names; ImageNet datasets name their classes by WordNet IDs."""
+"""Readable class names, also for ImageNet datasets, which name their classes by WordNet IDs."""
 
 import functools
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ FILE = "imagenet_classes.txt"
 
 @functools.cache
 def imagenet_names() -> dict[str, str]:
-    """Readable names of ImageNet's 1,000 classes, keyed by WordNet ID, in the order of the labels.
+    """Return the readable names of ImageNet's 1,000 classes, keyed by WordNet ID, in label order.
 
     Source: the classes of ILSVRC2012, which are sorted by ID; names from WordNet 3.0.
     """

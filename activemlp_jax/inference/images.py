@@ -1,4 +1,4 @@
-"""Images given in memory, or as files that a command line names."""
+"""Read images that are given in memory, or as files named on a command line."""
 
 import contextlib
 import glob
@@ -31,7 +31,7 @@ from activemlp_jax.utils.errors import UserError
 
 EXPECTED = "a Pillow image, a uint8 array or the path of a file"
 STDIN = "-"
-MAX_WITHOUT_BAR = 8  # images that are processed without a progress bar
+MAX_WITHOUT_BAR = 8  # up to this many images are processed without a progress bar
 T = TypeVar("T")
 
 IMAGES_HELP = (
@@ -50,7 +50,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def list_images(images: Any) -> tuple[list[Any], bool]:
-    """List the images, and tell whether `images` is a single image; see `pixels_of`.
+    """Return `images` as a list, and whether it is a single image; see `pixels_of` for the types.
 
     Raises:
       UserError: if `images` has another type or is empty.
@@ -168,7 +168,7 @@ def _walk(folder: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
 
 
 def _match(pattern: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
-    """Yield matching images, and those in matching folders unless `**` already covers them."""
+    """Yield matching images, and images in matching folders unless `**` already covers those."""
     for path in sorted(glob.glob(pattern, recursive=True)):
         if not os.path.isdir(path):
             if _looks_like_image(os.path.basename(path), leave_out):
@@ -178,7 +178,7 @@ def _match(pattern: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
 
 
 def _readable(candidates: Iterable[ImageFile], path: str) -> list[ImageFile]:
-    """Keep the files in formats that we read; count the others on standard error."""
+    """Keep the files in formats that we read; report the others on standard error."""
     all_files = list(candidates)
     files = [file for file in all_files if is_image_name(file.path)]
     left_out = [str(file.inside) for file in all_files if not is_image_name(file.path)]
@@ -196,17 +196,17 @@ def read_images(
 ) -> Iterator[tuple[ImageFile, np.ndarray]]:
     """Read and prepare image files, in order, with a progress bar on a terminal.
 
-    Files that cannot be read are reported on standard error. After the last image, those whose EXIF
-    orientation is not applied are counted there.
+    Files that cannot be read are reported on standard error. So is, after the last image, the
+    number of images with an EXIF orientation, which is not applied.
 
     Args:
       files: files to read.
       prepare: function applied to the pixels `[H, W, 3]` uint8 of each image.
       num_threads: number of threads that read ahead; 0 reads in the caller's thread.
-      broken: list that the files which cannot be read are added to.
+      broken: list to which the files that cannot be read are added.
 
     Yields:
-      Each other file with its prepared pixels.
+      Each file that can be read, with its prepared pixels.
     """
     import grain  # slow to import
 

@@ -1,4 +1,4 @@
-"""Offsets and mixing weights of every block: where the Active Token Mixer looks."""
+"""Inspect where the Active Token Mixer looks: the offsets and mixing weights of every block."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -64,10 +64,10 @@ def inspect_offsets(
       model: a classifier, or a segmentation model (its backbone is inspected).
       variables: variables of the model.
       images: a Pillow image, a uint8 array `[H, W]` or `[H, W, 3]`, or the path of a file; or
-        several of these that the model sees at one size, as a sequence or an array `[B, H, W, 3]`.
-        A floating-point array `[B, H, W, 3]` is taken as normalized and used unchanged.
-      card: result of `read_card`, for the preprocessing; required for the same models as by
-        `classify` and `segment`.
+        several of these, as a sequence or an array `[B, H, W, 3]`, if the model sees them at one
+        size. A floating-point array `[B, H, W, 3]` is taken as normalized and used unchanged.
+      card: result of `read_card`, for the preprocessing; required whenever `classify` or `segment`
+        requires it.
 
     Returns:
       One `BlockOffsets` per block, from the first stage to the last. Each covers all B images:
@@ -107,7 +107,7 @@ def show_to_model(model: Model, images: Any, card: ModelCard | None = None) -> n
 
     Args:
       model: a classifier or a segmentation model.
-      images: as for `inspect_offsets`, except for floating-point arrays.
+      images: as for `inspect_offsets`, but not floating-point arrays.
       card: as for `inspect_offsets`.
 
     Returns:
@@ -130,7 +130,7 @@ def show_to_model(model: Model, images: Any, card: ModelCard | None = None) -> n
 
 
 def group_weights(block: BlockOffsets) -> np.ndarray:
-    """Average the mixing weights over the channels of each group: `[B, G, 3]`, as (w, h, own)."""
+    """Average the mixing weights over each group's channels: `[B, G, 3]` for row, column, token."""
     images, channels, _ = block.weights.shape
     groups = block.offset_w.shape[-1]
     return block.weights.reshape(images, groups, channels // groups, 3).mean(2)
@@ -139,7 +139,7 @@ def group_weights(block: BlockOffsets) -> np.ndarray:
 def mean_reach(block: BlockOffsets) -> np.ndarray:
     """Compute the mean distance at which each token reads, `[B, H, W]` in pixels of the input.
 
-    The mean is over all groups, in row and column, weighted by their mixing weights.
+    The mean is over all groups and over row and column, weighted by the mixing weights.
     """
     weights = group_weights(block)[:, None, None, :, :2]
     distances = np.abs(np.stack((block.offset_w, block.offset_h), -1))

@@ -1,4 +1,4 @@
-"""Preprocessing of a model's images, with or without a card."""
+"""Find the preprocessing of a model's images, with or without a model card."""
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.models.segmentor import ActiveSegmentor, Model

@@ -1,8 +1,8 @@
 """Segmentation of images into label maps.
 
-JAX compiles a program for each shape, and images come in hundreds of shapes. Only the network
-itself is compiled for every exact size that it sees. All that follows is compiled for sizes rounded
-up: logits and matrices are padded with zeros, which changes no sum.
+JAX compiles a program for each shape, and images come in hundreds of shapes. Therefore, only the
+network itself is compiled for every exact input size. Everything after it is compiled for sizes
+that are rounded up: logits and matrices are padded with zeros, which does not change any sum.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.utils.types import Batch, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
-LOGITS_MULTIPLE, RESULT_MULTIPLE = 16, 64  # sides after the network are rounded up to these
+LOGITS_MULTIPLE, RESULT_MULTIPLE = 16, 64  # sides after the network are made multiples of these
 BLOCK_ROWS = 32  # rows computed at a time: probabilities of all pixels would not fit in memory
 
 
@@ -64,11 +64,11 @@ def merge_views(
 
     Args:
       logits: logits `[B, h, w, K]` of each view.
-      rows: matrix `[B, R, h]` of each view, from rows of its logits to rows of the result; see
-        `tiling.view_matrices`.
-      columns: matrix `[B, W, w]` of each view, in the same way.
-      groups: group of each view. Logits are summed within a group, and probabilities are averaged
-        over groups.
+      rows: matrix `[B, R, h]` of each view, which maps rows of its logits to rows of the result;
+        see `tiling.view_matrices`.
+      columns: matrix `[B, W, w]` of each view, which does the same for columns.
+      groups: index of the scale and flip of each view. Logits are summed within a group, and
+        probabilities are averaged over groups.
 
     Returns:
       Probabilities `[B, R, W, K]`.
@@ -88,7 +88,7 @@ def label_maps(batch: Batch, logits: Sequence[jax.Array], groups: Sequence[int])
     Args:
       batch: holds the matrices `rows_i` and `columns_i` of each view i.
       logits: logits `[B, h, w, K]` of each view.
-      groups: group of each view.
+      groups: index of the scale and flip of each view; see `merge_views`.
 
     Returns:
       Label maps `[B, H, W]` int32.
@@ -116,7 +116,7 @@ class BatchKey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter:
-    """A segmentation model with its preprocessing and protocol.
+    """A segmentation model with the preprocessing of its images and its inference protocol.
 
     Args:
       model: the model.
@@ -135,7 +135,7 @@ class Segmenter:
         return BatchKey(tuple((view.shape, view.group) for view in views), (height, width))
 
     def prepare(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute the views of `image` `[H, W, 3]` uint8 and their matrices, for the device."""
+        """Compute the arrays of `image` `[H, W, 3]` uint8 in a batch: its views and matrices."""
         height, width = image.shape[:2]
         views = plan_views(height, width, self.preprocessing, self.protocol)
         result = self.key((height, width)).result
@@ -177,7 +177,7 @@ def segment(
 ) -> np.ndarray | list[np.ndarray]:
     """Find the class of each pixel of one image, or of each of several images.
 
-    The network is compiled for each input size.
+    The network is compiled once for each input size.
 
     Args:
       model: a segmentation model.

@@ -1,13 +1,13 @@
-"""Views of a scene for a segmentation model, and how to merge their logits into one label map.
+"""Plan the views of a scene for a segmentation model, and how to merge their logits.
 
 A view is one input of the network: the whole scene, resized and possibly flipped, or one window of
 it. Before the logits of views are summed, they are resized to the view, placed in the scene,
 divided by the number of windows that cover each position, resized to the original size, and flipped
-back if the view was flipped. All of this is linear, and separate along height and width. Therefore
-two matrices per view do it in one step: `rows @ logits @ columns.T`.
+back if the view was flipped. These steps are linear and act separately on height and width.
+Therefore two matrices per view do all of them at once: `rows @ logits @ columns.T`.
 
-Logits of views of one scale and flip are summed before the softmax. Probabilities are averaged
-over scales and flips after it.
+Logits of views with the same scale and flip are summed before the softmax. After the softmax,
+probabilities are averaged over scales and flips.
 
 Source: the whole, sliding and multi-scale inference of mmsegmentation 0.11.
 """
@@ -115,7 +115,7 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
 def plan_views(
     height: int, width: int, preprocessing: ScenePreprocessing, protocol: Protocol
 ) -> list[View]:
-    """List the views of a scene of `height` by `width` pixels, by scale, flip and position."""
+    """List the views of a scene of `height` by `width` pixels, ordered by scale, flip, position."""
     views: list[View] = []
     group, stride = 0, protocol.stride(preprocessing)
     for scale in protocol.scales:
@@ -141,7 +141,7 @@ def plan_views(
 
 
 def _round_side(side: int, multiple: int) -> int:
-    """Round `side` to a multiple that is at least `MIN_IMAGE_SIDE`."""
+    """Round `side` to a multiple of `multiple` that is at least `MIN_IMAGE_SIDE`."""
     return max(round(side / multiple) * multiple, math.ceil(MIN_IMAGE_SIDE / multiple) * multiple)
 
 
@@ -162,7 +162,7 @@ def cut_views(image: np.ndarray, views: list[View]) -> list[np.ndarray]:
 
 @functools.lru_cache(maxsize=256)
 def bilinear_matrix(size: int, length: int) -> np.ndarray:
-    """Build the matrix `[size, length]` float64 that resizes a line like `resize_bilinear`."""
+    """Build the float64 matrix `[size, length]` that resizes an axis as `resize_bilinear` does."""
     position = np.clip((np.arange(size) + 0.5) * length / size - 0.5, 0, length - 1)
     floor = np.minimum(position.astype(int), max(length - 2, 0))
     matrix = np.zeros((size, length))
@@ -174,14 +174,14 @@ def bilinear_matrix(size: int, length: int) -> np.ndarray:
 
 
 def logits_side(side: int) -> int:
-    """Compute the side of a view's logits from the stem: kernel 7, stride 4, padding 2."""
+    """Compute the side of a view's logits after the stem, with kernel 7, stride 4 and padding 2."""
     return (side + 2 * 2 - 7) // 4 + 1
 
 
 def _axis_matrix(
     size: int, resized: int, start: int, window: int, starts: list[int], flipped: bool
 ) -> np.ndarray:
-    """Build the matrix `[size, logits_side(window)]` of a view along one axis."""
+    """Build the matrix `[size, logits_side(window)]` of a view along one axis of the scene."""
     placed = np.zeros((resized, logits_side(window)))
     placed[start : start + window] = bilinear_matrix(window, logits_side(window))
     coverage = np.zeros(resized)
@@ -194,7 +194,7 @@ def _axis_matrix(
 def view_matrices(
     height: int, width: int, views: list[View]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Build the matrices of each view, as the module's docstring explains.
+    """Build the two matrices of each view that the module's docstring explains.
 
     Args:
       height: height of the scene, in pixels.
@@ -202,7 +202,7 @@ def view_matrices(
       views: all views of the scene.
 
     Returns:
-      `rows` `[height, h]` and `columns` `[width, w]` of each view, float64.
+      `rows` `[height, h]` and `columns` `[width, w]` for each view, float64.
     """
 
     @functools.cache

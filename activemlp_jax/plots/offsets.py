@@ -1,4 +1,4 @@
-"""Page that shows where the Active Token Mixer looks."""
+"""Draw a page that shows where the Active Token Mixer looks."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,7 +26,7 @@ INK, FAINT = "#202124", "#5f6368"
 
 WIDTH, HEADER, MARGIN, GAP = 1100, 204, 24, 48  # pixels; `GAP` is between rows
 PANEL = 384  # longer side of a picture
-RING_DISTANCE = 10  # from the picture to a ring, which is a read outside the map
+RING_DISTANCE = 10  # from the picture to a ring, which marks a read outside the map
 TEXT_HEIGHT = 320  # of a stage's statistics
 DOT_SIZE = 18.0  # diameter of a dot with a mixing weight of 1
 
@@ -42,8 +42,9 @@ class Statistics(NamedTuple):
     """Means over the tokens and blocks of a stage.
 
     `reach` is the distance at which a token reads in its row and in its column, in pixels of the
-    input; groups are weighted by their mixing weights. `shares` are the mixing weights of
-    (w, h, own). `outside` is the share of reads, in rows and columns, that lie outside the map.
+    input; groups are weighted by their mixing weights. `shares` are the mixing weights of the row,
+    the column and the token itself. `outside` is the share of reads, in rows and columns, that lie
+    outside the map.
     """
 
     reach: tuple[float, float]
@@ -70,7 +71,7 @@ def stage_statistics(blocks: Sequence[BlockOffsets]) -> Statistics:
 
 
 def is_outside(offset: np.ndarray, axis: int) -> np.ndarray:
-    """Find where `offset` `[B, H, W, G]` along `axis` 1 or 2 leaves the map, so zero is read."""
+    """Find where `offset` `[B, H, W, G]` along `axis` 1 or 2 leaves the map; zero is read there."""
     shape = [1, 1, 1, 1]
     shape[axis] = length = offset.shape[axis]
     position = offset + np.arange(length).reshape(shape)
@@ -82,7 +83,7 @@ def draw_offsets(
     blocks: Sequence[BlockOffsets],
     tokens: Sequence[Point] | None = None,
 ) -> Image.Image:
-    """Draw a page with one row per stage: where some tokens read, how far all read, and statistics.
+    """Draw a page with a row per stage: where some tokens read, how far all read, and statistics.
 
     Args:
       image: `[H, W, 3]` uint8, or a PIL image, as the model saw it;
@@ -136,7 +137,7 @@ def check_tokens(tokens: Sequence[Point]) -> list[Point]:
 
 
 def _check_blocks(blocks: Sequence[BlockOffsets], photo: Image.Image) -> None:
-    """Raise UserError if the blocks are not finite or not of this one image."""
+    """Raise UserError if the blocks are not those of this one image, or offsets are not finite."""
     if not blocks:
         raise UserError("there are no blocks to draw, expected those of inspect_offsets")
     for block in blocks:
@@ -180,7 +181,7 @@ def _show_photo(axes: "Axes", photo: Image.Image, height: int, width: int) -> No
 def draw_reads(
     axes: "Axes", photo: Image.Image, block: BlockOffsets, tokens: Sequence[Point]
 ) -> None:
-    """Draw where `block` reads for `tokens`: dots on `photo`, and rings around it."""
+    """Draw where `tokens` read in `block`: dots on `photo`, or rings next to it if outside."""
     from matplotlib.colors import to_rgba
 
     _, height, width, groups = block.offset_w.shape
@@ -212,7 +213,8 @@ def draw_reads(
                 clip_on=False,
                 zorder=2,
             )
-        side = DOT_SIZE * np.sqrt(weights[:, 2].mean() * np.pi) / 2  # the area of a dot
+        # The square has the area of a dot.
+        side = DOT_SIZE * np.sqrt(weights[:, 2].mean() * np.pi) / 2
         axes.scatter(
             column,
             row,
@@ -233,7 +235,7 @@ def draw_reach(axes: "Axes", photo: Image.Image, reach: np.ndarray) -> "AxesImag
 
 
 def _write_header(figure: "Figure") -> None:
-    """Write the title, the explanation, the legend and the headings of the columns."""
+    """Write the title, the explanation, the legend and the column headings."""
     from matplotlib.legend_handler import HandlerTuple
 
     axes = add_axes(figure, MARGIN, 0, WIDTH - 2 * MARGIN, HEADER)

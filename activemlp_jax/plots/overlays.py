@@ -1,4 +1,4 @@
-"""Label maps as pictures: colors over the image, and a legend that names them."""
+"""Draw label maps as pictures: colors over the image, and a legend that names them."""
 
 import colorsys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from activemlp_jax.data.segmentation_transforms import IGNORED
 from activemlp_jax.plots.pictures import shortened
 
 MIN_LONG_SIDE = 384  # pixels; smaller pictures are enlarged by a whole factor
-LEGEND_ENTRIES = 24  # classes at most; the most frequent ones in an overlay
+LEGEND_ENTRIES = 24  # classes at most; an overlay lists the most frequent ones
 LEGEND_HEADER = "class, share of pixels"
 MAX_NAME_LENGTH = 60  # characters
 MARGIN = 8
@@ -33,7 +33,7 @@ def class_colors(count: int) -> np.ndarray:
 
 
 def paint(labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Color `labels` `[H, W]`: `[H, W, 3]` uint8; `IGNORED` is black unless it is a class."""
+    """Map `labels` `[H, W]` to colors `[H, W, 3]` uint8; `IGNORED` is black unless a class."""
     table = np.zeros((max(len(colors), IGNORED + 1), 3), np.uint8)
     table[: len(colors)] = colors
     return table[labels]
@@ -90,10 +90,10 @@ def draw_overlay(
 def draw_comparison(
     scenes: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], class_names: Sequence[str]
 ) -> Image.Image:
-    """Draw a column per scene, with image, true labels and predicted labels, and a legend.
+    """Draw one column per scene, with its image, true labels and predicted labels, and a legend.
 
     Args:
-      scenes: image `[H, W, 3]` uint8, true labels `[H, W]` and predicted labels `[H, W]` of each.
+      scenes: for each, image `[H, W, 3]` uint8, true labels `[H, W]` and predicted labels `[H, W]`.
       class_names: names by label.
     """
     colors, side = class_colors(len(class_names)), 128
@@ -121,7 +121,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _with_legend(
     picture: Image.Image, entries: Sequence[tuple[str, np.ndarray | None]]
 ) -> Image.Image:
-    """Add a legend to the right of `picture`, with a text and its color, if any, in each line."""
+    """Add a legend to the right of `picture`; each entry is a text, and its color or None."""
     line, indent = 20, 20
     text_width = max((int(_font().getlength(text)) for text, _ in entries), default=0)
     size = (

@@ -1,4 +1,4 @@
-"""Figures to pictures, and picture files marked so that commands replace only their own."""
+"""Render figures, and write picture files, marked so that commands replace only their own."""
 
 import warnings
 from pathlib import Path
@@ -18,7 +18,7 @@ SOFTWARE = "activemlp_jax"  # content of the EXIF field Software
 
 
 def make_figure(width: float, height: float) -> "Figure":
-    """Make a figure of `width` by `height` pixels, where a point is a pixel."""
+    """Make a figure of `width` by `height` pixels, in which a point is a pixel."""
     from matplotlib.figure import Figure
 
     return Figure(((width + 0.5) / 72, (height + 0.5) / 72), dpi=72)  # Agg rounds down
@@ -73,7 +73,7 @@ def check_picture(path: Path, overwrite: bool) -> str:
       overwrite: whether to replace a link, or a file that `save_picture` did not write.
 
     Returns:
-      The word to report the result with: 'wrote', or 'replaced' if `path` exists.
+      The verb for the report of the result: 'wrote', or 'replaced' if `path` exists.
 
     Raises:
       UserError: if `path` cannot be written, or must not be replaced.
@@ -91,7 +91,7 @@ def check_picture(path: Path, overwrite: bool) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether the file at `path` is a picture that `save_picture` wrote."""
+    """Return whether the file at `path` is a picture that `save_picture` wrote."""
     if not path.is_file():  # opening a pipe would wait for its writer
         return False
     try:

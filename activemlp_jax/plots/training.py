@@ -1,4 +1,4 @@
-"""Training curves and confusion matrix of a run, as files."""
+"""Draw the training curves and the confusion matrix of a run into picture files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ from activemlp_jax.utils.types import Record
 
 COLORS = {"train": "#9aa0a6", "test": "#1a73e8", "ema": "#e8710a"}
 CORRECT_COLORS, MISTAKE_COLORS = colormaps["Blues"], colormaps["Reds"]
-MIN_SHADE = 0.2  # of the color maps, so that one mistake among hundreds is visible
+MIN_SHADE = 0.2  # lightest shade in use, so that one mistake among hundreds is visible
 MAX_NAMED_CLASSES = 40
 MAX_NAME_LENGTH = 24  # characters
 MIN_CELL = 0.3  # inches; makes names and four digits readable
-PERCENT_FROM = 10_000  # counts; pixels are counted in millions
+PERCENT_FROM = 10_000  # counts from here on become percentages; pixels are counted in millions
 
 
 def draw_curves(records: Sequence[Record], score: str, score_name: str, path: Path) -> None:
@@ -57,8 +57,8 @@ def draw_confusion(
     cells are white.
 
     Up to `MAX_NAMED_CLASSES` classes are named, with long names shortened, and the picture grows
-    with their number; their cells show counts, or percentages of the row (at least 0.5%) if any
-    count reaches `PERCENT_FROM`. More classes are only numbered.
+    with their number. Their cells show counts; if any count reaches `PERCENT_FROM`, they show
+    percentages of the row instead, from 0.5% up. More classes than that are only numbered.
     """
     classes = len(class_names)
     totals = confusion.sum(axis=1, keepdims=True)

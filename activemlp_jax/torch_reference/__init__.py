@@ -1,4 +1,4 @@
-"""PyTorch reference implementations of the flax models; need the extra `torch`.
+"""PyTorch implementations of the models, as references; need the optional dependencies [torch].
 
 Imports nothing else from `activemlp_jax`.
 """

@@ -1,8 +1,8 @@
 """ActiveMLP in PyTorch, an independent implementation to check the flax model against.
 
 Its state dict has the keys and shapes of the authors' releases. It shares no code with the flax
-model, so a mistake goes unnoticed only if both implementations make it. It has no drop path: use it
-for inference and gradients, not for training. Needs the extra `torch`.
+model, so a mistake goes unnoticed only if both implementations make it. It has no drop path, so use
+it for inference and gradients, not for training. Needs the optional dependencies [torch].
 
 Source: Active Token Mixer, section 3, and the keys of the authors' released checkpoints.
 """

@@ -1,7 +1,7 @@
-"""The segmentation models in PyTorch, independent implementations to check the flax ones against.
+"""The segmentation models in PyTorch, as independent references to check the flax models against.
 
 Their state dicts have the keys and shapes of the authors' mmsegmentation checkpoints. They share no
-code with the flax models and are for inference only. They need the extra `torch`.
+code with the flax models and are for inference only. They need the optional dependencies [torch].
 
 Source: Active Token Mixer, section 4; UperNet and Semantic FPN of mmsegmentation 0.11; the keys of
 the authors' checkpoints.
@@ -25,7 +25,7 @@ def _resize_to(x: Tensor, target: Tensor) -> Tensor:
 
 
 class ConvModule(nn.Module):
-    """A same-size convolution with batch norm and ReLU; if `plain`, with a bias instead."""
+    """A convolution that keeps the size, with batch norm and ReLU; if `plain`, with just a bias."""
 
     def __init__(self, features: int, out: int, size: int, plain: bool = False):
         super().__init__()
@@ -39,7 +39,7 @@ class ConvModule(nn.Module):
 
 
 class SegmentationBackbone(TorchBackbone):
-    """The backbone for segmentation: a layer norm for each stage, no head."""
+    """The backbone for segmentation, with a layer norm for each stage and no head."""
 
     def __init__(self, **fields: Any):
         super().__init__(**fields)
@@ -53,7 +53,7 @@ class SegmentationBackbone(TorchBackbone):
 
 
 class UperNet(nn.Module):
-    """UperNet's head: pyramid pooling of the last map, then a feature pyramid of all four."""
+    """UperNet's head: pyramid pooling of the last map, then a feature pyramid of all four maps."""
 
     def __init__(self, dims: list[int], channels: int, num_classes: int):
         super().__init__()
@@ -81,7 +81,7 @@ class UperNet(nn.Module):
 
 
 class Fcn(nn.Module):
-    """UperNet's auxiliary head."""
+    """UperNet's auxiliary head, a small fully convolutional network."""
 
     def __init__(self, dim: int, channels: int, num_classes: int):
         super().__init__()
@@ -94,7 +94,7 @@ class Fcn(nn.Module):
 
 
 class Neck(nn.Module):
-    """Semantic FPN's neck: a feature pyramid with the same channels at every level, no norms."""
+    """Semantic FPN's neck: a feature pyramid with equal channels at all levels and no norms."""
 
     def __init__(self, dims: list[int], channels: int):
         super().__init__()
@@ -136,7 +136,7 @@ class SemanticFpn(nn.Module):
 
 
 class TorchSegmentor(nn.Module):
-    """ActiveMLP under a segmentation head; takes the fields of the flax `ActiveSegmentor`."""
+    """ActiveMLP with a segmentation head; takes the fields of the flax `ActiveSegmentor`."""
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)", re.ASCII)
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -26,7 +26,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 def install_command(extra: str) -> str:
-    """Command that installs an extra, run in the project's folder; the docs use the same."""
+    """Return the command that installs an extra, as in the docs; run it in the project's folder."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
 
 
@@ -37,7 +37,7 @@ def one_line(message: object) -> str:
 
 
 def command_name() -> str:
-    """Name of the running command, which starts its error messages."""
+    """Return the name of the running command, which starts its error messages."""
     path = Path(sys.argv[0])
     return path.parent.name if path.name == "__main__.py" else path.name
 
@@ -50,16 +50,16 @@ def exit_with(message: object) -> NoReturn:
 
 @contextlib.contextmanager
 def errors_in_one_line(output: object = "") -> Iterator[None]:
-    """Context for the work of a command; reports errors of its input or output as one line.
+    """Run the body of a command; report errors in its input or output as one line.
 
-    An `OSError` without a file name is reported as one of `output`. Errors in the command's own
-    code keep their traceback. Ctrl-C, SIGTERM and SIGHUP end the process, with the exit status that
+    An `OSError` without a file name is attributed to `output`. Errors in the command's own code
+    keep their traceback. Ctrl-C, SIGTERM and SIGHUP end the process, with the exit status that
     shells expect, after the code inside has cleaned up.
     """
     previous = {
         number: signal.signal(number, _exit_on_signal)
         for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as `nohup` sets SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN  # `nohup` ignores SIGHUP
     }
     try:
         yield

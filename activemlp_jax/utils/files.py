@@ -1,4 +1,4 @@
-"""Reading regular files of limited size, and writing files and directories whole or not at all."""
+"""Read regular files of limited size, and write files and directories whole or not at all."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ def read_file(path: str | os.PathLike[str], most: int) -> bytes:
 
 def _open_regular(path: str, flags: int) -> int:
     """Open a regular file; raise UserError for pipes and devices, which may block or never end."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # or a pipe without a writer blocks
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # otherwise a pipe without a writer blocks
     kind = KINDS.get(stat.S_IFMT(os.fstat(descriptor).st_mode))
     if kind:
         os.close(descriptor)
@@ -48,12 +48,12 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def partial_path(path: Path) -> Path:
-    """Path that `path` is written to until it is complete."""
+    """Return the temporary path to which `path` is written until it is complete."""
     return path.with_name(f".{path.name}.partial")
 
 
 def previous_path(path: Path) -> Path:
-    """Path that a directory is kept at while it is being replaced."""
+    """Return the path at which a directory is kept while it is being replaced."""
     return path.with_name(f".{path.name}.previous")
 
 

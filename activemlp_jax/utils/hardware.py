@@ -9,10 +9,11 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Peak figures of one chip.
+    """Peak performance and memory of one chip.
 
-    `flops` is dense bfloat16 operations per second and `memory` is bytes. `bandwidth`, of the
-    memory, and `interconnect`, all links to other chips together, are bytes per second.
+    `flops` is dense bfloat16 operations per second, and `memory` is the size of the memory in
+    bytes. `bandwidth` of the memory, and `interconnect` of all links to other chips together, are
+    in bytes per second.
     """
 
     flops: float
@@ -36,13 +37,13 @@ CHIPS = {
 
 
 def peak_flops(device_kind: str, devices: int) -> float | None:
-    """Peak operations per second of several devices together; None for a kind not in `CHIPS`."""
+    """Return the peak operations per second of several devices, or None for an unknown kind."""
     chip = CHIPS.get(device_kind)
     return None if chip is None else chip.flops * devices
 
 
 def memory_in_use() -> int:
-    """Peak bytes in use: of this host's fullest device, or of this process if devices are CPUs."""
+    """Return the peak bytes in use on this host's fullest device or, on CPUs, in this process."""
     statistics = [device.memory_stats() for device in jax.local_devices()]
     peaks = [stats["peak_bytes_in_use"] for stats in statistics if stats]
     return max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

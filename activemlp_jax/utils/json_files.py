@@ -1,4 +1,4 @@
-"""Parsing JSON from untrusted files within limits, and printing JSON on one line."""
+"""Parse JSON from untrusted files within limits, and print JSON on one line."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 def parse_json(text: str | bytes, name: object) -> Any:
-    """Parse JSON, in UTF-8 if bytes; error messages call it `name`.
+    """Parse JSON, given as text or as bytes in UTF-8; error messages call it `name`.
 
     Raises:
       UserError: the text is too long, too deeply nested or not JSON, a number is not finite in 64
@@ -31,7 +31,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
         text = text.decode() if isinstance(text, bytes) else text
         brackets = re.sub(r"[^][{}]", "", _STRING.sub("", text))
         levels = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
-        depth = max(levels, default=0)  # the parser recurses as deep
+        depth = max(levels, default=0)  # the parser recurses to this depth
         if depth > MOST_DEPTH:
             raise ValueError(f"nested {depth} levels deep, expected at most {MOST_DEPTH}")
         return json.loads(
@@ -78,7 +78,7 @@ def json_line(record: Any, name: object) -> str:
 
 
 def short(value: object, most: int = 80) -> str:
-    """The `repr` of a value, cut to `most` characters."""
+    """Return the `repr` of a value, cut to `most` characters."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 

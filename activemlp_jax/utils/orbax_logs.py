@@ -1,4 +1,4 @@
-"""Suppression of the tracebacks that orbax's threads print."""
+"""Suppress the tracebacks that orbax's threads print."""
 
 import contextlib
 import functools
@@ -14,9 +14,9 @@ def _is_not_orbax_error(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def without_tracebacks() -> Iterator[None]:
-    """Keep tracebacks of orbax's threads from being printed to standard error.
+    """Keep the tracebacks of orbax's threads from being printed to standard error.
 
-    Orbax raises a thread's error to its caller as well, who reports it.
+    Orbax also raises a thread's error in its caller, which reports it.
     """
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
@@ -24,12 +24,12 @@ def without_tracebacks() -> Iterator[None]:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    keep = functools.partial(_is_not_orbax_error)  # a new object, because uses may be nested
+    keep = functools.partial(_is_not_orbax_error)  # a new object for each of several nested uses
     logger.addFilter(keep)
     sys.unraisablehook = ignore_late_results
     try:
         yield
-        # Only on success; after a failure, results of other arrays arrive with the loop closed.
+        # Only on success: after a failure, results of other arrays still arrive at a closed loop.
         sys.unraisablehook = hook
     finally:
         logger.removeFilter(keep)

@@ -19,10 +19,10 @@ def keep_freed_memory() -> None:
     On a CPU, each call of a compiled program allocates all its temporary memory. By default the C
     library returns that memory to the system after the call, and the system clears every page again
     for the next call, which takes a fifth of a train step. Only the heap of the main thread can be
-    kept; those of other threads cannot hold blocks of that size. So this function never trims the
-    main heap, and makes JAX run CPU programs in the thread that calls them, a setting that JAX
-    reads when it first looks for devices. On accelerators, and with a C library other than glibc,
-    this has no effect worth mentioning.
+    kept; those of other threads cannot hold blocks of that size. So this function stops the C
+    library from ever trimming the main heap. It also makes JAX run CPU programs in the thread that
+    calls them, with a setting that JAX reads when it first looks for devices. On accelerators, and
+    with a C library other than glibc, this has no effect worth mentioning.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # Other systems have no mallopt, or no C library that can be loaded this way.
@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Make JAX cache compiled programs in the user's cache, unless the environment sets another."""
+    """Cache compiled programs in the user's cache folder, unless the environment names another."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(caches / "activemlp_jax" / "jax"))
@@ -43,7 +43,8 @@ def keep_compiled_programs() -> None:
 def collect_garbage_rarely() -> None:
     """Make Python collect garbage once per 50,000 new objects instead of once per 700.
 
-    A collection visits objects that stay alive: tracing a model creates many, and the imported
-    libraries hold more. Collections took a sixth of a short run whose programs were cached by JAX.
+    A collection visits many objects that stay alive: those that tracing a model creates, and even
+    more in the imported libraries. Collections took a sixth of the time of a short run whose
+    programs were cached by JAX.
     """
     gc.set_threshold(50_000)

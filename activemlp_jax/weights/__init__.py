@@ -1,4 +1,4 @@
-"""PyTorch files and weight names, inference of the model, model directories, conversion.
+"""Read and convert PyTorch weights, infer their model, and read and write model directories.
 
 Imports `torch_reference`, `data`, `models` and `utils`.
 """

@@ -38,7 +38,7 @@ from activemlp_jax.weights.torch_names import (
 
 NAMES = {"ema": "averaged (EMA)", "model": "raw"}
 TORCH_SUFFIXES = (".pth", ".pt", ".safetensors")  # formats that --to-torch writes
-STATISTICS = ("running_mean", "running_var", BATCH_COUNT)  # batch norm's, not parameters
+STATISTICS = ("running_mean", "running_var", BATCH_COUNT)  # of batch norm; not parameters
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def _expected_model(arguments: argparse.Namespace, inferred: Model) -> Model:
 def _preprocessing(
     model: Model, embedded: ModelCard | None, recorded: int | None, wanted: int | None
 ) -> Preprocessing | ScenePreprocessing:
-    """Return the preprocessing, given the image sizes of the file and of --image-size."""
+    """Choose the preprocessing from the image sizes of the file and of --image-size, if given."""
     if embedded and type(embedded.model) is not type(model):
         raise ValueError("the description of its model is for another task than its weights")
     if isinstance(model, ActiveSegmentor):

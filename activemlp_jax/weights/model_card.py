@@ -1,4 +1,4 @@
-"""The model card, the content of a `model.json`: what the weights of a model directory are."""
+"""The model card: the content of a `model.json`, which describes a model directory's weights."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -17,7 +17,8 @@ FORMAT = 2
 ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_interval")
 HEAD = ("head", "channels", "aux_channels", "neck_channels")
 
-# What a model.json has to hold: its objects, and the keys that each needs at least.
+# The objects that a model.json must have, and the keys that each must have at least. 'it' is the
+# whole file.
 KEYS: dict[str, tuple[str, ...]] = {
     "it": ("format", "task", "architecture", "classes", "preprocessing", "weights", "source"),
     "architecture": (),
@@ -26,9 +27,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "weights": ("kinds", "default"),
     "source": (),
 }
-# Types and ranges of the numbers of an architecture: four numbers a field, one for each stage, and
-# one number. The limits are above what any model needs, and low enough that a file cannot demand
-# much memory.
+# Type and range of each number of an architecture: STAGES for fields with four numbers, one per
+# stage, and NUMBERS for fields with one. The limits are above what any model needs, and low enough
+# that a file cannot demand much memory.
 STAGES: dict[str, tuple[Any, int, int]] = {
     "depths": (int, 0, MAX_BLOCKS),
     "embed_dims": (int, 0, 2**16),
@@ -42,7 +43,7 @@ NUMBERS: dict[str, tuple[Any, int, int]] = {
     "neck_channels": (int, 1, 2**16),
 }
 
-# Errors of `ModelCard.from_json` for content that is not a valid model.json.
+# Errors that `ModelCard.from_json` raises for content that is not a valid model.json.
 CARD_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
 
@@ -80,11 +81,11 @@ class ModelCard:
 
     @property
     def name(self) -> str | None:
-        """Name of the published variant, for a segmentor its backbone's; None for other models."""
+        """Name of the published variant, or of a segmentor's backbone; None for other models."""
         return variant_name(self.model)
 
     def __repr__(self) -> str:
-        """Summarize the card on one line; `to_json` gives all of it."""
+        """Summarize the card on one line; `to_json` gives everything."""
         images = self.preprocessing.describe()
         kinds = [f"{kind}{' (default)' * (kind == self.default_kind)}" for kind in self.kinds]
         weights = f"weights {', '.join(kinds)}"
@@ -99,13 +100,17 @@ class ModelCard:
         """Return the content of `model.json` as a dict for `json.dumps`.
 
         Returns:
-          A dict with the keys `format`, the version of the format; `task`, such as
-          'classification'; `name`, the published variant or None; `architecture`, the fields of
-          `ActiveMLP` that define its architecture, for segmentation under `backbone`, next to the
-          fields of the head; `classes`, with their `number`, and their `names` by label or None;
-          `preprocessing`, its fields, with sides in pixels, and mean and standard deviation of
-          values from 0 to 1; `weights`, with the available `kinds` and the `default`; and `source`,
-          unchanged.
+          A dict with these keys:
+            format: the version of the format.
+            task: the task, such as 'classification'.
+            name: the published variant, or None.
+            architecture: the fields of `ActiveMLP` that define its architecture; for segmentation,
+              these are under `backbone`, next to the fields of the head.
+            classes: their `number`, and their `names` by label or None.
+            preprocessing: its fields; sides are in pixels, and the mean and standard deviation are
+              those of values from 0 to 1.
+            weights: the available `kinds`, and the `default`.
+            source: the origin of the weights, unchanged.
         """
         return {
             "format": FORMAT,
@@ -120,7 +125,7 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ModelCard":
-        """Build a card from the parsed JSON of a `model.json`: the inverse of `to_json`.
+        """Build a card from the parsed JSON of a `model.json`; this is the inverse of `to_json`.
 
         Raises:
           ValueError: the content is not in this format, exceeds a limit, or contradicts itself.
@@ -180,7 +185,7 @@ def _expect_keys(
 
 
 def _architecture(fields: Any, name: str, keys: Collection[str]) -> dict[str, Any]:
-    """Return the `fields` of a card's model, which must be `keys`, with their numbers checked."""
+    """Check the keys and numbers of a card's architecture; return it with lists as tuples."""
     _expect_keys(fields, name, keys, keys)
     for field in keys:
         value, path = fields[field], f"{name}.{field}"
@@ -211,7 +216,7 @@ def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_classes(card: ModelCard, class_names: tuple[str, ...], data: str) -> None:
-    """Raise UserError if the dataset named `data` has other classes than the model."""
+    """Raise UserError if the classes of the dataset named `data` are not those of the model."""
     if len(class_names) != card.model.num_classes:
         raise UserError(
             f"{data} has {len(class_names)} classes, but the model has {card.model.num_classes}; "

@@ -38,7 +38,7 @@ CARD = "model.json"
 
 
 def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Variables]) -> None:
-    """Write a card and its weights into an empty directory; of several hosts, one may call this.
+    """Write a card and its weights into an empty directory; only one host of a run may call this.
 
     `weights` has the variables of `card.model` as numpy arrays, for every kind in `card.kinds`.
 
@@ -114,10 +114,11 @@ def _missing_card(root: Path) -> str:
 
 
 def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) -> Variables:
-    """Read the variables of one of `card.kinds`, as numpy arrays in the dtypes that were written.
+    """Read the variables of `kind`, one of `card.kinds`, in the dtypes that were written.
 
     Returns:
       The variables of `card.model`: `{'params': tree}`, and for segmentation `batch_stats`.
+      The leaves are numpy arrays.
 
     Raises:
       UserError: the variables are missing, unreadable, changed since they were written, not finite,
@@ -161,7 +162,7 @@ def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) 
 def load_pretrained(
     directory: str | os.PathLike[str], weights: str = "auto"
 ) -> tuple[Model, Variables]:
-    """Load the model and the weights that conversion or training wrote.
+    """Load a model and its weights from a directory that conversion or training wrote.
 
     Args:
       directory: a model directory.
@@ -182,7 +183,7 @@ def load_pretrained(
 
 
 def describe_non_finite(tree: Any) -> str | None:
-    """Name the first array with non-finite values and count them; None if all are finite.
+    """Describe the first array with non-finite values; return None if all values are finite.
 
     For an array that is sharded over hosts, each host checks only its own shards.
     """

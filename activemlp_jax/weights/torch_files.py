@@ -1,6 +1,7 @@
 """Read and write weights in PyTorch and safetensors files; reading a file never runs its code.
 
-Reading does not need PyTorch. Writing any format except `.safetensors` needs the extra `torch`.
+Reading does not need PyTorch. Writing any format except `.safetensors` needs the optional
+dependencies [torch].
 """
 
 import json
@@ -27,7 +28,7 @@ from activemlp_jax.weights.torch_pickle import Opaque, Tensor, TorchFile
 
 StateDict = dict[str, np.ndarray]
 
-# Kinds of weights and the original's keys for them, with the preferred kind first.
+# Kinds of weights, the preferred one first, and their keys in the original's checkpoints.
 KINDS = {"ema": "model_ema", "model": "model"}
 
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -60,7 +61,7 @@ class TorchCheckpoint(NamedTuple):
 
 
 def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
-    """Return `kind`, one of `kinds`, or for 'auto' the preferred one of them.
+    """Return `kind` if it is one of `kinds`; for 'auto', return the preferred one of `kinds`.
 
     Raises:
       UserError: `kinds` does not contain `kind`; the message starts with `where`.
@@ -85,8 +86,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
 
     Raises:
       UserError: the file is missing, broken, or of another type; it needs a class other than
-        tensors and `argparse.Namespace`, which the message names; its values are not finite or of
-        the wrong dtype; or its tensors claim more values than the file holds.
+        tensors and `argparse.Namespace`, which the message names; a value is not finite or has the
+        wrong dtype; or its tensors claim more values than the file holds.
 
     Source: the checkpoints of the authors' release.
     """
@@ -111,7 +112,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
 def _checkpoint(
     path: Path, weights: dict[str, StateDict], content: Mapping[Any, Any]
 ) -> TorchCheckpoint:
-    """Check the values of state dicts, and combine them with what else the file contains."""
+    """Check the values of state dicts, and combine them with the other contents of the file."""
     description = content.get(DESCRIPTION)
     if description is not None:
         try:
@@ -140,7 +141,7 @@ def _checkpoint(
 
 
 def _read_torch(path: Path, size: int) -> tuple[dict[str, StateDict], Mapping[Any, Any]]:
-    """Read the state dicts by kind, and the whole content of the file."""
+    """Return the state dicts by kind, and the whole content of the file."""
     with TorchFile(path) as file:
         content = file.content
         if not isinstance(content, dict):
@@ -162,7 +163,7 @@ def _read_torch(path: Path, size: int) -> tuple[dict[str, StateDict], Mapping[An
 
 
 def _read_safetensors(path: Path, size: int) -> tuple[dict[str, StateDict], Mapping[Any, Any]]:
-    """Read the state dict, and the metadata of the file."""
+    """Return the state dict under its kind, and the metadata of the file."""
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if header > min(size, MAX_HEADER_BYTES):
@@ -187,7 +188,7 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, StateDict], Mapp
 
 
 def _restore_kind(weights: dict[str, StateDict], description: Any) -> dict[str, StateDict]:
-    """Label a single set of weights, always stored as 'model', with the kind in `description`."""
+    """Relabel a single set of weights, always stored as 'model', with its kind in `description`."""
     try:
         (kind,) = description["weights"]["kinds"]
         (state_dict,) = weights.values()
@@ -254,7 +255,7 @@ def _key_text(key: object) -> str:
 
 
 def _check_values(array: np.ndarray, name: str) -> None:
-    """Raise UserError for a weight that is not finite floating, or an invalid count of batches."""
+    """Raise UserError for weights that are not finite floats, or an invalid count of batches."""
     if name.endswith(f".{BATCH_COUNT}"):
         highest = np.iinfo(np.int32).max  # the flax variable is int32
         if array.dtype != np.int64 or array.shape:
@@ -304,13 +305,13 @@ def write_checkpoint(
     description: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write state dicts in the original's form, atomically.
+    """Write state dicts in the original's file format, atomically.
 
     Args:
       path: a `.safetensors` file, which holds one kind of weights; with any other suffix, a file
         for `torch.load`.
-      weights: PyTorch names to arrays, by kind. For a segmentation model one kind, which is written
-        in mmsegmentation's form.
+      weights: state dicts (PyTorch names to arrays) by kind. Those of a segmentation model have one
+        kind and are written in mmsegmentation's format.
       description: the content of a `model.json`, stored next to the weights.
       class_names: the names of the classes by label, for mmsegmentation.
 

@@ -1,9 +1,9 @@
 """Convert the original's PyTorch state dicts to flax variables and back, and infer their model.
 
 `MODULE_NAMES`, `SEGMENTATION_NAMES` and `LEAF_NAMES` hold all pairs of names. A PyTorch linear
-layer stores `[out, in]`, a convolution `[out, in / groups, k, k]`; flax stores `[in, out]` and
-`[k, k, in / groups, out]`. The ATM's linear layers `atm_h` and `atm_w` are 1x1 convolutions in the
-original. The model follows from the keys and the shapes.
+layer stores its weight as `[out, in]` and a convolution as `[out, in / groups, k, k]`; flax stores
+`[in, out]` and `[k, k, in / groups, out]`. The ATM's linear layers `atm_h` and `atm_w` are 1x1
+convolutions in the original. The model is inferred from the keys and the shapes.
 """
 
 import math
@@ -90,7 +90,7 @@ def is_segmentor(state_dict: Shapes) -> bool:
 
 
 def infer_model(state_dict: Shapes) -> Model:
-    """Infer the model of a state dict, which may hold anything that has a `shape`.
+    """Infer the model of a state dict, whose values may be any objects with a `shape`.
 
     Raises:
       ValueError: a required key is missing or has an impossible shape; the message names it.
@@ -112,7 +112,7 @@ def infer_model(state_dict: Shapes) -> Model:
 
 
 def _rows(state_dict: Shapes, key: str) -> int:
-    """Return the first dimension of a weight; raises ValueError if it is missing or invalid."""
+    """Return the first dimension of a weight; raise ValueError if it is missing or invalid."""
     if key not in state_dict:
         keys = f"found {list_keys(list(state_dict))}" if state_dict else "it is empty"
         raise ValueError(f"the state dict misses {key}, which every such model has; {keys}")
@@ -130,7 +130,7 @@ def _count_depths(blocks: set[tuple[int, int]]) -> tuple[int, ...]:
 
 
 def infer_architecture(state_dict: Shapes, prefix: str = "") -> dict[str, Any]:
-    """Infer the fields of an ActiveMLP whose keys start with `prefix`, except `num_classes`.
+    """Infer the fields, except `num_classes`, of the ActiveMLP whose keys start with `prefix`.
 
     If several values of `offset_interval` give the same network, the smallest is returned.
 
@@ -234,7 +234,7 @@ def _as_numpy(value: Any) -> np.ndarray:
 
 
 def variable_shapes(model: Model) -> dict[VariablePath, tuple[int, ...]]:
-    """Return the shapes of all variables of `model` by flax path, without computing any."""
+    """Return the shapes of all variables of `model` by flax path, without computing any values."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}

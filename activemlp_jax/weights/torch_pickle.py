@@ -1,7 +1,7 @@
 """Read files that `torch.save` wrote, without PyTorch and without running their code.
 
-Such a file holds a pickle, which is a program that builds objects, and separately the values of the
-tensors. This module interprets the program without resolving any name in it: a tensor becomes a
+Such a file holds a pickle, which is a program that builds objects, and, separately, the values of
+the tensors. This module interprets the program without resolving any name in it: a tensor becomes a
 description of its shape and its position in the file, and an object of another class becomes an
 `Opaque` placeholder. So a file can neither run code nor claim more data than it holds.
 
@@ -28,7 +28,7 @@ from activemlp_jax.utils.json_files import short
 MAX_PICKLE_BYTES = 2 * 2**20  # a large model with its optimizer needs a quarter of a MB
 LEGACY_HEADER = (0x1950A86A20F9469CFC6C, 1001)  # first two pickles of files before PyTorch 1.6
 MAX_DIMENSIONS = 8
-MAX_ARGUMENTS = 16  # of a call
+MAX_ARGUMENTS = 16  # of a function call
 
 # Names that a pickle may contain. No name is ever resolved; other names are rejected with an error.
 ALLOWED_NAMES = re.compile(
@@ -38,7 +38,7 @@ ALLOWED_NAMES = re.compile(
     r"|collections\.(Counter|OrderedDict)|argparse\.Namespace|_codecs\.encode"
     r"|builtins\.(set|complex|bytearray)"
 )
-# What an opcode that pushes its own argument leaves on the stack, in the words of `pickletools`.
+# What an opcode that pushes its own argument leaves on the stack, as `pickletools` names it.
 LITERALS = {"int", "int_or_bool", "float", "str", "bytes", "bytes_or_str"}
 NEW_OBJECTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None,
@@ -77,9 +77,9 @@ BROKEN_FILE_ERRORS = (
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Opaque:
-    """A placeholder for a class, a function, or an object made by one; it has only the name.
+    """A placeholder for a class or a function, or for an object made by one.
 
-    `state` is the dict of the object's attributes, if the pickle sets one.
+    It has only the name, and in `state` the dict of the object's attributes if the pickle sets one.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Opaque:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Storage:
-    """Values that tensors share; `position` and `size` locate them in the file, in bytes."""
+    """Values of one or more tensors; `position` and `size` locate them in the file, in bytes."""
 
     dtype: np.dtype
     position: int = 0
@@ -144,7 +144,7 @@ class Tensor:
 
 
 class TorchFile(io.BufferedReader):
-    """An open file that `torch.save` wrote; `content` is the saved object, tensors as `Tensor`.
+    """An open file that `torch.save` wrote; `content` is the saved object, with `Tensor`s.
 
     Raises:
       UserError: the file is of another type, is broken, or needs a class that is not allowed.
@@ -168,7 +168,7 @@ class TorchFile(io.BufferedReader):
             raise
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read bytes; raises ValueError above `MAX_PICKLE_BYTES`, which only broken files claim."""
+        """Read bytes; raise ValueError above `MAX_PICKLE_BYTES`, which only broken files need."""
         if size is not None and size > MAX_PICKLE_BYTES:
             raise ValueError(f"{size} bytes at once")
         return super().read(size)
@@ -191,7 +191,7 @@ class TorchFile(io.BufferedReader):
         return content
 
     def _members(self) -> dict[str, zipfile.ZipInfo]:
-        """Return the archive's members by name; they must be uncompressed and fit into the file."""
+        """Return the archive's members by name; refuse those that are compressed or too large."""
         with zipfile.ZipFile(self) as archive:
             infos = archive.infolist()
         members = {info.filename: info for info in infos}
@@ -249,7 +249,7 @@ class TorchFile(io.BufferedReader):
         for opcode, argument, _ in pickletools.genops(pickle):
             taken = opcode.stack_before
             items: list[Any] = []
-            if pickletools.markobject in taken:  # takes everything since the mark
+            if pickletools.markobject in taken:  # the opcode takes everything since the mark
                 items, stack = stack, outer_stacks.pop()
                 taken = taken[: taken.index(pickletools.markobject)]
             if taken:
@@ -302,7 +302,7 @@ class TorchFile(io.BufferedReader):
         raise ValueError("no end")
 
     def _global(self, module: Any, name: Any) -> Opaque:
-        """Return a placeholder for a class or a function; raises UserError if it is not allowed."""
+        """Return a placeholder for a class or a function; raise UserError if it is not allowed."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("a name that is not a string")
         full_name = f"{module}.{name}".replace("__builtin__.", "builtins.")
@@ -314,10 +314,10 @@ class TorchFile(io.BufferedReader):
         return Opaque(full_name)
 
     def _storage(self, reference: Any) -> Storage | Opaque:
-        """Return the storage of ('storage', type, key, device, count); old files may add a view."""
+        """Return the storage that ('storage', type, key, device, count[, view]) refers to."""
         match reference:
             case ("storage", Opaque(name=type_name), str(key), _, _, *view):
-                if view not in ([], [None]):
+                if view not in ([], [None]):  # old files may add a view
                     return Opaque("a view of a storage")
             case _:
                 raise ValueError("an invalid reference to a storage")

@@ -1,6 +1,6 @@
 """Verify a conversion: compare the file in PyTorch with the model directory in flax.
 
-Needs the extra `torch`.
+Needs the optional dependencies [torch].
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from activemlp_jax.weights.model_directory import read_card, read_weights
 from activemlp_jax.weights.torch_files import StateDict, as_tensor
 
 MAX_DIFFERENCE = 1e-9  # relative; rounding in float64 leaves about 1e-15
-# Height and width for segmentation models, which take any size. Small, because their heads are
-# wide, and odd at stride 8 (9 x 13), so that maps are resized by ratios other than two.
+# Height and width for segmentation models, which take any size. They are small, because the heads
+# are wide, and odd at stride 8 (9 x 13), so that maps are resized by ratios other than two.
 SCENE_SIZE = (72, 104)
 
 Logits = list[np.ndarray]  # the head's, then the auxiliary head's if there is one
@@ -31,8 +31,8 @@ Logits = list[np.ndarray]  # the head's, then the auxiliary head's if there is o
 def largest_difference(directory: Path, state_dicts: Mapping[str, StateDict]) -> dict[str, float]:
     """Compare the flax and PyTorch logits on random images in float64.
 
-    A classifier gets two images of the size that it was made for, a segmentation model one of
-    `SCENE_SIZE`.
+    A classifier gets two images of the size that it was made for, and a segmentation model gets one
+    image of `SCENE_SIZE`.
 
     Args:
       directory: the converted model directory.
