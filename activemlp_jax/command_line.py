@@ -23,7 +23,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "size_multiple": (1, 2**14),
     "steps": (1, 10**6),
 }
-# As limits: more than 0, and less than 1.
+# Limits for numbers that must be more than 0, or less than 1.
 ABOVE_0, BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
 
 
@@ -49,7 +49,7 @@ def check_numbers(options: Mapping[str, Any]) -> None:
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
-    """Raise UserError, with `name`, if a number, or one of a tuple, is not from `low` to `high`."""
+    """Raise UserError, naming `name`, if a number or any in a tuple is not from `low` to `high`."""
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not low <= number <= high:
             if number > high:
@@ -60,7 +60,7 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
 
 
 def add_host_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `hosts.Hosts`; the names with several words have two spellings."""
+    """Add the options of `hosts.Hosts`; underscores in the names can also be hyphens."""
     group = parser.add_argument_group(
         "several processes", "SLURM, Open MPI and TPU pods need none of these options."
     )

@@ -1,12 +1,12 @@
-"""Compile a config's train step for devices that this machine lacks, and check that it fits.
+"""Compile a config's train step for devices that this machine lacks; check that it fits in memory.
 
 Examples:
   python -m activemlp_jax.compile_check --config configs/active_tiny.py --topology v5e:4x4
   python -m activemlp_jax.compile_check --config configs/digits.py --topology cpu:8
 
-The compiler for TPU slices such as v5e:4x4 comes with the extra `tpu` and needs no TPU. The last
-line of the output is the record as JSON. The exit status is 0 if the step compiles and fits, 1 if
-it does not fit, and 2 for an error.
+The compiler for TPU slices such as v5e:4x4 comes with the optional dependencies [tpu]; it needs no
+TPU. The last line of the output is the record as JSON. The exit status is 0 if the step compiles
+and fits, 1 if it does not fit, and 2 for an error.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LESS_MEMORY = (
 
 
 def open_topology(name: str) -> list[Any]:
-    """Describe the devices of a slice, such as v5e:4x4 or cpu:8, which need not exist."""
+    """List the devices of a slice such as v5e:4x4 or cpu:8, which need not exist."""
     # Do not use a TPU of this machine, as other processes may need it.
     jax.config.update("jax_platforms", "cpu")
     kind, _, size = name.partition(":")
@@ -78,7 +78,7 @@ def open_topology(name: str) -> list[Any]:
 
 
 def data_size(config: ConfigDict, images: int | None, classes: int | None) -> tuple[int, int, str]:
-    """Number of images and classes of the training set as far as not given, and their origin."""
+    """Return numbers of images and classes, by default the training set's, and say where from."""
     if images and classes:
         return images, classes, "as given"
     try:
@@ -99,7 +99,7 @@ def rounded(value: float) -> str:
 
 
 def report_resources(resources: Resources, flops: float, chip: Chip | None) -> None:
-    """Print what a step of `flops` operations, by the model's multiply-adds, needs on a device."""
+    """Print the resources of a step on a device; `flops` counts the model's multiply-adds."""
     sizes = {
         "state and batch": resources.arguments,
         "results": resources.results,

@@ -1,7 +1,7 @@
-"""ActiveMLP in PyTorch, made fast with simple means, which `benchmark --compare` compares JAX with.
+"""Fast ActiveMLP in PyTorch, which `benchmark --compare` times next to JAX.
 
 It is `torch_reference/active_mlp.py` with faster operators, compiled by `torch.compile`. Needs the
-extra `torch`.
+optional dependencies [torch].
 """
 
 import gc
@@ -47,7 +47,7 @@ def check_machine() -> None:
 
 
 def sample_groups(x: Tensor, offset: Tensor, dim: int) -> Tensor:
-    """`sample_axis` in PyTorch, gathering whole groups of channels.
+    """Compute `sample_axis` in PyTorch by gathering whole groups of channels.
 
     On a CPU under `torch.compile`, this takes 40 to 80% of the time of gathering every channel by
     its own index.
@@ -62,7 +62,7 @@ def sample_groups(x: Tensor, offset: Tensor, dim: int) -> Tensor:
     """
     length, groups = x.shape[dim], offset.shape[-1]
     grouped = x.unflatten(-1, (groups, -1))
-    # bfloat16 has steps of a quarter pixel from 32 on.
+    # In bfloat16, numbers from 32 on are a quarter pixel apart.
     offset = offset.float()
     base = torch.arange(length, dtype=offset.dtype, device=x.device)
     position = base.view([-1 if d == dim else 1 for d in range(4)]) + offset
@@ -79,7 +79,7 @@ def sample_groups(x: Tensor, offset: Tensor, dim: int) -> Tensor:
 def gather_operator(
     x: Tensor, offset: Tensor, dim: int, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """`sample_groups`, then the 1x1 convolution as a linear layer."""
+    """Apply `sample_groups`, then the 1x1 convolution as a linear layer."""
     return functional.linear(sample_groups(x, offset, dim), weight[:, :, 0, 0], bias)
 
 
@@ -91,7 +91,7 @@ def deform_operator(
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """Sampling and convolution in one call, as in the original, with one offset per channel.
+    """Sample and convolve in one call, as the original does, with one offset per channel.
 
     Args:
       deform_conv2d: torchvision's function.
@@ -112,7 +112,7 @@ def deform_operator(
 
 
 class PeerMixer(ActiveTokenMixer):
-    """The ATM layer with another operator."""
+    """ATM layer that samples and convolves with a given operator."""
 
     def __init__(self, dim: int, operator: Operator):
         super().__init__(dim)
@@ -158,7 +158,7 @@ def compile_function(function: Any) -> Any:
 
 
 def compile_model(model: nn.Module) -> nn.Module:
-    """Compile `model` as a whole on a CPU; on a GPU in parts, each of them once per shape.
+    """Compile `model` as a whole on a CPU; on a GPU, compile its parts, each once per shape.
 
     The blocks of a stage share a program, so the largest models take no longer to compile than the
     smallest. Outside the parts are only additions and convolutions, and on a GPU the latter are
@@ -188,7 +188,7 @@ EAGER = ("deform_conv2d",)  # not compiled, as in the original
 
 
 def list_operators() -> dict[str, Operator]:
-    """Operators to compare models with, by name; on a CPU only gathering."""
+    """List the operators to build the models with, by name; on a CPU only gathering."""
     operators: dict[str, Operator] = {"gather": gather_operator}
     if jax.default_backend() != "cpu" and (function := find_deform_conv2d()):
         operators["deform_conv2d"] = partial(deform_operator, function)
@@ -196,7 +196,7 @@ def list_operators() -> dict[str, Operator]:
 
 
 def _allocated_bytes() -> int:
-    """Bytes allocated on the GPU."""
+    """Return the bytes that PyTorch has allocated on the GPU."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
@@ -234,7 +234,7 @@ def _make_contender(
     held: int,
     traffic: float | None = None,
 ) -> Contender:
-    """Run `once` twice: to compile it, and to measure its memory beyond the `held` bytes."""
+    """Make a contender: run `once` to compile it, and again to measure memory beyond `held`."""
     on_gpu = jax.default_backend() != "cpu"
 
     def call(times: int) -> None:
@@ -256,7 +256,7 @@ def _make_contender(
 
 
 class Peer:
-    """A PyTorch classifier with its inputs; each method is one run of what a contender measures.
+    """A PyTorch classifier with its inputs; each method is one run of a function to time.
 
     Args:
       model: the model, on the device.
@@ -289,7 +289,7 @@ class Peer:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW as in training."""
+        """AdamW with the settings of training."""
         settings = self.config.optimizer
         return torch.optim.AdamW(
             self.parameters,
@@ -327,7 +327,7 @@ def prepare_models(
       inputs: inputs of all contenders.
       compiler: compiles the models, except for operators in `EAGER`.
     """
-    # Otherwise torch reaches its limit of programs per function, and does not compile later models.
+    # Otherwise torch reaches its limit of programs per function, and later models are not compiled.
     torch._dynamo.reset()
     if torch.cuda.is_available():
         gc.collect()  # CUDA graphs of earlier models hold their memory
@@ -345,7 +345,7 @@ def prepare_models(
 def prepare_operators(case: Case, compiler: Compiler = compile_function) -> Iterator[Contender]:
     """Compile the operator in PyTorch, forward and with gradients.
 
-    The kernel of `deform_conv2d` is the identity, and its time includes the multiplication by that.
+    `deform_conv2d` has an identity kernel, and its time includes the multiplication by that.
 
     Args:
       case: inputs of the operator.

@@ -3,8 +3,8 @@
     python train.py --config configs/ade20k_fpn.py:active_tiny \\
         --config.data.name=ade20k:/data/ADEChallengeData2016 --config.init_from=models/active_tiny
 
-Without a variant, active_large. Differs from configs/ade20k_upernet.py in the head, the number of
-steps and the optimizer, and needs the same data, classifier and hardware.
+The default variant is active_large. This differs from configs/ade20k_upernet.py in the head, the
+number of steps and the optimizer, and needs the same data, classifier and hardware.
 
 Not run by us. The authors report this mIoU in percent:
 

@@ -3,10 +3,10 @@
     python train.py --config configs/ade20k_upernet.py:active_tiny \\
         --config.data.name=ade20k:/data/ADEChallengeData2016 --config.init_from=models/active_tiny
 
-Without a variant, active_large. Needs the unpacked ADEChallengeData2016.zip, the model directory of
-a classifier to start from (docs/segmentation.md), and hardware for 16 crops of 512 x 512 pixels per
-step, such as eight GPUs. The run starts from the raw weights of the classifier, not from the
-averaged ones, as the original does. It computes in bfloat16.
+The default variant is active_large. Needs the unpacked ADEChallengeData2016.zip, the model
+directory of a classifier to start from (docs/segmentation.md), and hardware for 16 crops of 512 x
+512 pixels per step, such as eight GPUs. The run starts from the raw weights of the classifier, not
+from the averaged ones, as the original does. It computes in bfloat16.
 
 The tests during training round image sizes to multiples of 32, because every new size has to be
 compiled. `python -m activemlp_jax.evaluate` follows the published protocol.
@@ -60,7 +60,7 @@ def get_config(variant: str = "active_large") -> ConfigDict:
     config.augment.scene.max_class_share = 0.75
     config.augment.scene.photometric = True
 
-    config.test.every_epochs = 13  # of 1,263 steps each: about every 16,000 steps, as the original
+    config.test.every_epochs = 13  # of 1,263 steps each; the original tests every 16,000 steps
     config.test.size_multiple = 32
 
     config.optimizer.schedule = "poly"

@@ -9,9 +9,9 @@ a CPU, lower batch_size and be patient. For a few dozen images, use a batch size
 
 This is a starting point for a few dozen to about ten thousand images, not tuned on photos. It uses
 half of the authors' augmentation and no mixing, lower learning rates for layers near the image than
-for the head, gradient clipping, and a warm-up of the weight average. Choose epochs for a few
-thousand steps, or a few hundred with few images, and choose learning_rate by a few short runs. The
-learning rate does not scale with the batch size. docs/fine_tuning.md has measurements.
+for the head, gradient clipping, and a warm-up of the weight average. Set epochs so that the run has
+a few thousand steps, or a few hundred with few images, and find the learning_rate with a few short
+runs. The learning rate does not scale with the batch size. docs/fine_tuning.md has measurements.
 """
 
 from ml_collections import ConfigDict

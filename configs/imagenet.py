@@ -5,9 +5,9 @@
 The files configs/active_tiny.py and so on are this config for one variant each.
 
 Needs imagenet2012 as ArrayRecord files (docs/data.md), and hardware for 1,024 images of 224 x 224
-pixels per step, such as eight GPUs or a TPU slice. The batch has eight mixing groups of 128 images,
-as the authors had eight devices with 128 images each. They used float16 with a loss scale; this
-config computes in bfloat16.
+pixels per step, such as eight GPUs or a TPU slice. The batch has eight mixing groups of 128 images
+(images that share one mixup or cutmix draw), because the authors had eight devices with 128 images
+each. They used float16 with a loss scale; this config computes in bfloat16.
 
 Not run by us. The authors report these accuracies in percent, for averaged weights:
 

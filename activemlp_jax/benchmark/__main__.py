@@ -132,10 +132,10 @@ def print_data_rate(options: Namespace) -> None:
 
 
 def load_torch_peer() -> ModuleType:
-    """Load the repository's file with PyTorch's side of the benchmarks.
+    """Import PyTorch's side of the benchmarks, a file of the repository.
 
     Raises:
-      UserError: there is no such file, or PyTorch, its device or its compiler is missing.
+      UserError: the file, PyTorch, JAX's device in PyTorch, or the C++ compiler is missing.
     """
     # By default JAX reserves three quarters of a GPU's memory, which PyTorch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -241,7 +241,7 @@ def print_operator(options: Namespace) -> None:
 
 
 def make_parser() -> Parser:
-    """Make the parser; the options' `run` is the function that runs the command."""
+    """Make the parser; it stores the function that runs the command as `run` in the options."""
     parser = Parser(
         prog="python -m activemlp_jax.benchmark",
         description=__doc__,

@@ -6,22 +6,23 @@ from typing import Any, NamedTuple
 
 from activemlp_jax.utils.hardware import Chip
 
-# The result, kind, arguments and attributes of a line of a program's text, such as
-# `%s = f32[8]{0} all-reduce-start(%a), replica_groups={{0,1},{2,3}}`
+# A collective operation in a line of HLO text, with its result, kind, arguments and attributes, as
+# in `%s = f32[8]{0} all-reduce-start(%a), replica_groups={{0,1},{2,3}}`
 COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
     r"collective-permute)(?P<start>-start)?\((?P<arguments>.*?)\)(?P<attributes>.*)"
 )
-ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # such as bf16[64,56], or pred[8]
-# Groups of devices: of 4 in [2,4]<=[8], {{0,1,2,3},{4,5,6,7}} and mesh['a'=2,'b'=4] {'b'}
+ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # such as bf16[64,56] or pred[8]
+# The replica groups of a collective operation. HLO has three notations for them; all of these mean
+# groups of 4 devices: [2,4]<=[8], {{0,1,2,3},{4,5,6,7}}, mesh['a'=2,'b'=4] {'b'}
 GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
 
 
 class Traffic(NamedTuple):
-    """Collective operations of one kind.
+    """Collective operations of one kind: their `number`, and the bytes that they move.
 
-    `number` counts them. `size` is the bytes of their results on a device, and `sent` the bytes
-    that a device sends for that, in rings over the devices that take part.
+    `size` is the bytes of their results on a device. `sent` is the bytes that a device sends for
+    them, if each operation passes data around a ring of the devices in its replica group.
     """
 
     number: int
@@ -30,12 +31,13 @@ class Traffic(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """Resources one device needs per call.
+    """Resources that one device needs per call of a program.
 
-    `arguments`, `results` outside the arguments' buffers, `temporary` and `program` are bytes that
-    are held at the same time. `accessed` is the bytes read and written, and `flops` the operations.
-    `gathers` and `scatters` count reads and writes by index. Except for memory, the body of a loop
-    counts once, however often it runs, and a kernel counts only by its arguments and results.
+    `arguments`, `results`, `temporary` and `program` are bytes that are held at the same time;
+    `results` leaves out those in the buffers of arguments. `flops` is the number of operations, and
+    `accessed` the bytes read and written. `collectives` has the traffic by kind. `gathers` and
+    `scatters` count reads and writes by index. Except for the bytes held, the body of a loop counts
+    once, however often it runs, and a kernel counts only by its arguments and results.
     """
 
     arguments: int
@@ -50,12 +52,12 @@ class Resources(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Total bytes."""
+        """Return the bytes that are held, in total."""
         return self.arguments + self.results + self.temporary + self.program
 
 
 def _group_size(attributes: str, devices: int) -> int:
-    """Read how many devices take part together; all of them if no groups are given."""
+    """Read the number of devices in a replica group; all devices if no groups are given."""
     match = GROUPS.search(attributes)
     if match is None:
         return devices
@@ -70,13 +72,14 @@ def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
     """Count the collective operations of a program by kind.
 
     Args:
-      text: the program in HLO's text form.
+      text: the program as HLO text.
       devices: number of devices that run it.
     """
     counts: dict[str, Traffic] = {}
     for match in COLLECTIVE.finditer(text):
         kind, number = match["kind"], match["arguments"].count("%")
-        # Each argument has a result. A start gives the arguments, the results, then its state.
+        # Each argument has a result. The start of an asynchronous operation returns the arguments,
+        # the results and its state, in this order; that of an all-reduce returns only the results.
         first = number if match["start"] and kind != "all-reduce" else 0
         size = sum(
             math.prod(int(side) for side in shape.split(",") if side) * int(bits or 8) // 8
@@ -120,7 +123,7 @@ class Bounds(NamedTuple):
 
     @property
     def step(self) -> float:
-        """Bound on the whole step, with all three running at the same time."""
+        """Return the bound on the whole step, as if all three ran at the same time."""
         return max(self)
 
 

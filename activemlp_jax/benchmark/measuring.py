@@ -1,4 +1,4 @@
-"""Timing in turns, and its results: rates, ratios, lines of a table and rows of a CSV file."""
+"""Timing of functions in turns, and the results as rates, ratios, a table and a CSV file."""
 
 import csv
 import datetime
@@ -18,8 +18,8 @@ import jax
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_aside
 
-MATMUL, COPY = "matmul", "copy"  # contenders that the other rates are given as fractions of
-JAX = "jax"  # first word of the implementations that the others are compared with
+MATMUL, COPY = "matmul", "copy"  # contenders whose rates the other rates are divided by
+JAX = "jax"  # first word of JAX's implementations, which the others are compared with
 MIB = 2**20
 
 say: Callable[[str], None] = partial(print, flush=True)  # compiling and timing take long
@@ -59,7 +59,7 @@ class Contender(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """Figures of one contender: the columns of the CSV file before those of the machine.
+    """Figures of one contender, in the CSV file's first columns; those of `Machine` follow.
 
     The images per second are the median, the lowest and the highest of the rounds; all other rates
     are from the median. `ratio_to_jax` is the rate divided by that of JAX's fastest implementation
@@ -87,7 +87,7 @@ class Measurement(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """Machine, versions and date of a measurement: the rest of the columns."""
+    """Machine, package versions and date of a measurement, in the CSV file's last columns."""
 
     device_kind: str
     cores: int
@@ -122,7 +122,7 @@ def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> l
     Returns the seconds per run: for each contender, one figure per round of `steps` runs.
     """
     for contender in contenders:
-        contender.call(1)  # excludes threads and libraries that start late
+        contender.call(1)  # keeps the start of threads and libraries out of the timing
     seconds: list[list[float]] = [[] for _ in contenders]
     for _ in range(rounds):
         for times, contender in zip(seconds, contenders, strict=True):
@@ -137,7 +137,7 @@ def summarize(
 ) -> list[Measurement]:
     """Compute rates, ratios and fractions from the `seconds` of `time_in_turns`.
 
-    At least one contender of each `what` is JAX's.
+    At least one contender of each `what` must be one of JAX's.
     """
     timed = list(zip(contenders, seconds, map(median, seconds), strict=True))
     fastest: dict[str, float] = {}
@@ -222,7 +222,7 @@ def write_csv(path: Path, measurements: Sequence[Measurement], machine: Machine)
       UserError: the file cannot be written.
     """
 
-    def cell(value: object) -> object:  # four digits, more than a measurement has
+    def cell(value: object) -> object:  # four digits, finer than any measurement
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
     try:

@@ -1,4 +1,4 @@
-"""The operator alone, in each of its implementations, at the shapes of a model's stages."""
+"""Benchmark of the operator alone: every implementation, at the shapes of a model's stages."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -43,7 +43,7 @@ class Case(NamedTuple):
         )
 
     def traffic(self, what: str) -> float:
-        """Bytes moved if each array is read or written once, 'forward' or 'forward+backward'."""
+        """Count the bytes of 'forward' or 'forward+backward' if each array is accessed once."""
         features, offset = self.features.nbytes, self.offset.nbytes
         forward = 2.0 * features + offset
         # The backward pass reads features, offsets and cotangent, and writes two gradients.
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
 
 def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -> Iterator[Case]:
-    """Draw inputs for every stage of `MODEL` and axis; offsets deviate by `deviation` pixels."""
+    """Draw inputs for each stage of `MODEL` and axis; offsets deviate by `deviation` pixels."""
     images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
     init = partial(create_model(MODEL).init_with_output, method="features")
     maps, _ = jax.eval_shape(init, jax.random.key(0), images)

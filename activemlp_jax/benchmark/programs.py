@@ -1,4 +1,4 @@
-"""JAX's side of the benchmarks: classifiers, their train step, a matrix product and a copy."""
+"""JAX's side of the benchmarks: classifiers, their training step, a matrix product and a copy."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 def recipe(workload: Workload) -> ConfigDict:
-    """Config that trains the model without drop path, erasing and mixing."""
+    """Make a config that trains the workload's model without drop path, erasing and mixing."""
     config = default_config()
     set_variant(config, workload.model)
     config.batch_size = config.eval_batch_size = workload.batch_size
@@ -84,9 +84,9 @@ def compile_function(
       function: the jitted function.
       arguments: arguments of `function`.
       implementation: name of the implementation, with `JAX` as first word.
-      is_step: whether a run's first argument is the first result of the run before.
+      is_step: whether each run takes the first result of the previous run as its first argument.
       flops: floating-point operations of a run, from the model's multiply-adds.
-      traffic: bytes that a run moves at least.
+      traffic: least number of bytes that a run can move.
     """
     began = time.perf_counter()
     compiled = function.lower(*arguments).compile()
@@ -107,7 +107,7 @@ def compile_function(
 
 
 def compile_matmul() -> Contender:
-    """Compile a product of square matrices, large enough for the device's peak rate."""
+    """Compile a product of square matrices, large enough to reach the device's peak rate."""
     on_cpu = jax.default_backend() == "cpu"
     side, dtype = (2048, "float32") if on_cpu else (8192, "bfloat16")
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
@@ -117,7 +117,7 @@ def compile_matmul() -> Contender:
 
 
 def compile_copy() -> Contender:
-    """Compile a read of one array and a write of another, too large for any cache."""
+    """Compile an elementwise operation on an array larger than any cache, to time the memory."""
     megabytes = 128 if jax.default_backend() == "cpu" else 1024
     array = jnp.ones((megabytes, 2**18), jnp.float32)
     workload = Workload(f"{megabytes} MiB", 0, 0, "float32")

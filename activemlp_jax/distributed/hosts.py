@@ -37,9 +37,10 @@ _ending = threading.Lock()
 
 
 class Hosts(NamedTuple):
-    """How to find the other processes; SLURM, Open MPI or the TPU fill in what is None or ''.
+    """Options that say how to find the other processes of a run.
 
-    `coordinator` is HOST:PORT of the first process; `timeout` is in seconds.
+    SLURM, Open MPI or the TPU fills in those that are None or ''. `coordinator` is HOST:PORT of the
+    first process; `timeout` is in seconds.
     """
 
     coordinator: str = ""
@@ -49,7 +50,7 @@ class Hosts(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """The place of this process: the coordinator, how many there are, its id and its devices."""
+    """Place of this process in a run: coordinator, number of processes, process id and devices."""
 
     coordinator: str
     num_processes: int
@@ -58,7 +59,7 @@ class _Place(NamedTuple):
 
 
 def _read_launcher(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
-    """Number of processes, rank and local rank, if SLURM or Open MPI started several processes."""
+    """Return processes, rank and local rank if SLURM or Open MPI started several, else None."""
     for names in (
         ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"),
         ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -152,8 +153,9 @@ def _exit_at_once(message: str, status: int = 2) -> None:
 def connected(hosts: Hosts) -> Iterator[None]:
     """Connect to the run's other processes inside this context, if there are any.
 
-    Options, launcher or TPU say whether there are. If a process fails, all others end with its
-    message within seconds instead of waiting for it. If one is killed, their message names it.
+    The options, the launcher or the TPU tell whether there are any. If a process fails, all others
+    end with its message within seconds instead of waiting for it. If one is killed, their message
+    names it.
 
     Args:
       hosts: how to find the other processes.
@@ -168,7 +170,7 @@ def connected(hosts: Hosts) -> Iterator[None]:
         return
     _timeout = hosts.timeout
     group = _connect(place, hosts.timeout)
-    # JAX's own handler would only record a SIGTERM and let the start continue.
+    # JAX's own handler would only record a SIGTERM and let the startup continue.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED_BY_SIGTERM))
     failure: Exception | None = None
     try:
@@ -209,7 +211,9 @@ def is_first() -> bool:
 
 
 def check_same(what: str, facts: Mapping[str, Any], timeout: float | None = None) -> None:
-    """Check that all hosts have the same facts; hosts wait for each other here, in the same order.
+    """Check that all hosts have the same facts.
+
+    Every host must call this, in the same order as other checks; hosts wait for each other here.
 
     Args:
       what: name of what is checked.

@@ -33,7 +33,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]  # of one connection
 
 
 class Member(NamedTuple):
-    """A process of a run: its number, how many there are, its machine, pid and random key."""
+    """A process of a run: its number, the number of processes, its machine, pid and random key."""
 
     process: int
     processes: int
@@ -46,7 +46,7 @@ class Member(NamedTuple):
 
 
 class Rendezvous:
-    """Base class of the first process and the others; `join` creates one.
+    """Base class for the two kinds of processes, the first and the others; `join` makes one.
 
     Its connections belong to an event loop in a separate thread, so that a failure is noticed while
     the main thread waits for devices.
@@ -77,8 +77,8 @@ class Rendezvous:
     def report(self, message: str, certain: bool) -> None:
         """Tell all other processes that this one fails and why; return when it may end.
 
-        If it is not `certain` that the cause is in this process, as with an error of a collective
-        operation, and another process turns out to have failed, this one ends with its message.
+        If not `certain`, the cause may be in another process, as when a collective operation fails.
+        If another process then turns out to have failed, this one ends with that one's message.
         """
         self._run(self._report(message[:4000], certain))  # a line has at most 64 KiB
 
@@ -109,7 +109,7 @@ class Rendezvous:
         return reader, writer
 
     async def _say_hello(self) -> tuple[Message, asyncio.StreamReader, asyncio.StreamWriter]:
-        """Greet the process at the address; its answer is {} if it belongs to no run."""
+        """Introduce this process at the address; the answer is {} if no run's process is there."""
         reader, writer = await self._reach_first()
         try:
             await _send(writer, self.me._asdict())
@@ -125,7 +125,7 @@ class _FirstProcess(Rendezvous):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self._members = {0: self.me}
-        self._failures: list[asyncio.Task[None]] = []  # or they might be garbage collected
+        self._failures: list[asyncio.Task[None]] = []  # else they might be garbage collected
         self._token = secrets.token_hex(16)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -378,7 +378,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def _connect(near: Streams, far: Streams) -> bool:
-    """Copy between two connections until one ends, and close `far`; return whether it had ended."""
+    """Copy both ways until a connection ends, then close `far`; return whether `far` had ended."""
     answers = asyncio.create_task(_copy(far[0], near[1]))
     requests = asyncio.create_task(_copy(near[0], far[1]))
     await asyncio.wait([requests, answers], return_when=asyncio.FIRST_COMPLETED)

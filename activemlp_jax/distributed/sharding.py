@@ -23,15 +23,15 @@ SMALLEST_SPLIT = 4096  # elements; gathering a smaller array costs more than rep
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Make a mesh of all devices of all hosts, with each host's devices next to each other.
+    """Make a mesh of the devices of all hosts, with each host's devices next to each other.
 
-    So host p of P has the rows p * B / P to (p + 1) * B / P - 1 of a batch on any machine. By
+    Host p of P then has the rows p * B / P to (p + 1) * B / P - 1 of a batch on any machine. By
     default, JAX orders the devices of a TPU slice by their position in it, which interleaves hosts.
 
     Args:
       data: size of the axis `data`; -1 for the number of devices divided by `fsdp`.
       fsdp: size of the axis `fsdp`.
-      devices: devices of the mesh; None for all devices of this program.
+      devices: devices of the mesh; None for all devices of all hosts.
 
     Raises:
       UserError: the devices do not fill the mesh.
@@ -74,7 +74,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding that puts a whole copy on every device."""
+    """Make the sharding that puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -111,8 +111,8 @@ def scatter(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Replicate a tree of arrays, whole and equal on each host, to all devices."""
-    # One host may have had to compile the initialization that another found in a cache.
+    """Replicate a tree of arrays to all devices; every host must have all of the same values."""
+    # Wait, as one host may have to compile the initialization that another found in a cache.
     hosts.wait_for_all("the initial variables")
     sharding = replicated(mesh)
     return jax.tree.map(
@@ -152,7 +152,7 @@ def prefetch(
 def place_rows(
     shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a batch that `put_batch` returns, from shapes and dtypes."""
+    """Describe a batch after `put_batch`, shardings included, given the shapes and dtypes."""
     rows = NamedSharding(mesh, ROWS)
     return {
         name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=rows)

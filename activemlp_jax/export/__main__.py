@@ -2,7 +2,7 @@
 
 stablehlo    the function with its weights, for JAX on CPU, GPU and TPU without this package
 safetensors  the weights alone, with the names of the authors' PyTorch release
-onnx         the function with its weights, for ONNX runtimes (extra `onnx`)
+onnx         the function with its weights, for ONNX runtimes (optional dependencies [onnx])
 
 Examples:
   python -m activemlp_jax.export runs/digits/model exported/digits
@@ -42,12 +42,12 @@ from activemlp_jax.weights.torch_names import to_torch
 
 FORMATS = ("stablehlo", "safetensors", "onnx")
 DEFAULT_FORMATS = ("stablehlo", "safetensors")
-ONNX_PACKAGES = ("torch", "onnx", "onnxscript")  # from the extra `onnx`
+ONNX_PACKAGES = ("torch", "onnx", "onnxscript")  # the optional dependencies [onnx]
 CONFIG, README = "config.json", "README.md"  # names that model hubs expect
 
 
 def with_image_size(card: ModelCard, image_size: int | None) -> ModelCard:
-    """Change the side of the images, or a segmentation model's windows; None keeps the card's."""
+    """Change the side of the images or of a segmentation model's windows; None changes nothing."""
     if image_size is None:
         return card
     check_numbers({"image_size": image_size})

@@ -1,6 +1,6 @@
-"""Export to ONNX, by PyTorch's exporter from our PyTorch model of the same function.
+"""Export to ONNX with PyTorch's exporter, from the PyTorch implementation of the same model.
 
-It needs PyTorch, onnx and onnxscript, which the extra `onnx` installs.
+This needs PyTorch, onnx and onnxscript, which are the optional dependencies [onnx].
 """
 
 import itertools
@@ -37,7 +37,7 @@ def _quiet() -> Iterator[None]:
 def write_onnx(
     path: Path, card: ModelCard, variables: Variables, image_size: int
 ) -> dict[str, Any]:
-    """Write the inference function with its weights.
+    """Write the inference function of a model, with its weights, as an ONNX file.
 
     The function takes `images` `[batch, image_size, image_size, 3]` float32, normalized, in batches
     of any size. It returns `logits` float32, as `card.model.apply` does.

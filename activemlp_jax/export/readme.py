@@ -74,7 +74,7 @@ made them.{condition} Before you publish this folder, say it here and, as `licen
 ```
 """
 
-# In the YAML header, which model hubs read; only if training measured the task's score.
+# Part of the YAML header, which model hubs read; only if training measured the task's score.
 RESULTS = """
 metrics:
 - {task.score}
@@ -146,7 +146,7 @@ images = (pixels / 255 - np.float32(prep["mean"])) / np.float32(prep["std"])
 {run}  # [{output}]
 {answer}
 ```"""
-# By file: the text before the program, and its lines that import, load and run.
+# For each file, the text before the program, and the program's lines that import, load and run.
 PROGRAMS = {
     "model.stablehlo": (
         STABLEHLO,
@@ -162,7 +162,7 @@ PROGRAMS = {
         '(logits,) = session.run(["logits"], {"images": images})',
     ),
 }
-# What differs between classifiers and segmentation models.
+# The texts that differ between classifiers and segmentation models.
 CLASSIFIER = {
     "preparation": (
         "The short side of an image is resized to {short} pixels (bicubic), and of that the "
@@ -261,11 +261,11 @@ def _use(file: str, facts: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
 
 
 def _origin_and_quality(card: ModelCard, title: str) -> dict[str, str]:
-    """Describe how the weights were trained, what they reach, and on what their license depends."""
+    """Describe the weights' training, their measured quality, and what their license depends on."""
     source, task = card.source, TASKS[card.task]
 
     def known(key: str, text: str) -> str:
-        """Put the value of `key` in place of `{}` in `text`; '' if the source has no such key."""
+        """Fill the value of `key` into `text`, at `{}`; '' if the source has no such key."""
         return text.format(_count(source[key])) if key in source else ""
 
     length, data = _length(source), known("trained_on", "{}")

@@ -1,4 +1,4 @@
-"""Linen modules: the network, the Active Token Mixer, segmentation heads; and their costs.
+"""Linen modules: the network, the Active Token Mixer and segmentation heads; also their costs.
 
 Imports `ops` and `utils`.
 """

@@ -30,9 +30,9 @@ MIN_IMAGE_SIDE = 32  # pixels; the total stride of the four stages
 class Block(nn.Module):
     """Residual block: ATM, then MLP, each with a LayerNorm before it and drop path after it.
 
-    With `makes_offset`, the block computes offsets from its input; without, it uses the offsets
-    that it is given. It returns them for the blocks after it. With `remat`, the backward pass
-    recomputes each half from its input.
+    With `makes_offset`, the block computes offsets from its input; otherwise it uses the offsets
+    passed to it. Either way it returns the offsets, for the blocks after it. With `remat`, the
+    backward pass recomputes each half from its input.
     """
 
     dim: int
@@ -81,8 +81,8 @@ class Stage(nn.Module):
 
     `drop_path_rates` has one rate per block. Block j computes new offsets if `offset_interval`
     divides j and j is not the last block. Just before such a block, the stage adds a positional
-    encoding: a depthwise convolution of the map, with the same parameters each time. With `remat`,
-    the backward pass recomputes the halves of each block.
+    encoding (PEG): a depthwise convolution of the map, with the same parameters each time. With
+    `remat`, the backward pass recomputes the halves of each block.
     """
 
     dim: int
@@ -191,13 +191,13 @@ class ActiveMLP(nn.Module):
       param_dtype: dtype of the parameters, offsets, mixing weights and logits, and of sums over
         positions or images in both passes; None for float32, or `dtype` if that is wider.
       plain: whether to use only ordinary linen and JAX operations. By default the model uses faster
-        forms of the same functions, whose derivative rules support only first derivatives in
+        implementations of the same functions, whose custom VJPs support only first derivatives in
         reverse mode. With `plain` and no `remat_stages`, `jax.jvp`, `jax.hessian` and the like
         work.
 
     Calls:
-      `init(rng, images)` returns variables, and `apply(variables, images, train=False)` logits
-      `[B, num_classes]`. `apply(variables, images, method='features')` returns the four maps of
+      `init(rng, images)` returns variables. `apply(variables, images, train=False)` returns logits
+      `[B, num_classes]`, and `apply(variables, images, method='features')` the four maps of
       `features`. Images are `[B, H, W, 3]`, floating, normalized, H and W at least 32. With
       `train=True` and a positive drop path rate, `apply` needs `rngs={'dropout': key}`.
 
@@ -260,7 +260,7 @@ class ActiveMLP(nn.Module):
         self.head = Dense(self.num_classes, dtype=param_dtype, param_dtype=param_dtype)
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
-        """Output of each stage before downsampling, not normalized.
+        """Compute the output of each stage, before downsampling and without normalization.
 
         Args:
           images: `[B, H, W, 3]`, floating, normalized; H and W at least 32.
@@ -339,7 +339,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` accepts.
+    """List the names that `create_model` accepts.
 
     Returns:
       The names of the five variants, such as 'active_tiny', in alphabetical order.

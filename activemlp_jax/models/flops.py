@@ -32,7 +32,7 @@ def count_cost(model: nn.Module, height: int, width: int) -> Cost:
       ValueError: the model does not accept images of that size.
     """
     macs = normalized = 0
-    in_layer = False  # layers call the layers of flax that they extend
+    in_layer = False  # our layers call the flax layers that they extend, which must not count again
 
     def count(
         next_method: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext

@@ -77,7 +77,7 @@ class ConvNormRelu(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Dropout of whole channels, then logits per pixel in float32 or wider."""
+    """Last layer of a head: dropout of whole channels, then pixel logits in float32 or wider."""
 
     num_classes: int
     dropout_rate: float
@@ -97,7 +97,7 @@ class Classifier(nn.Module):
 
 
 class UperNetHead(nn.Module):
-    """UperNet: four maps of decreasing resolution to logits at the resolution of the first."""
+    """UperNet: turns four maps of decreasing resolution into logits of the first's resolution."""
 
     num_classes: int
     channels: int
@@ -151,7 +151,7 @@ class FcnHead(nn.Module):
 
 
 class FpnNeck(nn.Module):
-    """Feature pyramid: four maps to four of one width, adding the smaller maps to the larger."""
+    """Feature pyramid: makes four maps of one width, adding the smaller maps to the larger."""
 
     channels: int
     dtype: Dtype = jnp.float32

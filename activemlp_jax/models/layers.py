@@ -1,8 +1,8 @@
-"""Layers that the networks share: linen's own, with the original's initialization.
+"""Layers that the networks share: those of linen with the original's initialization.
 
 `dtype` is the dtype of a layer's computation and result, `param_dtype` that of its parameters. With
-`plain`, a layer uses only ordinary linen and JAX operations. Otherwise it uses faster forms of the
-same functions from `ops`, some with derivative rules.
+`plain`, a layer uses only ordinary linen and JAX operations. Otherwise it uses faster
+implementations of the same functions from `ops`, some with custom VJPs.
 """
 
 import functools
@@ -26,7 +26,7 @@ depthwise_init = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def at_least_float32(dtype: Dtype) -> Dtype:
-    """Float32, or `dtype` if that is wider."""
+    """Return float32, or `dtype` if that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -34,7 +34,7 @@ def wide_param_dtype(dtype: Dtype, param_dtype: Dtype | None = None) -> Dtype:
     """Return `param_dtype`, by default float32, or `dtype` if that is wider.
 
     Raises:
-      ValueError: `param_dtype` is narrower than float32; offsets and logits have it, too.
+      ValueError: `param_dtype`, also the dtype of offsets and logits, is narrower than float32.
     """
     param_dtype = param_dtype or at_least_float32(dtype)
     if at_least_float32(param_dtype) != param_dtype:
@@ -54,7 +54,7 @@ def promote_all_but_bias(
 
 
 class Dense(nn.Dense):
-    """`nn.Dense`, `[.., I]` to `[.., features]`, that adds its bias in `param_dtype`."""
+    """Linear layer, `[.., I]` to `[.., features]`, that adds its bias in `param_dtype`."""
 
     kernel_init: nn.initializers.Initializer = dense_init
     promote_dtype: Any = promote_all_but_bias
@@ -64,7 +64,7 @@ class Dense(nn.Dense):
 
 
 class Conv(nn.Conv):
-    """`nn.Conv`, `[B, H, W, C]` to `[B, H', W', features]`, that adds its bias in `param_dtype`."""
+    """Convolution, `[B, H, W, C]` to `[B, H', W', features]`; adds its bias in `param_dtype`."""
 
     kernel_init: nn.initializers.Initializer = conv_init
     promote_dtype: Any = promote_all_but_bias

@@ -53,7 +53,7 @@ class DenseParameters(nn.Module):
 
 
 class ActiveTokenMixer(nn.Module):
-    """ATM layer: mixes three tokens per position, from its row, its column and itself.
+    """ATM layer: mixes a token from the row, a token from the column and the token itself.
 
     The call takes `x` `[B, H, W, C]`, normalized, and `offset` `[B, H, W, 2G]` from `OffsetLayer`.
     It returns `[B, H, W, C]`. If the collection 'intermediates' is mutable, the call stores

@@ -40,7 +40,7 @@ def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
 
 @functools.cache
 def _pooling_matrix(length: int, bins: int) -> np.ndarray:
-    """`[bins, length]`: row i averages pixels floor(i * N / n) to ceil((i + 1) * N / n) - 1."""
+    """Make `[n, N]`, whose row i averages pixels floor(i * N / n) to ceil((i + 1) * N / n) - 1."""
     index = np.arange(bins)
     first, end = index * length // bins, -(-(index + 1) * length // bins)
     pixel = np.arange(length)

@@ -43,9 +43,9 @@ class ActiveSegmentor(nn.Module):
       `init(rng, images)` returns `params` and `batch_stats`. `apply(variables, images)` returns
       logits `[B, H / 4, W / 4, num_classes]`; sides that 4 does not divide follow the
       convolutions' floor arithmetic. With `return_aux=True` it also returns the logits of the
-      auxiliary head, at 1 / 16. `apply(variables, images, method='features')` returns the four
-      normalized maps. Images are `[B, H, W, 3]`, floating, normalized, H and W at least 32. With
-      `train=True`, batch norm uses the statistics of the batch, and `apply` needs
+      auxiliary head, at 1 / 16 of the image's size. `apply(variables, images, method='features')`
+      returns the four normalized maps. Images are `[B, H, W, 3]`, floating, normalized, H and W at
+      least 32. With `train=True`, batch norm uses the statistics of the batch, and `apply` needs
       `rngs={'dropout': key}`; to update the running statistics, pass `mutable=['batch_stats']`.
 
     Raises:
@@ -100,7 +100,7 @@ class ActiveSegmentor(nn.Module):
             self.decode_head = FpnHead(self.num_classes, channels, *rest)
 
     def features(self, images: jax.Array, train: bool = False) -> list[jax.Array]:
-        """Maps of the backbone, each with its LayerNorm, as the head reads them.
+        """Compute the maps that the head reads: the backbone's maps, each after a LayerNorm.
 
         Args:
           images: `[B, H, W, 3]`, floating, normalized; H and W at least 32.

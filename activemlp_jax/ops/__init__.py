@@ -1,4 +1,4 @@
-"""The operator `sample_axis` with its implementations, and faster forms of plain layers.
+"""The operator `sample_axis` with its implementations, and faster implementations of plain layers.
 
 Imports `utils`. All implementations of `sample_axis` agree with the definition, `reference.sample`,
 in values, gradients and edge cases. Each has two functions. `forward` takes a batch of maps `x`

@@ -19,7 +19,7 @@ def _repeat(offset: jax.Array, channels: int) -> jax.Array:
 
 
 def _neighbors(offset: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Masks of the pixels, on a new axis after `dim`, left and right of positions; fractions."""
+    """Mask the pixels left and right of positions, on a new axis after `dim`; also fractions."""
     floor, fraction = (jnp.expand_dims(a, dim + 1) for a in split_offset(offset, dim))
     shape = (*offset.shape[: dim + 1], offset.shape[dim], *offset.shape[dim + 1 :])
     pixel = jax.lax.broadcasted_iota(offset.dtype, shape, dim + 1)
@@ -41,7 +41,7 @@ def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
 
 
 def grad_x(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str) -> jax.Array:
-    """Gradient of `x`, `[B, H, W, C]`; does not depend on the values of `x`."""
+    """Compute the gradient of `x`, `[B, H, W, C]`, which does not depend on the values of `x`."""
     dim = _dim(axis)
     left, right, fraction = _neighbors(_repeat(offset, x.shape[-1]), dim)
     weight = jnp.where(left, 1 - fraction, jnp.where(right, fraction, 0))
@@ -51,7 +51,7 @@ def grad_x(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str) -> jax.A
 def backward(
     x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `x` and `offset`."""
+    """Compute the gradients of `x` and `offset`."""
     dim = _dim(axis)
     left, right, _ = _neighbors(_repeat(offset, x.shape[-1]), dim)
     values = jnp.expand_dims(x.astype(offset.dtype), dim)

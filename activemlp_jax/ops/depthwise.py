@@ -2,7 +2,7 @@
 
 On a CPU, XLA's grouped convolution is an order of magnitude slower. On a TPU, the derivative that
 JAX derives from the multiply-adds makes a whole step access a fifth more memory, because XLA pads
-the map in the forward pass and keeps it; hence a derivative rule.
+the map in the forward pass and keeps it; hence the custom VJP.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def plain_depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Compute `plain_depthwise`, with a derivative rule for reverse mode."""
+    """Compute `plain_depthwise`, with a custom VJP."""
     return plain_depthwise(x, kernel)
 
 

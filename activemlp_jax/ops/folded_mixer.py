@@ -1,9 +1,9 @@
 """The Active Token Mixer's linear layers folded into one matmul per image.
 
-Three linear layers map the tokens. The results are weighted per channel and summed, and a fourth
-linear layer, `proj`, maps the sum. The weights are the same at all positions of an image, because
-they are computed from the mean of the results over all positions, which is also what the layers
-return for the mean of the tokens. So one matrix per image takes its tokens to the output, which
+Each of the three tokens at a position has a linear layer. The results are weighted per channel and
+summed, and a fourth linear layer, `proj`, maps the sum. The mixing weights are the same at all
+positions of an image: they are computed from the mean of the results over all positions, which
+equals the results for the mean tokens. So one matrix per image maps its tokens to the output, which
 saves one matmul and materializes four maps fewer.
 """
 
@@ -22,7 +22,7 @@ class LinearMap(NamedTuple):
 
 
 def saves_work(height: int, width: int, channels: int) -> bool:
-    """Whether the matrix of an image, 3 * C^3 multiply-adds, costs less than C^2 per position."""
+    """Whether an image's matrix, 3 * C^3 multiply-adds, costs less than it saves, C^2 a pixel."""
     return height * width > 3 * channels
 
 
@@ -45,9 +45,9 @@ def mix_tokens(
     Returns:
       `[B, H, W, C]` in the dtype of the tokens.
     """
-    # Each image uses a layer twice, for means and for tokens, through one copy of the kernel. The
-    # devices that share a batch therefore sum one gradient per kernel, not two. Arrays without
-    # positions stay float32 or wider until they are multiplied with tokens.
+    # Each image uses every kernel twice, to map the mean tokens and to build the matrix. Both uses
+    # read the same copy of the kernel, so devices that share a batch sum one gradient per kernel,
+    # not two. Arrays without positions stay float32 or wider until they are multiplied with tokens.
     batch, dtype = tokens[0].shape[0], tokens[0].dtype
 
     def for_each_image(arrays: Sequence[jax.Array]) -> jax.Array:

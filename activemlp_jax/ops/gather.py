@@ -21,7 +21,7 @@ def _padding(axis: int, rank: int) -> list[tuple[int, int]]:
 
 
 def _rows(offset: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Rows `[H, W, G, 2]` to read in the padded table, and fractions, for offsets `[H, W, G]`."""
+    """Find the rows `[H, W, G, 2]` of the padded table to read, and fractions, for `[H, W, G]`."""
     _, width, groups = offset.shape
     floor, fraction = split_offset(offset, axis)
     index = first_index(floor, offset.shape[axis]) + BEFORE
@@ -34,7 +34,7 @@ def _rows(offset: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _read(x: jax.Array, rows: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Values `[H, W, G, C / G]` of one map left and right of each position."""
+    """Read the values `[H, W, G, C / G]` of one map left and right of each position."""
     table = jnp.pad(x, _padding(axis, 3)).reshape(-1, x.shape[-1] // rows.shape[2])
     read = table.at[rows[..., 0]].get, table.at[rows[..., 1]].get
     left, right = (get(mode="promise_in_bounds") for get in read)
@@ -52,7 +52,7 @@ def _grad_offset_map(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: int
     left, right = (value.astype(offset.dtype) for value in _read(x, rows, axis))
     slope = grad.reshape(left.shape) * (right - left)
     # The barrier keeps XLA from fusing the reads into the sum. The sum is written out, because
-    # CPUs are slow at reducing a short last axis. Together they save a third of the time.
+    # CPUs are slow at reducing a short last axis. Both together save a third of the time.
     slope = jax.lax.optimization_barrier(slope)
     return sum((slope[..., s] for s in range(1, slope.shape[-1])), start=slope[..., 0])
 
@@ -79,7 +79,7 @@ def forward(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
 
 
 def grad_offset(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str) -> jax.Array:
-    """Gradient of the offsets, `[B, H, W, G]`, by gathers alone."""
+    """Compute the gradient of the offsets, `[B, H, W, G]`, with gathers alone."""
     per_map = partial(_grad_offset_map, axis=_map_axis(axis))
     return jax.vmap(per_map)(x, offset, grad)
 
@@ -87,7 +87,7 @@ def grad_offset(x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str) -> 
 def backward(
     x: jax.Array, offset: jax.Array, grad: jax.Array, axis: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `x` and `offset`."""
+    """Compute the gradients of `x` and `offset`."""
     per_map = partial(_grad_x_map, axis=_map_axis(axis))
     grad_x = jax.vmap(per_map)(x, offset, grad)
     return grad_x, grad_offset(x, offset, grad, axis)

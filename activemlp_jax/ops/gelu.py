@@ -1,6 +1,6 @@
-"""Exact GELU with a derivative rule that keeps only its input for the backward pass.
+"""Exact GELU with a custom VJP that keeps only its input for the backward pass.
 
-Without the rule, a GPU's gradient of active_xtiny in bfloat16 accesses 7% more memory.
+Without the custom VJP, a GPU's gradient of active_xtiny in bfloat16 accesses 7% more memory.
 """
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def plain_gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, `x * normal_cdf(x)`, computed in float32 or wider, in the dtype of `x`."""
+    """Compute exact GELU, `x * normal_cdf(x)`, in float32 or wider; return the dtype of `x`."""
     exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (exact * _normal_cdf(exact)).astype(x.dtype)
 
@@ -20,7 +20,7 @@ def _normal_cdf(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """Compute `plain_gelu`, with a derivative rule for reverse mode."""
+    """Compute `plain_gelu`, with a custom VJP."""
     return plain_gelu(x)
 
 

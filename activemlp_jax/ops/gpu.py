@@ -3,8 +3,8 @@
 The forward kernel reads features by index. In the backward kernel, each feature sums the gradients
 of the positions that read it, always in the same order; a scatter-add would be nondeterministic.
 Which positions read a feature depends on the data, but none is farther away than the longest offset
-of the image. The sum goes over that distance, so short offsets, as models have, cost little. On
-other platforms the kernels run in interpret mode.
+of the image. The sum goes over that distance, so the short offsets of trained models cost little.
+On other platforms the kernels run in interpret mode.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ class Tile(NamedTuple):
     group_size: int
 
     def offsets(self, offset: Any, distance: Any = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Floors and fractions `[P, GB]` of offsets `distance` pixels away, and which exist."""
+        """Load offsets `distance` pixels away: floors, fractions, which exist; all `[P, GB]`."""
         coordinate = self.coordinate + distance
         exists = self.exists & (coordinate >= 0) & (coordinate < self.length)
         ref = offset.at[self.image, self.position + distance * self.step, self.group]
@@ -88,12 +88,12 @@ class Tile(NamedTuple):
         return floor, values - floor, exists
 
     def features(self, rows: Any, distance: Any, mask: jax.Array) -> jax.Array:
-        """Features `[P, GB, S]`, float32, `distance` pixels away; 0 where `mask` is false."""
+        """Load features `[P, GB, S]`, float32, `distance` pixels away; 0 where `mask` is false."""
         ref, mask = self.feature_refs(rows, distance, mask)
         return triton.load(ref, mask=mask, other=0).astype(jnp.float32)
 
     def feature_refs(self, rows: Any, distance: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
-        """References to features `distance` pixels away; `mask` by channel, without padding."""
+        """Refer to features `distance` pixels away; also return `mask` without channel padding."""
         shape = tuple(self.shape)
         index = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
         row = (self.position + distance * self.step)[..., None]
@@ -116,7 +116,7 @@ def _program_tile(axis: str, shape: TileShape, group_size: int, height: int, wid
 
 
 def _read(tile: Tile, x: Any, floor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Features `[P, GB, S]` left and right of the positions; `floor` is of the offsets."""
+    """Load features `[P, GB, S]` left and right of positions; `floor` is that of the offsets."""
     index = tile.coordinate.astype(jnp.float32) + floor
     distance = first_index(index, tile.length) - tile.coordinate
     left, right = (
@@ -153,8 +153,8 @@ def _backward_kernel(
 
     def add(distance: jax.Array, total: jax.Array) -> jax.Array:
         floor, fraction, exists = tile.offsets(offset, distance)
-        # Left of the two pixels that the position reads, relative to this feature: 0 if it is this
-        # feature, -1 if this feature is the right pixel.
+        # The left one of the two pixels that the position reads, relative to this feature: 0 if it
+        # is this feature, -1 if this feature is the right one.
         left_pixel = floor + distance.astype(jnp.float32)
         reads = exists & ((left_pixel == 0) | (left_pixel == -1))
         weight = jnp.where(reads, jnp.where(left_pixel == 0, 1 - fraction, fraction), 0.0)
@@ -167,7 +167,7 @@ def _backward_kernel(
 
 
 def _reach(offset: jax.Array, axis: str) -> jax.Array:
-    """Range `[B, 2]`, end excluded, of distances from a feature to the positions that read it."""
+    """Find the range `[B, 2]`, end excluded, of distances from features to their readers."""
     dim = {"h": 1, "w": 2}[axis]
     length = offset.shape[dim]
     index, _ = split_offset(offset, dim)

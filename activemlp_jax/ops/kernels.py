@@ -13,8 +13,8 @@ def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @jax.custom_batching.custom_vmap
     def run(*arrays: jax.Array) -> Any:
-        # XLA cannot partition a kernel, so each device of the mesh that `jax.set_mesh` names runs
-        # the kernel on its part of the batch.
+        # XLA cannot partition a kernel, so each device of the mesh in the context runs the kernel
+        # on its part of the batch.
         mesh = jax.sharding.get_abstract_mesh()
         is_automatic = all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
         if mesh.empty or not is_automatic or arrays[0].shape[0] % mesh.size:
@@ -36,6 +36,6 @@ def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_batches(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function of arrays and the keyword `axis` from `kernel(axis, *arrays)`."""
+    """Turn `kernel(axis, *arrays)` into `run(*arrays, axis=..)` for `vmap` and several devices."""
     by_axis = {axis: _batched(partial(kernel, axis)) for axis in "hw"}
     return lambda *arrays, axis: by_axis[axis](*arrays)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def split_offset(offset: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Floor and fraction of the positions, coordinate + offset, along an axis of `offset`.
+    """Split the positions, coordinate + offset along an axis of `offset`, into floor and fraction.
 
     Coordinates are integers, so a position has the same fraction as its offset. The fraction is
     taken from the offset, where it is exact: a float32 position would round 3 - 1e-8 to 3 and read
@@ -31,7 +31,7 @@ def first_index(floor: jax.Array, length: int) -> jax.Array:
 
 
 def _read(line: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of `line` `[L, S]` at `index` `[L]`, with zeros outside."""
+    """Read the rows of `line` `[L, S]` at `index` `[L]`; rows outside are zero."""
     return line.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
@@ -47,7 +47,7 @@ def sample_line(line: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def sample(x: jax.Array, offset: jax.Array, axis: str) -> jax.Array:
-    """Apply `sample_line` to every row or column of `x` `[B, H, W, C]`, offsets `[B, H, W, G]`."""
+    """Sample every row or column of `x` `[B, H, W, C]` at offsets `[B, H, W, G]`."""
     line_axis = 1 if axis == "h" else 0  # the other spatial axis, after `vmap` over the batch
     over_groups = jax.vmap(sample_line, in_axes=(-2, -1), out_axes=-2)
     over_lines = jax.vmap(over_groups, in_axes=line_axis, out_axes=line_axis)

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from activemlp_jax.ops.kernels import on_batches
 
-# Finite offsets are clipped to +-FAR, which is outside any map. The others become NOT_FINITE,
+# Finite offsets are clipped to +-FAR, which is outside any map. NaN and infinity become NOT_FINITE,
 # because zero times NaN would spread NaN in the matmul.
 FAR, NOT_FINITE = 2.0**14, 2.0**16
 dot = partial(
@@ -29,24 +29,24 @@ Kernel = Callable[..., None]
 def _positions(
     offset: jax.Array, expand: jax.Array, coordinate: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Offset, floor of the position and fraction per channel, `[N, C]`, for offsets `[N, G]`."""
+    """Compute offset, floor of the position and fraction, `[N, C]`, from offsets `[N, G]`."""
     offset = dot(offset, expand, (((1,), (0,)), ((), ())))
     floor = jnp.floor(offset)
     return offset, coordinate + floor, offset - floor
 
 
 def _weight(floor: jax.Array, fraction: jax.Array, index: jax.Array) -> jax.Array:
-    """Weight of the pixel `index` in each sampled value."""
+    """Compute the weight of the pixel `index` in each sampled value."""
     return jnp.where(floor == index, 1 - fraction, jnp.where(floor + 1 == index, fraction, 0.0))
 
 
 def _slope(floor: jax.Array, values: jax.Array, index: jax.Array) -> jax.Array:
-    """Share of the pixel `index` in the derivatives with respect to the offsets."""
+    """Compute the share of the pixel `index` in the derivatives with respect to the offsets."""
     return jnp.where(floor + 1 == index, values, jnp.where(floor == index, -values, 0.0))
 
 
 def _initial_sum(offset: jax.Array) -> jax.Array:
-    """NaN where the offset was NaN or infinite, else zero."""
+    """Start a sum at NaN where the offset was NaN or infinite, and at zero elsewhere."""
     return jnp.where(offset == NOT_FINITE, jnp.nan, 0.0)
 
 
@@ -152,7 +152,7 @@ def _call(
     expand = jnp.repeat(
         jnp.eye(offset.shape[-1], dtype=jnp.float32), channels // offset.shape[-1], axis=1
     )
-    rows = 8 * 4 // x.dtype.itemsize  # of one tile of TPU memory
+    rows = 8 * 4 // x.dtype.itemsize  # rows of one tile of TPU memory
 
     def block(array: jax.ShapeDtypeStruct) -> pl.BlockSpec:
         if axis == "h":

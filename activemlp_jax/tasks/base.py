@@ -1,4 +1,4 @@
-"""The interface of a task: all parts of training and inference that differ between tasks."""
+"""The interface of a task: everything in training and inference that differs between tasks."""
 
 import abc
 import argparse
@@ -39,7 +39,7 @@ class Task(abc.ABC):
       score: name of the metric, in percent, that compares the states of a run.
       score_name: name of that metric in messages and plots.
       counted: what the confusion matrix counts, such as 'images'.
-      model_type: class of the models.
+      model_type: class of the task's models.
       dataset: number of images, number of classes and name of the original's training set.
       hub_name: name of the task on model hubs.
       does: what a model does with images, as a phrase for model cards.
@@ -49,7 +49,7 @@ class Task(abc.ABC):
       default_batch_size: default batch size of `evaluate`.
       written: endings of the files that `predict` writes, so that it does not read them as images.
       model: the model, which returns logits.
-      preprocessing: preprocessing of images in evaluation.
+      preprocessing: how images are prepared for evaluation.
       config: the whole config of a run; None if the task is not for training.
     """
 
@@ -73,7 +73,7 @@ class Task(abc.ABC):
 
     @property
     def settings(self) -> ConfigDict:
-        """The config; only a task that is for training has one."""
+        """Return the config; only a task made for training has one."""
         assert self.config is not None, "a task without a config is not for training"
         return self.config
 
@@ -102,7 +102,7 @@ class Task(abc.ABC):
     @staticmethod
     @abc.abstractmethod
     def open_data(name: str, split: str | None) -> Source:
-        """Open a split of a dataset, by default the one for evaluation; UserError if unreadable."""
+        """Open a split, by default the evaluation split; raise UserError if it cannot be read."""
 
     @staticmethod
     @abc.abstractmethod
@@ -115,7 +115,7 @@ class Task(abc.ABC):
 
     @staticmethod
     def adopt(config: ConfigDict, card: ModelCard) -> None:
-        """Copy the architecture of the model directory to start from into `config`."""
+        """Copy into `config` the architecture in `card`, of the model directory to start from."""
         for field in ARCHITECTURE:
             value = getattr(backbone(card.model), field)
             is_ratio = field == "mlp_ratios"
@@ -167,7 +167,8 @@ class Task(abc.ABC):
           show_progress: whether to show a progress bar on standard error.
 
         Returns:
-          A function from variables by name and a dataset to the sums for `metrics`, by name.
+          A function that takes named variables and a dataset, and returns the sums for `metrics` by
+          the same names.
         """
 
     @staticmethod
@@ -186,7 +187,7 @@ class Task(abc.ABC):
 
     @staticmethod
     def add_evaluate_options(parser: argparse._ArgumentGroup) -> None:
-        """Add `evaluate_options`; the default of each is None or False."""
+        """Add the options in `evaluate_options`; each must default to None or False."""
         del parser
 
     @abc.abstractmethod
@@ -201,12 +202,13 @@ class Task(abc.ABC):
           class_names: class names by label.
 
         Returns:
-          What to print, a line of text or a `rich` renderable each, and the record for JSON.
+          A list of what to print, each a line of text or a `rich` renderable, and the record for
+          JSON.
         """
 
     @staticmethod
     def add_predict_options(parser: argparse._ArgumentGroup) -> None:
-        """Add `predict_options`; the default of each is None or False."""
+        """Add the options in `predict_options`; each must default to None or False."""
         del parser
 
     @abc.abstractmethod
@@ -221,8 +223,8 @@ class Task(abc.ABC):
           options: the options of the command.
 
         Returns:
-          A function from variables and a list to an iterator over records, one for each file that
-          can be read. It adds the other files to the list.
+          A function that takes variables and a list, and yields a record for each file that can be
+          read. It adds the files that cannot be read to the list.
 
         Raises:
           UserError: invalid options, or existing files that would be overwritten.
@@ -253,7 +255,7 @@ CLASSIFIERS = (
 def redraw_heads(
     model: Model, card: ModelCard, variables: Variables, draw: Draw
 ) -> tuple[Variables, str]:
-    """Reinitialize `CLASSIFIERS` in place if `model` has another number of classes than `card`.
+    """Reinitialize `CLASSIFIERS` in place if the number of classes differs from that of `card`.
 
     Args:
       model: the model to start.

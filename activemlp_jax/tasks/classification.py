@@ -1,4 +1,4 @@
-"""Classification: a label for each image."""
+"""The task of classification: one label for each image."""
 
 import argparse
 import contextlib
@@ -62,13 +62,13 @@ TOP_CLASSES = 5  # per image, by `predict`
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean cross entropy of `logits` `[B, K]` with target probabilities `targets` `[B, K]`."""
+    """Compute the mean cross entropy of `logits` `[B, K]` with probabilities `targets` `[B, K]`."""
     return optax.losses.softmax_cross_entropy(logits, targets).mean()
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """One label per image."""
+    """The task of predicting one label for each image."""
 
     model: ActiveMLP
     preprocessing: Preprocessing
@@ -140,7 +140,7 @@ class Classification(Task):
         return redraw_heads(self.model, card, variables, draw)
 
     def batch_shapes(self) -> Shapes:
-        """Shapes and dtypes of a training batch."""
+        """Return the shapes and dtypes of a training batch."""
         batch, size = self.settings.batch_size, self.settings.data.image_size
         return {"image": ((batch, size, size, 3), "uint8"), "label": ((batch,), "int32")}
 
@@ -183,7 +183,7 @@ class Classification(Task):
         return soft_cross_entropy(logits, targets), {}
 
     def count(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
-        """Sum losses and counts over the examples of a batch, without its padding.
+        """Sum losses, top-5 hits and the confusion matrix over a batch, leaving out its padding.
 
         Args:
           variables: variables of the model.
@@ -208,7 +208,7 @@ class Classification(Task):
     def make_test(
         self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
-        """Make the function from variables by name and a dataset to sums by name."""
+        """Make the function that evaluates named variables on a dataset; see `Task.make_test`."""
 
         def count_batch(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
             return self.count(sharding.gather(variables, mesh), batch)
@@ -258,13 +258,13 @@ class Classification(Task):
 
     @staticmethod
     def add_evaluate_options(parser: argparse._ArgumentGroup) -> None:
-        """Add `evaluate_options`."""
+        """Add the options in `evaluate_options`."""
         parser.add_argument("--image-size", type=int, help="side in pixels (the model's)")
 
     def report(
         self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Report the accuracy of each kind of weights, and the hardest classes of the first."""
+        """Report the accuracy of each kind of weights, and the hardest classes of the first one."""
         lines, record = list[Any](), Record()
         for kind, sums in results.items():
             values = self.metrics(sums)
@@ -327,7 +327,7 @@ class Classification(Task):
 
 
 def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Find the classes with the lowest accuracy, without those that have no mistakes.
+    """Find the classes with the lowest accuracy, leaving out classes without mistakes.
 
     Args:
       confusion: image counts `[K, K]`, label by prediction.

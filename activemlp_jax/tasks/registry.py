@@ -1,4 +1,4 @@
-"""The registry of tasks, and the task of a config or of a model directory."""
+"""The registry of tasks, with functions that find the task of a config or a model directory."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Seg
 
 
 def make_task(config: ConfigDict, num_classes: int) -> Task:
-    """Make the task of a config, with its model; raise UserError for invalid settings of these."""
+    """Make the task of a config, with its model; raise UserError if its settings are invalid."""
     return TASKS[config.task].from_config(config, num_classes)
 
 

@@ -1,4 +1,4 @@
-"""Segmentation: a class for every pixel."""
+"""The task of segmentation: a class for every pixel."""
 
 import argparse
 import dataclasses
@@ -56,7 +56,7 @@ EXAMPLES_DRAWN = 8
 
 
 def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross entropy over all pixels; ignored pixels count with a loss of 0.
+    """Compute the mean cross entropy over all pixels; ignored pixels count with a loss of 0.
 
     Args:
       logits: `[B, h, w, K]`; they are resized to the size of the labels.
@@ -74,7 +74,7 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Task):
-    """A class for every pixel.
+    """The task of predicting a class for every pixel.
 
     Args:
       protocol: protocol of evaluation and prediction.
@@ -177,7 +177,7 @@ class Segmentation(Task):
 
     @staticmethod
     def adopt(config: ConfigDict, card: ModelCard) -> None:
-        """Copy the architecture of the backbone, and that of a segmentation head, into `config`."""
+        """Copy the architecture of the backbone and, if there is one, of the head into `config`."""
         Task.adopt(config, card)
         if isinstance(card.model, ActiveSegmentor):
             for field in HEAD:
@@ -203,7 +203,7 @@ class Segmentation(Task):
         return Segmenter(self.model, self.preprocessing, self.protocol)
 
     def batch_shapes(self) -> Shapes:
-        """Shapes and dtypes of a training batch."""
+        """Return the shapes and dtypes of a training batch."""
         batch, size = self.settings.batch_size, self.settings.data.image_size
         return {
             "image": ((batch, size, size, 3), "uint8"),
@@ -250,7 +250,7 @@ class Segmentation(Task):
     def make_test(
         self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
-        """Make the function from variables by name and a dataset to sums by name."""
+        """Make the function that evaluates named variables on a dataset; see `Task.make_test`."""
         watch = watch_parts if show_progress and hosts.is_first() else iter
         return make_evaluation(self._segmenter, mesh, batch_size, num_threads, watch)
 
@@ -272,7 +272,7 @@ class Segmentation(Task):
 
     @staticmethod
     def add_evaluate_options(parser: argparse._ArgumentGroup) -> None:
-        """Add `evaluate_options`."""
+        """Add the options in `evaluate_options`."""
         parser.add_argument(
             "--multi-scale",
             action="store_true",
@@ -293,7 +293,7 @@ class Segmentation(Task):
     def report(
         self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Report a table of the classes for the first kind of weights, and metrics for each."""
+        """Report metrics of each kind of weights, and a table of the classes for the first."""
         protocol = self.protocol.describe(self.preprocessing)
         lines, record = list[Any](), Record(protocol=protocol)
         for kind, sums in results.items():
@@ -314,7 +314,7 @@ class Segmentation(Task):
 
     @staticmethod
     def add_predict_options(parser: argparse._ArgumentGroup) -> None:
-        """Add `predict_options`."""
+        """Add the options in `predict_options`."""
         parser.add_argument("--output", metavar="DIR", help="for the overlays (next to the images)")
         parser.add_argument(
             "--opacity", type=float, help=f"of the colors, 0 to 1 ({segmentation_predict.OPACITY})"
@@ -347,7 +347,7 @@ class Segmentation(Task):
 
 
 def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
-    """Iterate over parts with a progress bar that counts images and compiled image sizes."""
+    """Iterate over batches with a progress bar that counts images and compiled image sizes."""
     console = Console(stderr=True)
     images = sum(len(part.indices) for part in parts)
     sizes = len({shape for part in parts for shape, _ in part.key.views})

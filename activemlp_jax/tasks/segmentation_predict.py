@@ -14,9 +14,9 @@ from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.model_card import ModelCard
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # endings of the files to write
-MAX_LISTED = 5  # classes per image
+MAX_LISTED = 5  # classes to list per image
 OPACITY = 0.6
-MAX_LABELS = 2**16  # in a 16-bit picture
+MAX_LABELS = 2**16  # values of a pixel in a 16-bit picture
 
 Record = dict[str, Any]
 
@@ -36,10 +36,10 @@ def plan(
       options: the options of the command.
 
     Returns:
-      A function from variables and a list to an iterator over records: for each file that can be
-      read, the paths of `image` and `overlay`, whether the overlay `replaced` an older file, and
-      the `shares` of the pixels by name of the classes that occur, largest first. It adds the
-      other files to the list.
+      A function that takes variables and a list, and yields a record for each file that can be
+      read. A record has the paths `image` and `overlay`, whether the overlay `replaced` an older
+      file, and `shares`, the fraction of the pixels in each class that occurs, keyed by class name,
+      largest first. The function adds the files that cannot be read to the list.
 
     Raises:
       UserError: a file cannot be written or would be overwritten, or the model has too many

@@ -29,28 +29,28 @@ from activemlp_jax.utils.json_files import expect, read_json
 from activemlp_jax.utils.orbax_logs import without_tracebacks
 from activemlp_jax.weights.model_directory import describe_non_finite
 
-NOT_EVALUATED = -1.0  # below every score
+NOT_EVALUATED = -1.0  # the score of a checkpoint without an evaluation, below all others
 CLOCK_INTERVAL = 10  # steps between checks of the clock if there are several hosts
 NONE_COMPLETE = ".none_complete"  # the marker file
 
 
 class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A checkpoint directory that gets the digests of its files before its final name.
+    """Checkpoint directory that writes the digests of its files before taking its final name.
 
-    Orbax calls `finalize` on the first host, in the thread that writes, when all hosts have
-    written: for a checkpoint and for each of its items.
+    Orbax calls `finalize` for a checkpoint and for each of its items, once all hosts have written.
+    It does so only on the first host, in the thread that writes.
     """
 
     _final_path: Any
 
     async def finalize(self) -> None:
-        """Rename the directory to its final name; write the digests first if it is a checkpoint."""
+        """Rename the directory to its final name; for a checkpoint, write the digests first."""
         final = self._final_path
         if not final.name.isdecimal():
             await super().finalize()
             return
-        # Orbax writes more files while it finalizes, and they need digests as well: let it finalize
-        # to another name first. It removes directories with this suffix after a kill.
+        # Orbax writes more files while it finalizes, and they need digests as well, so it finalizes
+        # to a temporary name first. After a kill, Orbax removes directories with this suffix.
         suffix = ocp.path.atomicity_types.TMP_DIR_SUFFIX
         self._final_path = final.with_name(f"{final.name}.written{suffix}")
         await super().finalize()
@@ -61,7 +61,7 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class Restored(NamedTuple):
-    """A restored state, and the `losses` of the steps of its epoch so far."""
+    """A restored state, with the losses of the steps already done in its epoch."""
 
     state: TrainState
     losses: list[float]
@@ -75,10 +75,10 @@ class Best(NamedTuple):
 
 
 class Checkpoints:
-    """Context manager for the checkpoints of a run; waits for pending saves at the end.
+    """Context manager for the checkpoints of a run; on exit it waits for pending saves.
 
     All hosts save and restore together, in a directory that they share. The newest checkpoints are
-    kept, and the one with the highest score among those that were evaluated.
+    kept, and so is the one with the highest score among those that were evaluated.
 
     Args:
       directory: directory of the checkpoints, created if needed.
@@ -123,27 +123,26 @@ class Checkpoints:
             self._quiet.__exit__(kind, *error)
 
     def newest(self, below: int) -> Path | None:
-        """Path of the newest complete checkpoint of a step less than `below`, or None."""
+        """Return the path of the newest complete checkpoint before step `below`, or None."""
         with contextlib.suppress(Exception):  # a failed save leaves no checkpoint
             self._manager.wait_until_finished()
         steps = [step for step in _steps(self._directory) if step < below]
         return self.path(max(steps)) if steps else None
 
     def best(self) -> Best | None:
-        """The best checkpoint among those that were evaluated; None if none was."""
+        """Return the best of the checkpoints that were evaluated, or None if there is none."""
         step = self._manager.best_step()
         score = NOT_EVALUATED if step is None else _score(self._manager.metrics(step))
         return None if score == NOT_EVALUATED else Best(step, score)
 
     def path(self, step: int) -> Path:
-        """Directory of the checkpoint of a step."""
+        """Return the directory of the checkpoint of a step."""
         return self._directory / str(step)
 
     def begin(self, has_records: bool) -> None:
-        """Write the marker of a run without checkpoints; called by the first host only.
+        """Write the marker that says that no checkpoint is complete yet; for the first host only.
 
-        Raises UserError if the run has records of steps but not the marker: its checkpoints are
-        lost.
+        Raises UserError if the run has records of steps but no marker: its checkpoints are lost.
         """
         marker = self._directory / NONE_COMPLETE
         if has_records and not marker.exists():
@@ -155,7 +154,7 @@ class Checkpoints:
         replace_file(marker, "no checkpoint has been complete here yet\n")
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
-        """Restore the checkpoint of a step, or the newest one and check all others as well.
+        """Restore the checkpoint of `step`, or the newest one after a check of all others.
 
         `like` has the state's shapes and shardings. Returns None if there is no checkpoint. Raises
         UserError if a checkpoint is damaged, has weights that are not finite, or belongs to a run
@@ -186,7 +185,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Report errors as a damaged checkpoint, and name the checkpoint to resume from."""
+        """Turn errors into a UserError that calls the checkpoint damaged and names a good one."""
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -198,7 +197,7 @@ class Checkpoints:
             ) from error
 
     def _newest_good(self, without: int) -> str:
-        """Newest undamaged checkpoint other than `without`, for messages."""
+        """Name the newest undamaged checkpoint other than `without`, for messages."""
         for step in sorted(_steps(self._directory) - {without}, reverse=True):
             with contextlib.suppress(UserError):
                 _read(self.path(step), share=False)
@@ -208,7 +207,7 @@ class Checkpoints:
     def save(
         self, state: TrainState, step: int, losses: list[float], score: float | None = None
     ) -> None:
-        """Start to save a state, unless its step is saved; training may continue meanwhile.
+        """Start saving a state, unless its step is already saved; training may continue meanwhile.
 
         `losses` are those of the current epoch so far; `score` is in percent, or None if the state
         was not evaluated. Raises UserError if this save or the previous one failed.
@@ -236,7 +235,7 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def is_due(self, step: int) -> bool:
-        """Whether to save after `step`, by its number or by the clock; the same on all hosts.
+        """Return whether to save after `step`, by step number or by time; the same on all hosts.
 
         With several hosts, the clock is checked only every `CLOCK_INTERVAL` steps, because all use
         the first host's clock, and asking for it takes time.
@@ -251,7 +250,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Report errors as a checkpoint that cannot be written, and name the newest whole one."""
+        """Turn errors into a UserError that names the directory and the newest whole checkpoint."""
         try:
             yield
         except Exception as error:  # Orbax and its dependencies raise many types
@@ -267,7 +266,7 @@ def _score(metrics: dict[str, float]) -> float:
 
 
 def _steps(directory: Path) -> set[int]:
-    """Steps with a complete checkpoint."""
+    """Return the steps that have a complete checkpoint."""
     names = {path.name for path in directory.glob("*") if path.is_dir()}
     return {int(name) for name in names if name.isascii() and name.isdecimal()}
 

@@ -1,4 +1,4 @@
-"""Command lines that take a config, with one-line errors for wrong options."""
+"""Parsing of command lines that take a config, and the command line of `train.py`."""
 
 import argparse
 import difflib
@@ -28,7 +28,7 @@ PROJECT = str(Path(__file__).parents[2])
 def load_config(path: str) -> ConfigDict:
     """Load a config from a Python file.
 
-    The file can import others of the project as `configs.NAME`, whatever the working directory.
+    The file can import the project's other configs as `configs.NAME` from any working directory.
 
     Args:
       path: FILE.py, or FILE.py:VARIANT to call its `get_config` with a variant.
@@ -58,7 +58,7 @@ def load_config(path: str) -> ConfigDict:
 
 
 def config_name(path: str) -> str:
-    """Name of a config: that of its file, and the variant if there is one."""
+    """Name a config after its file, without the ending, and its variant if there is one."""
     file, *variant = path.split(":", 1)
     return "_".join([Path(file).stem, *variant])
 
@@ -68,11 +68,11 @@ def parse_arguments(
 ) -> tuple[argparse.Namespace, ConfigDict]:
     """Parse the command line of a command that takes a config.
 
-    Options that set keys of the config are read by ml_collections, by the type of the value in the
-    config. With --help, the keys of the config are printed too, and the process exits.
+    ml_collections parses the options that set keys of the config, by the type of each key's current
+    value. With --help, the keys of the config are printed as well, and the process exits.
 
     Args:
-      parser: with the command's own options, and `add_help=False`.
+      parser: a parser with the command's other options, made with `add_help=False`.
       default_path: config file to use without --config; None if --config is required.
 
     Returns:
@@ -103,7 +103,7 @@ def parse_arguments(
 
 
 def _set_keys(config: ConfigDict, words: Sequence[str], path: str) -> None:
-    """Change a config as `words` of the command line say; raise UserError for other words."""
+    """Set the config keys that the command-line words name; raise UserError for other words."""
     keys = flatten(config)
     for word in words:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", word)
@@ -148,7 +148,7 @@ def run(description: str | None, default_path: Path) -> None:
     """Run the command line of `train.py`.
 
     Args:
-      description: its description, for --help.
+      description: what --help says about the command.
       default_path: config file to use without --config.
     """
     parser = Parser(

@@ -44,7 +44,7 @@ FREE_TO_CHANGE = (
 
 
 def default_config() -> ConfigDict:
-    """Default settings, for a run on the digits; the config is locked: no keys can be added."""
+    """Return the default settings, for a run on the digits, locked so that no keys can be added."""
     config = ConfigDict()
     config.task = "classification"  # or segmentation
     config.seed = 0
@@ -82,8 +82,8 @@ def default_config() -> ConfigDict:
     config.head.dropout_rate = 0.1
 
     config.mesh = ConfigDict()  # devices along each axis; see sharding.make_mesh
-    config.mesh.data = -1  # split the batch, replicate the state; -1: all devices that fsdp leaves
-    config.mesh.fsdp = 1  # split the batch and the state
+    config.mesh.data = -1  # devices that split the batch and copy the state; -1: all / fsdp
+    config.mesh.fsdp = 1  # devices that split both the batch and the state
 
     config.data = ConfigDict()
     config.data.name = "digits"  # or folder:PATH, or tfds:NAME; see sources.open_source
@@ -95,7 +95,7 @@ def default_config() -> ConfigDict:
     config.data.mean = IMAGENET_MEAN
     config.data.std = IMAGENET_STD
     config.data.num_threads = 2  # threads that read and transform images, on each host
-    config.data.num_workers = 0  # worker processes, instead of the threads
+    config.data.num_workers = 0  # worker processes to use instead of threads; 0: threads
     config.data.on_error = "skip"  # replace a broken image by the next one; or "raise"
     config.data.max_skipped = 100  # stop after more broken images than this
     # Segmentation images are resized to fit into long_side x short_side pixels, in training and in
@@ -105,7 +105,7 @@ def default_config() -> ConfigDict:
     config.data.scene.short_side = 512
 
     config.augment = ConfigDict()
-    config.augment.repeats = 1  # copies of each image, repeated augmentation; see SampleOrder
+    config.augment.repeats = 1  # copies of each image (repeated augmentation); see SampleOrder
     config.augment.policy = "warp"  # or random_resized_crop; see image_transforms
     config.augment.crop = ConfigDict()  # for random_resized_crop; see image_transforms.draw_crop
     config.augment.crop.min_area = 0.08
@@ -125,7 +125,8 @@ def default_config() -> ConfigDict:
     config.augment.mixup_alpha = 0.0  # 0: no mixup; see batch_transforms.draw_mixing
     config.augment.cutmix_alpha = 0.0  # 0: no cutmix
     config.augment.cutmix_probability = 0.5  # of cutmix rather than mixup, if both are on
-    config.augment.mix_group_size = 128  # rows that share one mixing; a smaller batch is one group
+    # Size of a mixing group, images that share one mixup or cutmix draw; a smaller batch is one.
+    config.augment.mix_group_size = 128
     config.augment.scene = ConfigDict()  # for segmentation; see segmentation_transforms
     config.augment.scene.min_scale = 0.5  # random scale of the resized image, if data.scene resizes
     config.augment.scene.max_scale = 2.0
@@ -140,7 +141,7 @@ def default_config() -> ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.schedule = "steps"  # or epochs, or poly; see schedules.learning_rate_schedule
     config.optimizer.learning_rate = 5e-4  # peak, after the warm-up
-    config.optimizer.reference_batch_size = 0  # images that learning_rate is for; 0: do not scale
+    config.optimizer.reference_batch_size = 0  # batch size for learning_rate; 0: do not scale it
     config.optimizer.warmup_learning_rate = 1e-6
     config.optimizer.final_learning_rate = 1e-5
     config.optimizer.warmup_epochs = 5
@@ -151,7 +152,7 @@ def default_config() -> ConfigDict:
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.clip_norm = 0.0  # global norm of the gradient; 0: do not clip
-    config.optimizer.layer_decay = 1.0  # ratio of learning rates, a block to the next one
+    config.optimizer.layer_decay = 1.0  # a block's learning rate divided by that of the next block
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
@@ -181,8 +182,8 @@ CHOICES: dict[str, Iterable[str]] = {
     "optimizer.not_decayed": NOT_DECAYED,
 }
 
-# Lowest and highest value of each number, or of each of several numbers. Most upper limits are far
-# above what any run needs, to catch typing errors early.
+# Lowest and highest value of each setting, or of each number in a tuple. Most upper limits are far
+# above what any run needs, and only catch typos early.
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),  # JAX's random keys use 32 bits of it
     "epochs": (1, 10**7),
@@ -236,7 +237,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "augment.scene.max_class_share": (ABOVE_0, 1),
     "test.every_epochs": (1, 10**7),
     "test.size_multiple": (1, 2**12),
-    # A run that diverges stops when a metric is not finite.
+    # High enough for any experiment: a run that diverges stops when a metric is not finite.
     "optimizer.learning_rate": (ABOVE_0, 10**20),
     "optimizer.reference_batch_size": (0, 10**6),
     "optimizer.warmup_learning_rate": (0, 10**20),
@@ -296,11 +297,11 @@ def check_config(config: ConfigDict) -> None:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """Values of a config, keyed by names such as 'data.name'."""
+    """Flatten a config to a dict keyed by names such as 'data.name'."""
     return flatten_dict(config.to_dict(), sep=".")
 
 
-# Names of keys, or of groups of keys, in the configs that earlier versions saved.
+# Old names of keys, or of groups of keys, in configs that earlier versions saved, and new names.
 RENAMED = {
     "data.augmentation": "augment.policy",
     "data.repeats": "augment.repeats",
@@ -322,7 +323,7 @@ RENAMED = {
 
 
 def current_name(key: str) -> str:
-    """The name of a key that may have another name in earlier versions."""
+    """Return the current name of a key, which earlier versions may have named differently."""
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
             return new + key.removeprefix(old)
@@ -330,10 +331,10 @@ def current_name(key: str) -> str:
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Compare the settings of two runs in all keys but `FREE_TO_CHANGE`.
+    """List the settings that differ between two runs, except those in `FREE_TO_CHANGE`.
 
-    Configs saved by earlier versions may have former names of keys, and lack some keys; these count
-    as their defaults.
+    Configs saved by earlier versions may use old names of keys, which are replaced by the current
+    ones, and may lack some keys, which then have their defaults.
 
     Args:
       ours: the config of this run, as a nested dict.

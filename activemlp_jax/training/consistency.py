@@ -14,7 +14,7 @@ from activemlp_jax.training.config import flatten
 
 
 def code_version() -> str:
-    """Digest of this package's source files."""
+    """Compute a digest of this package's source files."""
     digest = hashlib.sha256()
     folder = Path(activemlp_jax.__file__).parent
     for path in sorted(folder.rglob("*.py")):
@@ -23,7 +23,7 @@ def code_version() -> str:
 
 
 def run_facts(config: ConfigDict, sources: Sequence[Source]) -> dict[str, Any]:
-    """Facts that must match on every host, keyed by display name."""
+    """Collect the facts that must match on every host, keyed by their names in messages."""
     settings = {f"config.{key}": value for key, value in flatten(config).items()}
     return {
         **settings,

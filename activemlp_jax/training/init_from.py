@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 def adopt_architecture(config: ConfigDict) -> ConfigDict:
     """Copy the architecture of the model directory `config.init_from` into a config.
 
-    A segmentation model also replaces the head; with a classifier's backbone, the config's head
-    stays.
+    If that is a segmentation model, its head replaces the config's. If it is a classifier, the
+    config's head stays.
 
     Args:
       config: the whole config.
@@ -55,8 +55,8 @@ def initial_variables(config: ConfigDict, task: Task) -> Variables:
     Random initialization runs on one device, so that one program in JAX's compilation cache serves
     any number of devices.
 
-    If the loaded model has another number of classes, the layers that depend on it are initialized
-    randomly. A segmentation model takes only the backbone of a classifier.
+    If the loaded model has a different number of classes, the layers that depend on it are
+    initialized randomly. A segmentation model takes only the backbone of a classifier.
 
     Args:
       config: the whole config, after `adopt_architecture`.

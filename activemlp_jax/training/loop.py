@@ -137,12 +137,12 @@ class _ConsoleHandler(logging.Handler):
 
 @contextlib.contextmanager
 def _logging_to(console: Console) -> Iterator[None]:
-    """Print what this package logs; of hosts other than the first, only warnings."""
+    """Print this package's log messages; hosts other than the first print only warnings."""
     logger, handler = logging.getLogger("activemlp_jax"), _ConsoleHandler(console)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if hosts.is_first() else logging.WARNING)
-    logger.propagate = False  # absl prints all that reaches the root logger
+    logger.propagate = False  # absl prints everything that reaches the root logger
     try:
         yield
     finally:
@@ -198,7 +198,7 @@ def _run_steps(
     if first_step < last_step:
         log.info("compiling, which can take minutes for a large model")
     if first_step == last_step or config.test.every_epochs == 1:
-        # This compiles the evaluation; a finished run needs nothing else.
+        # Testing now compiles the evaluation before training; a finished run needs only this test.
         test_metrics, sums = trainer.test(state, run.test_source)
     if first_step == last_step:
         return _Result(state, test_metrics, sums, 0.0)
@@ -216,13 +216,13 @@ def _run_steps(
         process=jax.process_index(),
         processes=jax.process_count(),
     )
-    pending: deque[tuple[int, Metrics]] = deque()  # dispatched steps
+    pending: deque[tuple[int, Metrics]] = deque()  # steps that are not reported yet
 
     def check_finite(step: int, metrics: Record) -> None:
         broken = non_finite(metrics)
         if broken:
             batch = sample_order(config, len(run.train_source)).batch(step)
-            # A loss comes from the weights before the update, so checkpoint `step` is bad as well.
+            # The loss is of the weights before the update, so checkpoint `step` is bad as well.
             last_good = checkpoints.newest(below=step if "loss" in broken else step + 1)
             raise stop_at_non_finite(run.workdir, step, metrics, batch, last_good)
 

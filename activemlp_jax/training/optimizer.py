@@ -16,19 +16,20 @@ NOT_DECAYED = ("vectors", "norms")  # the values of `config.optimizer.not_decaye
 
 
 def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
-    """Mask of the parameters that weight decay applies to.
+    """Make a mask of the parameters that weight decay applies to.
 
     Args:
       params: the tree of parameters.
-      not_decayed: which parameters to exclude. 'vectors': vectors, biases and position
-        convolutions, as the original does for classification. 'norms': the LayerNorms of the blocks
-        and of the feature maps for the head, as it does for segmentation, where the norms of offset
-        layers, batch norms, biases and position convolutions do decay.
+      not_decayed: which parameters to exclude. 'vectors' excludes vectors, biases and positional
+        convolutions (PEG), as the original does for classification. 'norms' excludes the LayerNorms
+        of the blocks and those of the maps that the head reads, as the original does for
+        segmentation; the norms of offset layers, batch norms, biases and positional convolutions
+        then decay.
 
     Returns:
       A tree of bools like `params`.
 
-    Source: the original's parameter groups; for segmentation, names with 'norm' do not decay.
+    Source: the original's parameter groups; for segmentation, those exclude names with 'norm'.
     """
 
     def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:
@@ -41,17 +42,17 @@ def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
 
 
 def layer_scales(params: Any, model: Model, decay: float) -> Any:
-    """Scale of each parameter's learning rate under layer-wise decay.
+    """Compute factors for the learning rates of the parameters under layer-wise decay.
 
-    The head and its norm have scale 1, the last block `decay`, the block before it `decay ** 2` and
-    so on down to the stem. A stage's position convolution counts with its first block, and the
-    downsampling after a stage with its last block. The backbone of a segmentation model is scaled
-    the same way.
+    The factor is 1 for the head and its norm, `decay` for the last block, `decay ** 2` for the
+    block before it, and so on down to the stem. The positional convolution (PEG) of a stage has the
+    factor of the stage's first block, and the downsampling after a stage that of its last block. In
+    a segmentation model, the backbone has the same factors.
 
     Args:
       params: the tree of parameters.
       model: the model, for the depths of its stages.
-      decay: ratio of the learning rates of a block and the next one.
+      decay: learning rate of a block divided by that of the next block.
 
     Returns:
       A tree of floats like `params`.
@@ -98,7 +99,7 @@ OPTIMIZERS = {"adamw": adamw}  # the values of `config.optimizer.name`
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, model: Model
 ) -> optax.GradientTransformation:
-    """Make the optimizer that `config.name` names and, if configured, clip and decay by layer.
+    """Make the optimizer named by `config.name`, with clipping and layer-wise decay if configured.
 
     Args:
       config: `config.optimizer`.

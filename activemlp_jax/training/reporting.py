@@ -36,7 +36,7 @@ EPOCH_FORMATS = (
     ("images_per_second", "{:.0f} images/s"),
 )
 
-MAX_LAG = 5.0  # percentage points; an average further behind its weights gets a warning
+MAX_LAG = 5.0  # percentage points; warn if the averaged weights score lower by more
 
 
 def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str:
@@ -60,7 +60,7 @@ def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str
 
 
 def lagging_average(config: ConfigDict, record: Record, score: str, images: int) -> str | None:
-    """Warn in a line if the averaged weights are far worse than those of the last step.
+    """Return a one-line warning if the averaged weights are far worse than those of the last step.
 
     Args:
       config: the whole config.
@@ -83,7 +83,7 @@ class Work(NamedTuple):
 
     first_step: int  # number of steps already done
     last_step: int  # number of steps of the whole run
-    epochs: int  # of the whole run
+    epochs: int  # number of epochs of the whole run
     batch_size: int
     flops: float  # of a step
     peak_flops: float | None  # of all devices, per second; None if unknown
@@ -150,7 +150,7 @@ class Reporter:
         self._progress.update(self._task, epoch=self._epoch)
 
     def images_per_second(self) -> float:
-        """Average speed since the epoch began."""
+        """Return the average number of images per second since the epoch began."""
         return self._steps * self._work.batch_size / (time.perf_counter() - self._started)
 
     def step(self, step: int, metrics: Record) -> None:

@@ -78,7 +78,7 @@ def write_result(
 def write_model_directory(run: Run, name: str, state: TrainState, score: float) -> None:
     """Write a state's weights to the model directory `name` in the workdir; call it on all hosts.
 
-    The average, if the run keeps one, becomes the default. `score` is that of `describe_source`.
+    If the run keeps averaged weights, they become the default. For `score`, see `describe_source`.
     """
     weights = sharding.fetch(state.weights(), run.trainer.mesh)
     if hosts.is_first():
@@ -95,8 +95,8 @@ def write_model_directory(run: Run, name: str, state: TrainState, score: float) 
 def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
     """Draw training curves, the confusion matrix and example predictions; call it on all hosts.
 
-    The examples come from `state`, the confusion matrix from `sums`, those of the last test.
-    Returns the names of the files in the workdir; none on hosts other than the first.
+    The example predictions use the weights in `state`; the confusion matrix is in `sums`, from the
+    last test. Returns the names of the pictures in the workdir; none on hosts other than the first.
     """
     task, weights = run.trainer.task, state.weights()
     variables = sharding.fetch(weights[list(weights)[-1]], run.trainer.mesh)

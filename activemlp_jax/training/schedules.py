@@ -1,4 +1,4 @@
-"""Learning rate schedules."""
+"""Learning rate schedules: a warm-up, then a cosine or linear decay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 
 def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
-    """Peak learning rate; if `reference_batch_size` is set, it scales with `batch_size`."""
+    """Compute the peak learning rate, scaled with `batch_size` if there is a reference size."""
     reference = config.reference_batch_size
     return config.learning_rate * (batch_size / reference if reference else 1.0)
 
 
 def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-    """Number of warm-up steps; `config` is `config.optimizer`."""
+    """Return the number of warm-up steps; `config` is `config.optimizer`."""
     if config.schedule == "poly":
         return config.warmup_steps
     return config.warmup_epochs * steps_per_epoch
@@ -44,7 +44,7 @@ def learning_rate_schedule(
 def _cosine_by_step(
     config: ConfigDict, peak: float, steps_per_epoch: int, steps: int
 ) -> optax.Schedule:
-    """Linear warm-up, then a cosine decay, counted from the start of the run."""
+    """Make a linear warm-up, then a cosine decay that counts from the start of the run."""
     warmup_length = warmup_steps(config, steps_per_epoch)
     warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_length, 1))
     cosine = optax.cosine_decay_schedule(peak, steps, alpha=config.final_learning_rate / peak)
@@ -54,7 +54,7 @@ def _cosine_by_step(
 def _cosine_by_epoch(
     config: ConfigDict, peak: float, steps_per_epoch: int, steps: int
 ) -> optax.Schedule:
-    """The same shape with one rate per epoch, exactly as the original.
+    """Make the schedule of `_cosine_by_step` with one rate per epoch, exactly as the original.
 
     The original steps its scheduler after each epoch with that epoch's number, so epoch e has the
     rate for e - 1, and the first two epochs both have the lowest rate of the warm-up.
@@ -73,7 +73,7 @@ def _cosine_by_epoch(
 
 
 def _linear(config: ConfigDict, peak: float, steps_per_epoch: int, steps: int) -> optax.Schedule:
-    """Linear decay to the final rate, multiplied during the warm-up by a factor that rises to 1.
+    """Make a linear decay to the final rate, times a factor that rises to 1 during the warm-up.
 
     Source: mmcv's PolyLrUpdaterHook with power 1 and a linear warm-up, for segmentation.
     """
@@ -89,8 +89,9 @@ def _linear(config: ConfigDict, peak: float, steps_per_epoch: int, steps: int) -
     return rate
 
 
-# The values of `config.optimizer.schedule`: from `config.optimizer`, the peak learning rate, the
-# steps per epoch and the steps of the run to a function from the step to the learning rate.
+# Schedules by the value of `config.optimizer.schedule`. Each function takes `config.optimizer`, the
+# peak learning rate, the steps per epoch and the steps of the run, and returns a function from the
+# step to the learning rate.
 SCHEDULES: dict[str, Callable[[ConfigDict, float, int, int], optax.Schedule]] = {
     "steps": _cosine_by_step,
     "epochs": _cosine_by_epoch,

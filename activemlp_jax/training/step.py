@@ -41,7 +41,7 @@ class TrainState(struct.PyTreeNode):
         return cls(jnp.zeros((), jnp.int32), variables, ema, optimizer.init(variables["params"]))
 
     def weights(self) -> dict[str, Variables]:
-        """The variables as 'model', and their average, if the run keeps one, as 'ema'."""
+        """Return the variables as 'model' and, if the run keeps their average, that as 'ema'."""
         return {"model": self.variables} | ({} if self.ema is None else {"ema": self.ema})
 
 
@@ -55,7 +55,7 @@ def make_train_step(
     """Make the function of one training step.
 
     Args:
-      task: makes the inputs of its loss from a batch, and computes the loss; see `Task`.
+      task: the `Task`, which prepares batches on the device and computes the loss.
       optimizer: turns gradients into updates.
       schedule: learning rate by step, only to report it; the optimizer already applies it.
       config: the whole config; `seed`, `accumulation`, `ema_decay` and `ema_warmup` are read.
@@ -63,8 +63,8 @@ def make_train_step(
 
     Returns:
       A function from a state and a batch to the next state and the metrics of the step: `loss`
-      before the update, `learning_rate`, and the norms over all parameters, `gradient_norm` and,
-      after the update, `parameter_norm`.
+      before the update, `learning_rate`, and the norms over all parameters: `gradient_norm`, and
+      `parameter_norm` after the update.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -84,8 +84,9 @@ def make_train_step(
         if config.accumulation == 1:
             loss, updated, gradients = gradient_fn(inputs, key)
         else:
-            # The mean over equal parts of the batch, for models that keep no batch statistics. Part
-            # k of n has the rows k, k + n and so on, which all devices hold an equal share of.
+            # Average over equal parts of the batch, which is exact only for models without batch
+            # statistics. Part k of n has the rows k, k + n and so on, so that every device holds an
+            # equal share of each part.
             rows = len(jax.tree.leaves(inputs)[0]) // config.accumulation
             loss, updated, gradients = optax.microbatch(
                 lambda inputs, keys: gradient_fn(inputs, keys[0]),
@@ -102,8 +103,8 @@ def make_train_step(
         if ema is not None:
             decay = config.ema_decay
             if config.ema_warmup:
-                # As TensorFlow's ExponentialMovingAverage with `num_updates`: the average follows
-                # the weights of a short run too.
+                # Like TensorFlow's ExponentialMovingAverage with `num_updates`, so that the average
+                # follows the weights of a short run too.
                 decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
             ema = update_average(ema, variables, decay)
 
@@ -130,7 +131,7 @@ def update_average(average: Variables, variables: Variables, decay: float | jax.
 
 
 def norm_over_all(tree: Any) -> jax.Array:
-    """Euclidean norm over all leaves, as `optax.tree.norm`, but faster to compile.
+    """Compute the Euclidean norm over all leaves, like `optax.tree.norm` but faster to compile.
 
     Squares of leaves with the same shape are added before they are summed: a model has hundreds of
     leaves, and XLA on CPUs compiles every sum to three loops.
@@ -142,7 +143,7 @@ def norm_over_all(tree: Any) -> jax.Array:
 
 
 def _total(parts: Sequence[jax.Array]) -> jax.Array:
-    """Sum arrays as a balanced tree: XLA works through a chain of additions link by link."""
+    """Sum arrays in a balanced tree, since XLA works through a chain of additions one by one."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2

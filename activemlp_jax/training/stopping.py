@@ -61,20 +61,20 @@ class Interruption:
 
 
 def non_finite(metrics: Record) -> list[str]:
-    """Names of the metrics that are NaN or infinite."""
+    """List the names of the metrics that are NaN or infinite."""
     return [name for name, value in metrics.items() if not math.isfinite(value)]
 
 
 def stop_at_non_finite(
     workdir: Path, step: int, metrics: Record, examples: Sequence[int], checkpoint: Path | None
 ) -> UserError:
-    """Record the step with non-finite metrics in `non_finite.json`.
+    """Record a step with non-finite metrics in `non_finite.json`, and make the error to raise.
 
     Args:
       workdir: directory of the run; the first host writes the file there.
       step: number of the step, counted from 0.
       metrics: metrics of the step.
-      examples: indices in the training set of the step's batch, by row.
+      examples: indices of the images of the step's batch in the training set, by row.
       checkpoint: newest checkpoint that is still good; None if there is none.
 
     Returns:

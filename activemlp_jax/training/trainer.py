@@ -1,4 +1,4 @@
-"""The trainer, the compiled functions of a config on a mesh, and the run that uses them."""
+"""The trainer, which compiles a config's functions for a mesh, and the run that uses it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ class Trainer:
       first_state: jitted function from initial variables to the state before the first step.
       train_step: jitted function from a state and a batch to the next state and the metrics; it
         donates the buffers of the state.
-      evaluate: function from variables by name and a `Source` of the task to sums by name.
+      evaluate: function from named variables and a `Source` of the task to the sums of each name.
     """
 
     task: Task
@@ -81,7 +81,7 @@ class Trainer:
         return record, sums[list(weights)[-1]]
 
     def score(self, sums: Sums) -> float:
-        """The metric that compares states, in percent."""
+        """Return the metric that ranks the states of a run, in percent."""
         return self.task.metrics(sums)[self.task.score]
 
 
@@ -96,7 +96,7 @@ def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
 
     Raises:
       UserError: the batch size cannot be divided over the devices or is larger than an epoch, or
-        the settings fit no model.
+        the model settings are invalid.
     """
     for key, parts in {"batch_size": config.accumulation, "eval_batch_size": 1}.items():
         if config[key] % (mesh.size * parts):
@@ -139,9 +139,9 @@ def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
 
 
 def train_flops(config: ConfigDict, model: Model) -> float:
-    """Floating point operations of one training step, from the model's multiply-adds.
+    """Estimate the floating-point operations of a training step from the model's multiply-adds.
 
-    Counts the backward pass as twice the forward pass, and no recomputation to save memory.
+    The backward pass counts as twice the forward pass; recomputation to save memory is left out.
     """
     size = config.data.image_size
     return 6.0 * count_cost(model, size, size).macs * config.batch_size

@@ -1,4 +1,4 @@
-"""The directory of a run.
+"""The directory of a run: its files, and the lock that lets only one run use it at a time.
 
 `config.json` has the settings of the run that owns it, `metrics.jsonl` one line per epoch,
 `steps.jsonl` one line per `config.log_every_steps` steps, and `checkpoints/` the states to resume
@@ -28,7 +28,7 @@ LOCK, MARK = ".lock", ".mark"
 EPOCHS_FILE, STEPS_FILE = "metrics.jsonl", "steps.jsonl"
 COUNTERS = {EPOCHS_FILE: ("epoch", "step"), STEPS_FILE: ("step",)}  # required keys of each record
 MAX_FILE_BYTES = 2**30
-MAX_TRUNCATED_BYTES = 2**16  # length of an incomplete last line
+MAX_TRUNCATED_BYTES = 2**16  # longest last line that counts as cut off by a kill
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read the records of a JSON Lines file, without a last line that a kill truncated.
+    """Read the records of a JSON Lines file, without a last line that was cut off by a kill.
 
     Args:
       path: the file; there are no records if it is missing.
@@ -149,7 +149,7 @@ def read_records(path: Path) -> list[Record]:
 
 def _is_truncated(rest: bytes) -> bool:
     """Whether the text after the last newline is empty or only the beginning of a record."""
-    rest = rest.rstrip(b"\0")  # which some file systems leave after a power cut
+    rest = rest.rstrip(b"\0")  # zeros that some file systems leave after a power cut
     begins = rest.startswith(b"{") and rest.isascii() and len(rest) <= MAX_TRUNCATED_BYTES
     return not rest or (begins and not rest.endswith(b"}"))
 
