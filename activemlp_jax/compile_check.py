@@ -22,7 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from activemlp_jax.benchmark.hlo_cost import Bounds, Resources, count_bounds, count_resources
-from activemlp_jax.benchmark.measuring import say
+from activemlp_jax.benchmark.timing import say
 from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.distributed import sharding
 from activemlp_jax.tasks.registry import TASKS, open_data

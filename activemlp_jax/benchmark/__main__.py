@@ -26,7 +26,16 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from activemlp_jax.benchmark.measuring import (
+from activemlp_jax.benchmark.operator import Case, compile_operator, draw_cases
+from activemlp_jax.benchmark.programs import (
+    TRAINING,
+    compile_copy,
+    compile_forward,
+    compile_matmul,
+    compile_training,
+    draw_inputs,
+)
+from activemlp_jax.benchmark.timing import (
     MIB,
     Contender,
     Measurement,
@@ -37,15 +46,6 @@ from activemlp_jax.benchmark.measuring import (
     this_machine,
     time_in_turns,
     write_csv,
-)
-from activemlp_jax.benchmark.operator import Case, compile_operator, draw_cases
-from activemlp_jax.benchmark.programs import (
-    TRAINING,
-    compile_copy,
-    compile_forward,
-    compile_matmul,
-    compile_training,
-    draw_inputs,
 )
 from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.data.loader import train_batches

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activemlp_jax.benchmark.measuring import JAX, Contender, Workload, say
 from activemlp_jax.benchmark.programs import compile_function
+from activemlp_jax.benchmark.timing import JAX, Contender, Workload, say
 from activemlp_jax.models.active_mlp import VARIANTS, create_model
 from activemlp_jax.ops.sample_axis import NAMES, sample_axis
 

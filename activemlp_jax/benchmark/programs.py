@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from activemlp_jax.benchmark.hlo_cost import count_resources
-from activemlp_jax.benchmark.measuring import COPY, JAX, MATMUL, Contender, Workload
+from activemlp_jax.benchmark.timing import COPY, JAX, MATMUL, Contender, Workload
 from activemlp_jax.data.sampler import EPOCH_MULTIPLE
 from activemlp_jax.distributed import sharding
 from activemlp_jax.models.active_mlp import create_model

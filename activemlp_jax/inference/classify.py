@@ -17,7 +17,6 @@ from activemlp_jax.inference.imagenet_names import readable_names
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.models.active_mlp import ActiveMLP
-from activemlp_jax.models.layers import at_least_float32
 from activemlp_jax.weights.model_card import ModelCard
 
 BATCH_SIZES = (1, 8, 32)  # few, so that little is compiled, but enough to keep padding small
@@ -56,12 +55,8 @@ class Classifier:
 
     def embeddings(self, variables: Any, images: jax.Array) -> jax.Array:
         """Compute the features `[B, C]` that the head gets for prepared `images` `[B, S, S, 3]`."""
-
-        def pooled(model: ActiveMLP, images: jax.Array) -> jax.Array:
-            x = model.norm(model.features(images)[-1])
-            return x.mean(axis=(1, 2), dtype=at_least_float32(model.dtype))
-
-        return jnp.asarray(self.model.apply(variables, self._normalized(images), method=pooled))
+        images = self._normalized(images)
+        return jnp.asarray(self.model.apply(variables, images, method="pooled_features"))
 
 
 probabilities = jax.jit(Classifier.probabilities, static_argnums=0)

@@ -22,7 +22,7 @@ from activemlp_jax.models.layers import (
     wide_param_dtype,
 )
 from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
-from activemlp_jax.ops.recompute import recompute
+from activemlp_jax.ops.remat import recompute
 
 MIN_IMAGE_SIDE = 32  # pixels; the total stride of the four stages
 
@@ -108,12 +108,12 @@ class Stage(nn.Module):
                 self.dim,
                 self.mlp_ratio,
                 self.share_dim,
-                makes_offset,
-                rate,
-                self.dtype,
-                self.param_dtype,
-                self.remat,
-                self.plain,
+                makes_offset=makes_offset,
+                drop_path_rate=rate,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                remat=self.remat,
+                plain=self.plain,
                 name=f"block_{j}",
             )
             x, offset = block(x, offset, train)
@@ -293,10 +293,13 @@ class ActiveMLP(nn.Module):
                 x = self.downsamples[i](x)
         return maps
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def pooled_features(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """The input of the head: the normalized last map, averaged over positions, `[B, C]`."""
         x = self.norm(self.features(images, train)[-1])
-        x = x.mean(axis=(1, 2), dtype=self.head.param_dtype)
-        return self.head(x)
+        return x.mean(axis=(1, 2), dtype=self.head.param_dtype)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        return self.head(self.pooled_features(images, train))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

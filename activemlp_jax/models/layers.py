@@ -56,6 +56,7 @@ def promote_all_but_bias(
 class Dense(nn.Dense):
     """Linear layer, `[.., I]` to `[.., features]`, that adds its bias in `param_dtype`."""
 
+    dtype: Dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = dense_init
     promote_dtype: Any = promote_all_but_bias
 
@@ -66,6 +67,7 @@ class Dense(nn.Dense):
 class Conv(nn.Conv):
     """Convolution, `[B, H, W, C]` to `[B, H', W', features]`; adds its bias in `param_dtype`."""
 
+    dtype: Dtype = jnp.float32
     kernel_init: nn.initializers.Initializer = conv_init
     promote_dtype: Any = promote_all_but_bias
 

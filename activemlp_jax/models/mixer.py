@@ -72,6 +72,7 @@ class ActiveTokenMixer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, offset: jax.Array) -> jax.Array:
         _, height, width, channels = x.shape
+        self.sow("intermediates", "offset", offset)
         offset_w, offset_h = jnp.split(offset, 2, axis=-1)
         impl = "definition" if self.plain else "auto"
         x_w = sample_axis(x, offset_w, "w", impl)
@@ -82,7 +83,6 @@ class ActiveTokenMixer(nn.Module):
         def weigh(mean: jax.Array) -> jax.Array:
             logits = fusion(mean)
             weight = nn.softmax(logits.reshape(*logits.shape[:-1], channels, 3), axis=-1)
-            self.sow("intermediates", "offset", offset)
             self.sow("intermediates", "weight", weight)
             return weight
 

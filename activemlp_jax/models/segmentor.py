@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from activemlp_jax.models.active_mlp import VARIANTS, ActiveMLP, create_model, list_models
+from activemlp_jax.models.active_mlp import VARIANTS, ActiveMLP, list_models
 from activemlp_jax.models.heads import FcnHead, FpnHead, FpnNeck, UperNetHead
 from activemlp_jax.models.layers import Dtype, LayerNorm, wide_param_dtype
 
@@ -177,6 +177,7 @@ def backbone(model: Model) -> ActiveMLP:
 def variant_name(model: Model) -> str | None:
     """Return the published variant of the backbone, or None; the number of classes is ignored."""
     network = backbone(model)
-    plain = network.clone(drop_path_rate=0.0, dtype=jnp.float32, remat_stages=())
-    same = (name for name in list_models() if create_model(name, network.num_classes) == plain)
-    return next(same, None)
+    for name, fields in VARIANTS.items():
+        if all(getattr(network, field) == value for field, value in fields.items()):
+            return name
+    return None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 from jax.typing import ArrayLike
 
-from activemlp_jax.ops import dense, gather, gpu, reference, tpu
+from activemlp_jax.ops import dense, gather, pallas_gpu, pallas_tpu, reference
 
 
 class Implementation(NamedTuple):
@@ -39,8 +39,8 @@ IMPLEMENTATIONS = {
     "gather": Implementation(gather.forward, gather.backward),
     "dense": Implementation(dense.forward, dense.backward),
     "gather_dense": Implementation(gather.forward, _gather_dense_backward),
-    "pallas_tpu": Implementation(tpu.forward, tpu.backward),
-    "pallas_gpu": Implementation(gpu.forward, gpu.backward),
+    "pallas_tpu": Implementation(pallas_tpu.forward, pallas_tpu.backward),
+    "pallas_gpu": Implementation(pallas_gpu.forward, pallas_gpu.backward),
 }
 NAMES = ("definition", *IMPLEMENTATIONS)
 
@@ -57,7 +57,7 @@ def _run(impl: str, part: str, axis: str, *arrays: jax.Array) -> Any:
     # for all of them, and Pallas cannot do that.
     if arrays[1].dtype == jnp.float32 and not is_symbolic_dim(arrays[0].shape[0]):
         names["tpu"] = "pallas_tpu"
-        if gpu.runs_here():
+        if pallas_gpu.runs_here():
             names["cuda"] = "pallas_gpu"
     functions = {
         platform: partial(getattr(IMPLEMENTATIONS[name], part), axis=axis)

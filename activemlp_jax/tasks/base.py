@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -31,12 +32,12 @@ Test = Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
 class Task(abc.ABC):
     """A task with its model and preprocessing.
 
-    The rest of the package calls these methods and never asks which task it has. To add a task,
-    write a subclass and add it to `registry.TASKS`.
+    Training, `evaluate` and `predict` call these methods and never ask which task it is. To add a
+    task whose labels are classes, write a subclass and add it to `registry.TASKS`.
 
     Attributes:
       name: value of `config.task`, and of `task` in model directories.
-      score: name of the metric, in percent, that compares the states of a run.
+      score: name of the metric, in percent, that compares the states of a run; higher is better.
       score_name: name of that metric in messages and plots.
       counted: what the confusion matrix counts, such as 'images'.
       model_type: class of the task's models.
@@ -175,6 +176,24 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def metrics(sums: Mapping[str, Any]) -> dict[str, float]:
         """Compute the metrics of a dataset from its sums; `score` is one of them."""
+
+    def draw_sums(self, sums: Mapping[str, Any], class_names: Sequence[str], path: Path) -> None:
+        """Write a picture of the sums of a test; by default, of the confusion matrix if there is one.
+
+        Args:
+          sums: sums over a dataset.
+          class_names: class names by label.
+          path: file to write.
+        """
+        if "confusion" not in sums:
+            return
+        from activemlp_jax.plots.training import draw_confusion  # slow to import
+
+        confusion = sums["confusion"]
+        correct, total = int(np.trace(confusion)), int(confusion.sum())
+        share = f"{100 * correct / total:.2f}%"
+        title = f"{correct:,} of {total:,} test {self.counted} right ({share})"
+        draw_confusion(confusion, class_names, title, path)
 
     def draw_examples(
         self, variables: Variables, source: Source, class_names: Sequence[str]

@@ -25,9 +25,9 @@ from activemlp_jax.data.segmentation_transforms import (
     scene_train_transform,
 )
 from activemlp_jax.distributed import hosts
-from activemlp_jax.inference.confusion import Part, make_evaluation
 from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.inference.segment import Segmenter, segment_image
+from activemlp_jax.inference.segmentation_evaluation import Part, make_evaluation
 from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, Shape, make_protocol
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.resizing import resize_bilinear

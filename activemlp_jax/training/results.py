@@ -4,8 +4,6 @@ import math
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.base import Sums, Task
 from activemlp_jax.training.step import TrainState
@@ -102,15 +100,12 @@ def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:
     variables = sharding.fetch(weights[list(weights)[-1]], run.trainer.mesh)
     if not hosts.is_first():
         return []
-    from activemlp_jax.plots.training import draw_confusion, draw_curves  # slow to import
+    from activemlp_jax.plots.training import draw_curves  # slow to import
 
     records = read_records(run.workdir / EPOCHS_FILE)
     if records:  # none if metrics.jsonl of a finished run was removed
         draw_curves(records, task.score, task.score_name, run.workdir / CURVES)
-    confusion = sums["confusion"]
-    correct, total = int(np.trace(confusion)), int(confusion.sum())
-    title = f"{correct:,} of {total:,} test {task.counted} right ({100 * correct / total:.2f}%)"
-    draw_confusion(confusion, run.class_names, title, run.workdir / CONFUSION)
+    task.draw_sums(sums, run.class_names, run.workdir / CONFUSION)
     examples = task.draw_examples(variables, run.test_source, run.class_names)
     if examples is not None:
         examples.save(run.workdir / EXAMPLES)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from activemlp_jax.distributed import sharding
+from activemlp_jax.tasks.base import Task
 from activemlp_jax.utils.types import Batch, Params, Variables
 
 Metrics = dict[str, jax.Array]
@@ -46,7 +47,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def make_train_step(
-    task: Any,
+    task: Task,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: ConfigDict,
@@ -111,8 +112,8 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "learning_rate": schedule(state.step),
-            "gradient_norm": norm_over_all(gradients),
-            "parameter_norm": norm_over_all(params),
+            "gradient_norm": global_norm(gradients),
+            "parameter_norm": global_norm(params),
         }
         return TrainState(state.step + 1, variables, ema, opt_state), metrics
 
@@ -130,7 +131,7 @@ def update_average(average: Variables, variables: Variables, decay: float | jax.
     return jax.tree.map(update, variables, average)
 
 
-def norm_over_all(tree: Any) -> jax.Array:
+def global_norm(tree: Any) -> jax.Array:
     """Compute the Euclidean norm over all leaves, like `optax.tree.norm` but faster to compile.
 
     Squares of leaves with the same shape are added before they are summed: a model has hundreds of

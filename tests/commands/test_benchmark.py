@@ -12,7 +12,7 @@ from commands import error_line
 from small_models import BACKBONE
 
 from activemlp_jax.benchmark import __main__ as command
-from activemlp_jax.benchmark.measuring import COLUMNS
+from activemlp_jax.benchmark.timing import COLUMNS
 from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.ops.sample_axis import NAMES
 from activemlp_jax.utils.errors import UserError

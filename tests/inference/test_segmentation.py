@@ -13,7 +13,6 @@ import activemlp_jax as am
 from activemlp_jax.data.base import Example
 from activemlp_jax.data.preprocessing import ScenePreprocessing
 from activemlp_jax.distributed.sharding import make_mesh
-from activemlp_jax.inference.confusion import make_evaluation, plan_parts
 from activemlp_jax.inference.segment import (
     Segmenter,
     label_maps,
@@ -21,6 +20,7 @@ from activemlp_jax.inference.segment import (
     segment_image,
     view_logits,
 )
+from activemlp_jax.inference.segmentation_evaluation import make_evaluation, plan_parts
 from activemlp_jax.inference.tiling import (
     PUBLISHED,
     SLIDE_STRIDE_SHARE,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from activemlp_jax import sample_axis
-from activemlp_jax.ops import gpu
+from activemlp_jax.ops import pallas_gpu
 from activemlp_jax.ops.sample_axis import NAMES
 
 IMPLS = list(NAMES)
@@ -238,7 +238,7 @@ def test_kernels_are_left_to_gpus_that_they_are_made_for(
     device = SimpleNamespace(compute_capability=capability)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert gpu.runs_here() == runs
+    assert pallas_gpu.runs_here() == runs
 
 
 @pytest.mark.usefixtures("float64")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from activemlp_jax.data.segmentation_sources import labels_of_mask
-from activemlp_jax.inference.confusion import count_pixels
+from activemlp_jax.inference.segmentation_evaluation import count_pixels
 from activemlp_jax.tasks.segmentation_metrics import class_metrics, scene_metrics
 
 CLASSES = 7

@@ -15,7 +15,7 @@ from activemlp_jax.distributed.sharding import make_mesh
 from activemlp_jax.tasks.classification import soft_cross_entropy
 from activemlp_jax.training.config import default_config
 from activemlp_jax.training.optimizer import decay_mask, make_optimizer
-from activemlp_jax.training.step import TrainState, make_train_step, norm_over_all
+from activemlp_jax.training.step import TrainState, global_norm, make_train_step
 
 
 def make_step(loss: Any, optimizer: Any, inputs: Any = None, **changes: Any) -> Any:
@@ -172,10 +172,10 @@ def test_random_numbers_follow_from_seed_and_step_alone():
     assert len({*losses(0, 0), *losses(1, 0)}) == 6
 
 
-def test_the_norm_over_all_leaves_of_a_model():
+def test_the_global_norm_leaves_of_a_model():
     params = goldens.rule_variables(micro())["params"]
     everything = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
-    expected, found = np.linalg.norm(everything.astype(np.float64)), norm_over_all(params)
+    expected, found = np.linalg.norm(everything.astype(np.float64)), global_norm(params)
     assert found == pytest.approx(expected, rel=1e-6)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from activemlp_jax.ops.kernels import on_batches
+from activemlp_jax.ops.pallas_batching import on_batches
 
 # Finite offsets are clipped to +-FAR, which is outside any map. NaN and infinity become NOT_FINITE,
 # because zero times NaN would spread NaN in the matmul.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from activemlp_jax.ops.kernels import on_batches
+from activemlp_jax.ops.pallas_batching import on_batches
 from activemlp_jax.ops.reference import first_index, split_offset
 
 TILE_ELEMENTS = 1024

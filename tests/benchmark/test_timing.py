@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from activemlp_jax.benchmark.measuring import (
+from activemlp_jax.benchmark.timing import (
     COLUMNS,
     Contender,
     Machine,
