@@ -178,7 +178,7 @@ class Task(abc.ABC):
         """Compute the metrics of a dataset from its sums; `score` is one of them."""
 
     def draw_sums(self, sums: Mapping[str, Any], class_names: Sequence[str], path: Path) -> None:
-        """Write a picture of the sums of a test; by default, of the confusion matrix if there is one.
+        """Draw the sums of a test to a file; by default, their confusion matrix if they have one.
 
         Args:
           sums: sums over a dataset.
