@@ -22,6 +22,7 @@ from activemlp_jax.models.layers import (
     wide_param_dtype,
 )
 from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
+from activemlp_jax.ops.image_conv import conv_image
 from activemlp_jax.ops.remat import recompute
 
 MIN_IMAGE_SIDE = 32  # pixels; the total stride of the four stages
@@ -239,7 +240,8 @@ class ActiveMLP(nn.Module):
         param_dtype = wide_param_dtype(self.dtype, self.param_dtype)
         dtypes = {"dtype": self.dtype, "param_dtype": param_dtype}
         # The original pads by 2, which differs from 'SAME'.
-        self.stem = Conv(self.embed_dims[0], (7, 7), 4, 2, **dtypes)
+        convolve = None if self.plain else conv_image
+        self.stem = Conv(self.embed_dims[0], (7, 7), 4, 2, **dtypes, conv_general_dilated=convolve)
         rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
         ends = np.cumsum(self.depths)
         self.stages = [
