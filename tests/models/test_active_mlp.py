@@ -15,7 +15,7 @@ import torch
 from jax.test_util import check_grads
 
 import activemlp_jax as am
-from activemlp_jax.models.active_mlp import Stage
+from activemlp_jax.models.active_mlp import Block, Stage
 from activemlp_jax.models.layers import Mlp
 from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
 
@@ -294,11 +294,11 @@ def test_unknown_model_names_the_known_ones():
 
 
 @pytest.mark.usefixtures("float64")
-def test_a_plain_stage_has_forward_mode_and_second_derivatives():
-    stage = Stage(4, 2, 2, 2, (0.0, 0.0), jnp.float64, jnp.float64, plain=True)
-    x = jnp.asarray(goldens.normal(0, "stage", (1, 4, 4, 4)))
-    variables = jax.jit(stage.init, static_argnums=2)(jax.random.key(0), x, False)
-    apply = jax.jit(partial(stage.apply, train=False))
+def test_a_plain_block_has_forward_mode_and_second_derivatives():
+    block = Block(4, 2, 2, True, 0.0, jnp.float64, jnp.float64, plain=True)
+    x = jnp.asarray(goldens.normal(0, "block", (1, 3, 4, 4)))
+    variables = jax.jit(block.init, static_argnums=(2, 3))(jax.random.key(0), x, None, False)
+    apply = jax.jit(lambda variables, x: block.apply(variables, x, None, False)[0])
     check_grads(apply, (variables, x), order=2, modes=["fwd", "rev"], eps=1e-4)
 
 
