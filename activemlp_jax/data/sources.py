@@ -84,7 +84,7 @@ def warn_of_left_out(folder: object, names: Sequence[str]) -> None:
 
 
 def warn_of_images(folder: Path, files: Sequence[str], left_out: Sequence[str]) -> None:
-    """Warn on stderr about unsupported images, and if some of `files` have an EXIF orientation."""
+    """Warn on stderr about unsupported images, and EXIF orientations in a sample of `files`."""
 
     def readable() -> Iterator[bytes]:
         for index in evenly_spaced(len(files), CHECKED_IMAGES):

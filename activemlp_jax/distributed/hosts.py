@@ -256,12 +256,12 @@ def wait_for_all(what: str) -> None:
 
 
 def first_host_says(value: bool) -> bool:
-    """Return host 0's `value` on every host; with several hosts, this waits for the devices."""
+    """Return host 0's `value`; with several hosts, this waits until the devices are free."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def sum_over_hosts(value: int) -> int:
-    """Sum `value` over all hosts; with several hosts, this waits for the devices."""
+    """Sum `value` over all hosts; with several hosts, this waits until the devices are free."""
     return int(multihost_utils.process_allgather(np.asarray(value)).sum())
 
 

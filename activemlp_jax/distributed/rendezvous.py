@@ -131,7 +131,7 @@ class _FirstProcess(Rendezvous):
             free.bind(("127.0.0.1", 0))
             self._service_port = free.getsockname()[1]
         self.jax_address = f"127.0.0.1:{self._service_port}"
-        # Each process needs three file descriptors, and the default limit may be 1,024.
+        # Every other process takes three file descriptors here, and the limit may be 1,024.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -25,8 +25,8 @@ SMALLEST_SPLIT = 4096  # elements; gathering a smaller array costs more than rep
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Make a mesh of the devices of all hosts, with each host's devices next to each other.
 
-    Host p of P then has the rows p * B / P to (p + 1) * B / P - 1 of a batch on any machine. By
-    default, JAX orders the devices of a TPU slice by their position in it, which interleaves hosts.
+    By default, JAX orders the devices of a TPU slice by their position in it, which interleaves
+    hosts. In this mesh, host p of P holds rows p * B / P to (p + 1) * B / P - 1 of a batch of B.
 
     Args:
       data: size of the axis `data`; -1 for the number of devices divided by `fsdp`.

@@ -146,7 +146,7 @@ def _round_side(side: int, multiple: int) -> int:
 
 
 def cut_views(image: np.ndarray, views: list[View]) -> list[np.ndarray]:
-    """Resize `image` `[H, W, 3]` uint8 for each view, and cut out the view's pixels, uint8."""
+    """Resize and flip `image` `[H, W, 3]` uint8 as each view says, and cut out its pixels."""
 
     @functools.cache
     def resized(shape: Shape) -> np.ndarray:

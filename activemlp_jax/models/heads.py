@@ -133,7 +133,7 @@ class UperNetHead(nn.Module):
 
 
 class FcnHead(nn.Module):
-    """Auxiliary head of UperNet: one convolution and a classifier."""
+    """Auxiliary head of UperNet: one convolution with batch norm and ReLU, and a classifier."""
 
     num_classes: int
     channels: int

@@ -1,4 +1,4 @@
-"""Rematerialization that frees memory before the end of a step."""
+"""Rematerialization that frees activations part by part, not only when a step ends."""
 
 from collections.abc import Callable
 from typing import Any

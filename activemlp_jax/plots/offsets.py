@@ -170,7 +170,7 @@ def _last_with_own_offsets(blocks: Sequence[BlockOffsets]) -> BlockOffsets:
 
 
 def _show_photo(axes: "Axes", photo: Image.Image, height: int, width: int) -> None:
-    """Show `photo` in light grays, on which colors stand out; coordinates count tokens."""
+    """Show `photo` in light grays, on which colors stand out, on axes in units of tokens."""
     gray = np.asarray(photo.convert("L"))
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     # This range blends the grays with 40% white.

@@ -301,7 +301,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flatten_dict(config.to_dict(), sep=".")
 
 
-# Old names of keys, or of groups of keys, in configs that earlier versions saved, and new names.
+# Old names of keys and groups of keys, as in configs that earlier versions saved, to new names.
 RENAMED = {
     "data.augmentation": "augment.policy",
     "data.repeats": "augment.repeats",

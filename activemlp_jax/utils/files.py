@@ -116,7 +116,7 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
 
 
 def _recover_directory(directory: Path) -> None:
-    """Undo a replacement of `directory` that a kill interrupted; if it had finished, clean up."""
+    """Restore the old `directory` if its replacement was interrupted; remove it if not."""
     previous = previous_path(directory)
     if os.path.lexists(previous):
         if os.path.lexists(directory):
