@@ -11,6 +11,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from activemlp_jax.command_line import Parser
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
 from activemlp_jax.models.active_mlp import VARIANTS, list_models
 from activemlp_jax.models.segmentor import ActiveSegmentor, Model, backbone
@@ -43,9 +44,7 @@ STATISTICS = ("running_mean", "running_var", BATCH_COUNT)  # of batch norm; not 
 
 def main() -> None:
     """Run the command line of `convert_torch_weights.py`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="a .pth or .safetensors file")
     parser.add_argument("target", metavar="OUT", help="the model directory to make")
     parser.add_argument(

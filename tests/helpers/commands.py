@@ -5,41 +5,24 @@ import io
 import sys
 from collections.abc import Callable
 from subprocess import CompletedProcess
-from typing import NoReturn
 from unittest import mock
-
-from absl import app, flags
-from absl.testing import flagsaver
 
 
 def run_main(main: Callable[[], None], *arguments: object) -> CompletedProcess[str]:
     """Run `main` as a process would, with these arguments; its name in messages is 'command'."""
-
-    def run_with_absl(
-        function: Callable[[list[str]], object], flags_parser: Callable[[list[str]], list[str]]
-    ) -> NoReturn:
-        sys.exit(function(flags_parser(sys.argv)))  # type: ignore[arg-type]
-
     argv = ["command", *map(str, arguments)]
     output, errors, status = io.StringIO(), io.StringIO(), 0
-    app.define_help_flags()  # only the first call defines them
-    were_parsed = flags.FLAGS.is_parsed()
     try:
         with (
             mock.patch.object(sys, "argv", argv),
-            mock.patch.object(app, "run", run_with_absl),
             # This is a setting of the whole process.
             mock.patch.object(sys.modules[main.__module__], "keep_freed_memory", create=True),
-            flagsaver.flagsaver(),  # also removes the flags that `main` defines
             contextlib.redirect_stdout(output),
             contextlib.redirect_stderr(errors),
         ):
             main()
     except SystemExit as exit_error:
         status = int(exit_error.code or 0)
-    finally:
-        if not were_parsed:
-            flags.FLAGS.unparse_flags()
     return CompletedProcess(argv, status, output.getvalue(), errors.getvalue())
 
 
