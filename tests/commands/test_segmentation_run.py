@@ -151,7 +151,7 @@ def test_evaluate_finds_what_training_found(trained: tuple[Path, str]):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("evaluate", "CLASSIFIER", "--data", "digits", "--multi-scale"), "--multi-scale is not"),
+        (("evaluate", "CLASSIFIER", "--data", "digits", "--multi-scale"), "--multi-scale is for"),
         (("evaluate", "MODEL", "--data", "digit_scenes", "--image-size", "64"), "--image-size is"),
         (("evaluate", "MODEL", "--data", "digits"), "no data set of scenes 'digits', expected"),
         (("evaluate", "MODEL", "--data", "digit_scenes", "--size-multiple", "0"), "is 0, expected"),
