@@ -54,8 +54,9 @@ class Block(nn.Module):
         self.atm = ActiveTokenMixer(**dtypes, plain=self.plain)
         self.norm2 = LayerNorm(**dtypes)
         self.mlp = Mlp(int(self.dim * self.mlp_ratio), self.dim, **dtypes, plain=self.plain)
-        # Dropout with one draw per sample is drop path, scaled by 1 / keep.
-        self.drop_path = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3))
+        # Dropout with one draw per sample is drop path, scaled by 1 / keep. Its draws depend on its
+        # name, which is that of earlier versions, so that their runs continue with the same draws.
+        self.drop_path = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3), name="Dropout_0")
 
     def mix_tokens(self, x: jax.Array, offset: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         if self.makes_offset:
