@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -166,7 +166,7 @@ def place_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make networks return zeros of the right shapes, so that nothing is compiled for them."""
 
     def give_zeros(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,6 +178,8 @@ def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("init", "apply"):
         monkeypatch.setattr(nn.Module, name, give_zeros(getattr(nn.Module, name)))
+    yield
+    jax.clear_caches()  # or later tests would run what was traced with zeros
 
 
 WANDB: Any = ModuleType("wandb")  # is not installed
