@@ -104,7 +104,7 @@ def write_mark(workdir: Path) -> None:
 
 
 def read_mark(workdir: Path) -> str | None:
-    """Read what `write_mark` wrote; None if there is no mark."""
+    """Read the mark that `write_mark` wrote, or return None without one."""
     path = workdir / MARK
     return path.read_text() if path.exists() else None
 
