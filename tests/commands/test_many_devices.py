@@ -17,21 +17,21 @@ from processes import end, finish, free_address, lines, saved_state, start, star
 # One process for all that share what a fixture takes long to make.
 pytestmark = pytest.mark.xdist_group("devices")
 
-STEPS = 18
-# A model that trains in seconds, with weights large enough to be split. Of the 360 test images,
-# which are the fewest there are, an epoch is nine steps.
+STEPS = 6
+# A model that trains in seconds, with some weights large enough to be split. The 360 test images,
+# the smallest split, are three steps an epoch.
 ARGUMENTS = (
     "--config.model.depths=(2,2,2,2)",
-    "--config.model.embed_dims=(16,32,64,64)",
+    "--config.model.embed_dims=(8,16,32,64)",
     "--config.model.mlp_ratios=(2.0,2.0,2.0,2.0)",
     "--config.data.train_split=test",
-    "--config.batch_size=40",
+    "--config.batch_size=120",
     "--config.eval_batch_size=120",
     "--config.epochs=2",
     "--config.log_every_steps=1",
-    "--config.checkpoint.every_steps=9",
-    # Boxes are erased, and rows mixed in groups of 8: of the five groups of a batch one lies on two
-    # hosts, and two on two devices of one host.
+    "--config.checkpoint.every_steps=3",
+    # Boxes are erased, and rows mixed in groups of 8: of the fifteen groups of a batch, one lies on
+    # two hosts, and two on two devices of one host.
     "--config.augment.random_erasing=0.5",
     "--config.augment.mixup_alpha=0.8",
     "--config.augment.cutmix_alpha=1.0",
@@ -119,7 +119,7 @@ def test_a_run_goes_on_bit_for_bit_after_a_host_is_killed_within_a_step(folder: 
     """The long form is `python tests/helpers/kills.py`, in float32, with whole states."""
 
     def start(workdir: Path) -> list[subprocess.Popen[str]]:
-        return on_two_hosts(workdir, "--config.checkpoint.every_steps=2", "--timeout=60")
+        return on_two_hosts(workdir, "--config.checkpoint.every_steps=1", "--timeout=60")
 
     death = kills.Kill(kills.WAITING, signal.SIGKILL, (1,))
     kills.kill_repeatedly(start, folder / "killed", [death], random.Random(0))
@@ -134,9 +134,9 @@ def test_what_two_hosts_saved_goes_on_on_eight_devices_with_the_same_samples(
     shutil.copytree(two, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     output, *_ = finish(on_one_host(workdir, devices=8))
-    assert "going on from step 9 of 18" in output
+    assert "going on from step 3 of 6" in output
     for expected in (one, two):
-        assert difference(losses(workdir, first=9), losses(expected, first=9)) <= BOUND
+        assert difference(losses(workdir, first=3), losses(expected, first=3)) <= BOUND
 
 
 def test_a_host_with_other_settings_is_named_and_none_waits_for_it(tmp_path: Path):
@@ -237,8 +237,8 @@ def test_a_host_whose_others_never_come_says_so(number: int, message: str, tmp_p
             "config.batch_size is 30, expected a multiple of 4",
         ),
         (
-            ["--config.accumulation=3"],
-            "config.batch_size is 40, expected a multiple of 12: there are 4 devices, taken in 3",
+            ["--config.accumulation=7"],
+            "config.batch_size is 120, expected a multiple of 28: there are 4 devices, taken in 7",
         ),
     ],
 )

@@ -114,17 +114,14 @@ def test_broken_images_are_named_counted_and_recorded(tmp_path: Path):
     lines = (tmp_path / "skipping" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["images_skipped"] for line in lines] == [1, 1, 1]
 
-    for options, message in (
-        (["--config.data.on_error=raise"], f"{broken} is not a readable image"),
-        (
-            ["--config.data.on_error=skip", "--config.data.max_skipped=0"],
-            f"{broken} is not a readable image",
-        ),
-    ):
-        stopped = train(*arguments, *options, "--workdir", str(tmp_path / "stopped"))
-        assert stopped.returncode == 2, stopped.stdout
-        assert message in stopped.stderr
-        assert len(stopped.stderr.strip().splitlines()) == 1, stopped.stderr
+    stopped = train(
+        *arguments,
+        *("--config.data.on_error=skip", "--config.data.max_skipped=0"),
+        *("--workdir", str(tmp_path / "stopped")),
+    )
+    assert stopped.returncode == 2, stopped.stdout
+    assert f"{broken} is not a readable image" in stopped.stderr
+    assert len(stopped.stderr.strip().splitlines()) == 1, stopped.stderr
 
 
 @pytest.mark.slow
