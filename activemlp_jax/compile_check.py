@@ -29,7 +29,7 @@ from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.cli_flags import parse_arguments
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.init_from import adopt_architecture
-from activemlp_jax.training.trainer import build_trainer, train_flops
+from activemlp_jax.training.trainer import build_trainer
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.hardware import CHIPS, GIB, Chip
 from activemlp_jax.utils.json_files import json_line
@@ -179,7 +179,7 @@ def check(
     seconds = time.perf_counter() - began
     resources = count_resources(step, len(devices))
     say(f"compiled in {seconds:.0f} s")
-    flops = train_flops(config, trainer.model) / len(devices)
+    flops = trainer.step_flops / len(devices)
     report_resources(resources, flops, chip)
     record |= {
         "compile_seconds": round(seconds, 1),

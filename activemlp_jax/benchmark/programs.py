@@ -18,7 +18,7 @@ from activemlp_jax.models.active_mlp import create_model
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.training.config import check_config, default_config, set_variant
 from activemlp_jax.training.init_from import draw_variables
-from activemlp_jax.training.trainer import build_trainer, train_flops
+from activemlp_jax.training.trainer import build_trainer
 from activemlp_jax.utils.types import Params, Variables
 
 CLASSES = 1000
@@ -142,7 +142,7 @@ def compile_training(
     config = recipe(workload)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     trainer = build_trainer(config, CLASSES, EPOCH_MULTIPLE * workload.batch_size, mesh)
-    flops = train_flops(config, trainer.model)
+    flops = trainer.step_flops
     batch = sharding.put_batch({"image": inputs.pixels, "label": inputs.labels}, mesh)
     variables = sharding.put_everywhere(inputs.variables, mesh)
     key = jax.random.key(0)

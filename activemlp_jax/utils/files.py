@@ -37,6 +37,15 @@ def read_file(path: str | os.PathLike[str], most: int) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Report an OSError as a UserError that says that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def _open_regular(path: str, flags: int) -> int:
     """Open a regular file; raise UserError for pipes and devices, which may block or never end."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)  # otherwise a pipe without a writer blocks
@@ -135,11 +144,7 @@ def check_output(output: Path) -> None:
 
 
 def check_output_file(output: Path) -> str:
-    """Raise UserError unless the file `output` can be written or replaced.
-
-    Returns:
-      'replaced' if it exists, else 'wrote', for the message after writing.
-    """
+    """Return 'replaced' if `output` exists, else 'wrote'; raise UserError if it is not writable."""
     exists = output.exists()
     kind = KINDS.get(stat.S_IFMT(output.stat().st_mode)) if exists else None
     if kind:  # writing would replace a device by a file
