@@ -18,9 +18,9 @@ from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.base import Sums
 from activemlp_jax.training.checkpoints import Checkpoints, Restored
 from activemlp_jax.training.init_from import initial_variables
-from activemlp_jax.training.profiling import Trace
 from activemlp_jax.training.reporting import (
     Reporter,
+    Trace,
     Tracker,
     Work,
     describe_length,
@@ -57,8 +57,7 @@ def train(
 
     Args:
       config: the whole config, with the keys of `default_config`.
-      workdir: directory of the run, shared by all hosts and created if needed; the module
-        `workdir` lists what it holds.
+      workdir: directory of the run, shared by all hosts and created if needed.
       console: where to print. Only the first host prints, except that every host reports the
         images it skips.
       config_name: name of the config to record in model directories, such as 'digits'; '' for none.

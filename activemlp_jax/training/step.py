@@ -53,14 +53,9 @@ def make_train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Make the function of one training step.
+    """Make the function of one training step, for a state and a batch split over `mesh`.
 
-    Args:
-      task: the `Task`, which prepares batches on the device and computes the loss.
-      optimizer: turns gradients into updates.
-      schedule: learning rate by step, only to report it; the optimizer already applies it.
-      config: the whole config; `seed`, `accumulation`, `ema_decay` and `ema_warmup` are read.
-      mesh: mesh that the state and the batch are split over.
+    The optimizer already applies `schedule`; it is given only to report the learning rate.
 
     Returns:
       A function from a state and a batch to the next state and the metrics of the step: `loss`
