@@ -68,8 +68,7 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"--image-size is {text!r}, expected a side, or HEIGHTxWIDTH as 512x2048")
     height, width = int(match[1]), int(match[2] or match[1])
-    for side in (height, width):
-        check_numbers({"image_size": side})
+    check_numbers({"image_size": (height, width)})
     return height, width
 
 
@@ -112,13 +111,8 @@ def print_data_rate(options: Namespace) -> None:
     )
     rates = []
     for first in range(0, options.rounds * (steps + 1), steps + 1):
-        batches = train_batches(
-            source,
-            TASKS[config.task].transform,
-            config,
-            first_step=first,
-            last_step=first + steps + 1,
-        )
+        transform, last = TASKS[config.task].transform, first + steps + 1
+        batches = train_batches(source, transform, config, first_step=first, last_step=last)
         with contextlib.closing(batches):
             next(batches)  # threads and processes start
             began = time.perf_counter()
@@ -132,11 +126,7 @@ def print_data_rate(options: Namespace) -> None:
 
 
 def load_torch_peer() -> ModuleType:
-    """Import PyTorch's side of the benchmarks, a file of the repository.
-
-    Raises:
-      UserError: the file, PyTorch, JAX's device in PyTorch, or the C++ compiler is missing.
-    """
+    """Import PyTorch's side of the benchmarks; raise UserError if something for it is missing."""
     # By default JAX reserves three quarters of a GPU's memory, which PyTorch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     places = (Path(__file__).parents[2], Path.cwd())

@@ -69,12 +69,7 @@ def _group_size(attributes: str, devices: int) -> int:
 
 
 def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
-    """Count the collective operations of a program by kind.
-
-    Args:
-      text: the program as HLO text.
-      devices: number of devices that run it.
-    """
+    """Count the collective operations of a program, as HLO text, for that many devices, by kind."""
     counts: dict[str, Traffic] = {}
     for match in COLLECTIVE.finditer(text):
         kind, number = match["kind"], match["arguments"].count("%")
@@ -128,12 +123,6 @@ class Bounds(NamedTuple):
 
 
 def count_bounds(resources: Resources, flops: float, chip: Chip) -> Bounds:
-    """Compute lower bounds on the time of a step.
-
-    Args:
-      resources: resources of the step on one device.
-      flops: floating-point operations of the step on one device, from the model's multiply-adds.
-      chip: data sheet of the device.
-    """
+    """Compute lower bounds on the time of a step that takes `flops` operations on each device."""
     sent = sum(traffic.sent for traffic in resources.collectives.values())
     return Bounds(flops / chip.flops, resources.accessed / chip.bandwidth, sent / chip.interconnect)

@@ -17,21 +17,13 @@ MODEL = "active_tiny"
 
 
 class Case(NamedTuple):
-    """Inputs of the operator at one stage along one axis.
+    """Inputs of the operator at one stage along one axis."""
 
-    Args:
-      workload: the workload; its `model` is the name of the stage.
-      axis: 'h' or 'w'.
-      features: `[B, H, W, C]`, in the workload's dtype.
-      offset: `[B, H, W, G]`, float32, pixels.
-      cotangent: `[B, H, W, C]`, dtype of `features`; input of the backward pass.
-    """
-
-    workload: Workload
-    axis: str
-    features: jax.Array
-    offset: jax.Array
-    cotangent: jax.Array
+    workload: Workload  # its `model` is the name of the stage
+    axis: str  # 'h' or 'w'
+    features: jax.Array  # [B, H, W, C], in the workload's dtype
+    offset: jax.Array  # [B, H, W, G], float32, pixels
+    cotangent: jax.Array  # as `features`; input of the backward pass
 
     def title(self) -> str:
         """Describe the stage, its shape and the axis."""

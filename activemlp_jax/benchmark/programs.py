@@ -26,17 +26,11 @@ TRAINING = ("gradient", "step")
 
 
 class Inputs(NamedTuple):
-    """Inputs that JAX and PyTorch share.
+    """Inputs that JAX and PyTorch share."""
 
-    Args:
-      variables: random variables of the model.
-      pixels: `[B, H, W, 3]`, uint8.
-      labels: `[B]`, int32.
-    """
-
-    variables: Variables
-    pixels: np.ndarray
-    labels: np.ndarray
+    variables: Variables  # random
+    pixels: np.ndarray  # [B, H, W, 3], uint8
+    labels: np.ndarray  # [B], int32
 
 
 def recipe(workload: Workload) -> ConfigDict:
@@ -76,17 +70,9 @@ def compile_function(
     flops: float | None = None,
     traffic: float | None = None,
 ) -> Contender:
-    """Compile a jitted function into a contender.
+    """Compile a jitted function of `arguments` into a `Contender`.
 
-    Args:
-      what: what the function does; contenders that do the same are compared.
-      workload: model and input.
-      function: the jitted function.
-      arguments: arguments of `function`.
-      implementation: name of the implementation, with `JAX` as first word.
-      is_step: whether each run takes the first result of the previous run as its first argument.
-      flops: floating-point operations of a run, from the model's multiply-adds.
-      traffic: least number of bytes that a run can move.
+    With `is_step`, each run takes the first result of the previous run as its first argument.
     """
     began = time.perf_counter()
     compiled = function.lower(*arguments).compile()

@@ -163,9 +163,7 @@ def summarize(
                 images or None,
                 size or None,
                 dtype,
-                rates[0],
-                rates[1],
-                rates[2],
+                *rates,
                 fastest[contender.what] / middle,
                 flops and flops / 1e9,
                 flops and matmul_rate and flops / matmul_rate,
@@ -216,11 +214,7 @@ def table_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> I
 
 
 def write_csv(path: Path, measurements: Sequence[Measurement], machine: Machine) -> None:
-    """Write a heading with `COLUMNS` and one row per measurement; unknown values are empty.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Write a heading with `COLUMNS` and one row per measurement; unknown values are empty."""
 
     def cell(value: object) -> object:  # four digits, finer than any measurement
         return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -42,7 +42,7 @@ from activemlp_jax.tasks.base import (
     Sums,
     Task,
     Test,
-    build_model,
+    build,
     redraw_heads,
 )
 from activemlp_jax.tasks.segmentation_metrics import class_metrics, class_table, scene_metrics
@@ -74,11 +74,7 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Task):
-    """The task of predicting a class for every pixel.
-
-    Args:
-      protocol: protocol of evaluation and prediction.
-    """
+    """The task of predicting a class for every pixel; `protocol` is that of evaluation."""
 
     model: ActiveSegmentor
     preprocessing: ScenePreprocessing
@@ -103,10 +99,10 @@ class Segmentation(Task):
     def from_config(cls, config: ConfigDict, num_classes: int) -> "Segmentation":
         """Make the task of a run."""
         head, data = config.head, config.data
-        build_model(ActiveMLP, "config.model", **config.model, num_classes=num_classes)
-        model = build_model(
+        build(ActiveMLP, "config.model: ", **config.model, num_classes=num_classes)
+        model = build(
             ActiveSegmentor,
-            "config.head",
+            "config.head: ",
             config.model.to_dict(),
             head.name,
             num_classes,
@@ -115,14 +111,9 @@ class Segmentation(Task):
             head.neck_channels,
             head.dropout_rate,
         )
-        assert isinstance(model, ActiveSegmentor), "made by build_model"
-        sides = data.scene.long_side, data.scene.short_side
-        try:
-            preprocessing = ScenePreprocessing(*sides, data.image_size, data.mean, data.std)
-        except ValueError as error:
-            raise UserError(f"config.data.{error}") from error
-        protocol = Protocol(size_multiple=config.test.size_multiple)
-        return cls(model, preprocessing, config, protocol)
+        sides = data.scene.long_side, data.scene.short_side, data.image_size
+        preprocessing = build(ScenePreprocessing, "config.data.", *sides, data.mean, data.std)
+        return cls(model, preprocessing, config, Protocol(size_multiple=config.test.size_multiple))
 
     @classmethod
     def from_card(cls, card: ModelCard, options: Options) -> "Segmentation":
@@ -250,7 +241,7 @@ class Segmentation(Task):
     def make_test(
         self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
-        """Make the function that evaluates named variables on a dataset; see `Task.make_test`."""
+        """See `Task.make_test`."""
         watch = watch_parts if show_progress and hosts.is_first() else iter
         return make_evaluation(self._segmenter, mesh, batch_size, num_threads, watch)
 

@@ -29,12 +29,6 @@ def plan(
     The files go to the folder `options['output']`, with the same subfolders as the images, or next
     to each image.
 
-    Args:
-      segmenter: the segmentation model.
-      card: its card.
-      files: the images.
-      options: the options of the command.
-
     Returns:
       A function that takes variables and a list, and yields a record for each file that can be
       read. A record has the paths `image` and `overlay`, whether the overlay `replaced` an older
