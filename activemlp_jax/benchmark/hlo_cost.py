@@ -19,36 +19,29 @@ GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)
 
 
 class Traffic(NamedTuple):
-    """Collective operations of one kind: their `number`, and the bytes that they move.
-
-    `size` is the bytes of their results on a device. `sent` is the bytes that a device sends for
-    them, if each operation passes data around a ring of the devices in its replica group.
-    """
+    """Collective operations of one kind: their number, and the bytes that they move."""
 
     number: int
-    size: int
-    sent: float
+    size: int  # of their results on a device
+    sent: float  # by a device, if data is passed around a ring of the devices in a replica group
 
 
 class Resources(NamedTuple):
     """Resources that one device needs per call of a program.
 
-    `arguments`, `results`, `temporary` and `program` are bytes that are held at the same time;
-    `results` leaves out those in the buffers of arguments. `flops` is the number of operations, and
-    `accessed` the bytes read and written. `collectives` has the traffic by kind. `gathers` and
-    `scatters` count reads and writes by index. Except for the bytes held, the body of a loop counts
-    once, however often it runs, and a kernel counts only by its arguments and results.
+    The first four are bytes that are held at the same time. Except for these, the body of a loop
+    counts once, however often it runs, and a kernel counts only by its arguments and results.
     """
 
     arguments: int
-    results: int
+    results: int  # without those in the buffers of arguments
     temporary: int
     program: int
     flops: float
-    accessed: float
-    collectives: dict[str, Traffic]
-    gathers: int
-    scatters: int
+    accessed: float  # bytes read and written
+    collectives: dict[str, Traffic]  # by kind
+    gathers: int  # reads by index
+    scatters: int  # writes by index
 
     @property
     def memory(self) -> int:

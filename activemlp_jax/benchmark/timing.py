@@ -26,36 +26,25 @@ say: Callable[[str], None] = partial(print, flush=True)  # compiling and timing 
 
 
 class Workload(NamedTuple):
-    """A model and its input.
-
-    `model` is a name. The input is `batch_size` square images with sides of `image_size` pixels;
-    both are 0 for the matrix product and the copy. `dtype`, 'float32' or 'bfloat16', is that of
-    the computation.
-    """
+    """A model and its input; both numbers are 0 for the matrix product and the copy."""
 
     model: str
     batch_size: int
-    image_size: int
-    dtype: str
+    image_size: int  # side in pixels
+    dtype: str  # of the computation, 'float32' or 'bfloat16'
 
 
 class Contender(NamedTuple):
-    """A compiled function to time.
+    """A compiled function to time. Numbers that are not counted or not meaningful are None."""
 
-    `call(n)` runs it n times and waits for the last run. Contenders with the same `what` are
-    compared. One run takes `flops` floating-point operations, from the model's multiply-adds, and
-    `memory` bytes; it moves `traffic` bytes if each array is read or written once. These are None
-    if they are not counted or not meaningful.
-    """
-
-    what: str
-    implementation: str
+    what: str  # contenders that do the same are compared
+    implementation: str  # `JAX` is the first word for those of JAX
     workload: Workload
-    call: Callable[[int], None]
-    flops: float | None
-    memory: int | None
+    call: Callable[[int], None]  # runs it so many times, and waits for the last run
+    flops: float | None  # of a run, from the model's multiply-adds
+    memory: int | None  # bytes
     compile_seconds: float
-    traffic: float | None = None
+    traffic: float | None = None  # bytes that a run moves if each array is read or written once
 
 
 class Measurement(NamedTuple):

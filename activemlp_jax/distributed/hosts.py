@@ -37,16 +37,12 @@ _ending = threading.Lock()
 
 
 class Hosts(NamedTuple):
-    """Options that say how to find the other processes of a run.
+    """How to find the other processes; SLURM, Open MPI or the TPU fills in what is None or ''."""
 
-    SLURM, Open MPI or the TPU fills in those that are None or ''. `coordinator` is HOST:PORT of the
-    first process; `timeout` is in seconds.
-    """
-
-    coordinator: str = ""
+    coordinator: str = ""  # HOST:PORT of the first process
     num_processes: int | None = None
     process_id: int | None = None
-    timeout: int = 300
+    timeout: int = 300  # seconds
 
 
 def _read_launcher(environment: Mapping[str, str]) -> tuple[int, int, int] | None:

@@ -35,43 +35,25 @@ class Task(abc.ABC):
 
     Training, `evaluate` and `predict` call these methods and never ask which task it is. To add a
     task whose labels are classes, write a subclass and add it to `registry.TASKS`.
-
-    Attributes:
-      name: value of `config.task`, and of `task` in model directories.
-      score: name of the metric, in percent, that compares the states of a run; higher is better.
-      score_name: name of that metric in messages and plots.
-      counted: what the confusion matrix counts, such as 'images'.
-      model_type: class of the task's models.
-      dataset: number of images, number of classes and name of the original's training set.
-      hub_name: name of the task on model hubs.
-      does: what a model does with images, as a phrase for model cards.
-      noun: what messages call a model.
-      evaluate_options: names of the options of `evaluate` for this task only.
-      predict_options: names of the options of `predict` for this task only.
-      default_batch_size: default batch size of `evaluate`.
-      written: endings of the files that `predict` writes, so that it does not read them as images.
-      model: the model, which returns logits.
-      preprocessing: how images are prepared for evaluation.
-      config: the whole config of a run; None if the task is not for training.
     """
 
-    name: ClassVar[str]
-    score: ClassVar[str]
-    score_name: ClassVar[str]
-    counted: ClassVar[str]
+    name: ClassVar[str]  # value of `config.task`, and of `task` in model directories
+    score: ClassVar[str]  # metric, in percent, that compares the states of a run; higher is better
+    score_name: ClassVar[str]  # of that metric in messages and plots
+    counted: ClassVar[str]  # by the confusion matrix, such as 'images'
     model_type: ClassVar[type]
-    dataset: ClassVar[tuple[int, int, str]]
-    hub_name: ClassVar[str]
-    does: ClassVar[str]
-    noun: ClassVar[str]
-    evaluate_options: ClassVar[tuple[str, ...]] = ()
+    dataset: ClassVar[tuple[int, int, str]]  # images, classes and name of the original's data
+    hub_name: ClassVar[str]  # of the task on model hubs
+    does: ClassVar[str]  # what a model does with images, as a phrase for model cards
+    noun: ClassVar[str]  # for a model in messages
+    evaluate_options: ClassVar[tuple[str, ...]] = ()  # of the command, for this task only
     predict_options: ClassVar[tuple[str, ...]] = ()
-    default_batch_size: ClassVar[int] = 128
-    written: ClassVar[tuple[str, ...]] = ()
+    default_batch_size: ClassVar[int] = 128  # of `evaluate`
+    written: ClassVar[tuple[str, ...]] = ()  # endings of `predict`'s files, which it never reads
 
-    model: Any
-    preprocessing: Any
-    config: ConfigDict | None
+    model: Any  # returns logits
+    preprocessing: Any  # for evaluation
+    config: ConfigDict | None  # of a run; None if the task is not for training
 
     @property
     def settings(self) -> ConfigDict:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
 from activemlp_jax.data.base import Example, Source
 from activemlp_jax.data.batch_transforms import normalize
@@ -28,7 +28,7 @@ from activemlp_jax.distributed import hosts
 from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.inference.segment import Segmenter, segment_image
 from activemlp_jax.inference.segmentation_evaluation import Part, make_evaluation
-from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, Shape, make_protocol
+from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, make_protocol
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.resizing import resize_bilinear
 from activemlp_jax.models.segmentor import ActiveSegmentor
@@ -338,27 +338,10 @@ class Segmentation(Task):
 
 
 def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
-    """Iterate over batches with a progress bar that counts images and compiled image sizes."""
+    """Iterate over batches with a progress bar, and print how many sizes are compiled."""
     console = Console(stderr=True)
     images = sum(len(part.indices) for part in parts)
     sizes = len({shape for part in parts for shape, _ in part.key.views})
-    no_terminal = not console.is_terminal
-    if no_terminal:
-        console.print(f"{images:,} images; the network is compiled for {sizes} sizes")
-    with Progress(
-        TextColumn("evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images, size {task.fields[size]} of " + str(sizes) + ", left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=no_terminal,
-    ) as progress:
-        task = progress.add_task("", total=images, size=0)
-        seen: set[Shape] = set()
-        for part in parts:
-            seen |= {shape for shape, _ in part.key.views}
-            progress.update(task, size=len(seen))
-            yield part
-            progress.advance(task, len(part.indices))
+    console.print(f"{images:,} images; the network is compiled for {sizes} sizes")
+    disable = not console.is_terminal
+    yield from track(parts, "evaluating", console=console, transient=True, disable=disable)

@@ -19,18 +19,11 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """The state that a run carries from step to step.
+    """The state that a run carries from step to step."""
 
-    Attributes:
-      step: number of steps done, an int32 scalar.
-      variables: what the model's `apply` takes: `params` and the other collections.
-      ema: exponential moving average of all of `variables`; None if the run keeps no average.
-      opt_state: state of the optimizer.
-    """
-
-    step: jax.Array
-    variables: Variables
-    ema: Variables | None
+    step: jax.Array  # number of steps done, an int32 scalar
+    variables: Variables  # what the model's `apply` takes: `params` and the other collections
+    ema: Variables | None  # exponential moving average of all of `variables`, if the run keeps one
     opt_state: optax.OptState
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from activemlp_jax.data.loader import sample_order
 from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.models.segmentor import Model
-from activemlp_jax.tasks.base import Sums, Task
+from activemlp_jax.tasks.base import Sums, Task, Test
 from activemlp_jax.tasks.registry import TASKS, make_task, open_data
 from activemlp_jax.training.config import check_config, flatten
 from activemlp_jax.training.init_from import adopt_architecture, draw_variables
@@ -29,30 +29,17 @@ from activemlp_jax.utils.types import Record, Variables
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The jitted functions of a run and the shapes they work on; holds no arrays.
-
-    Attributes:
-      task: the task, with its model.
-      mesh: mesh that the functions run on.
-      steps_per_epoch: number of steps per epoch.
-      steps: number of steps of the whole run.
-      state: the training state as a tree of `jax.ShapeDtypeStruct` with shardings.
-      batch: a training batch, likewise.
-      first_state: jitted function from initial variables to the state before the first step.
-      train_step: jitted function from a state and a batch to the next state and the metrics; it
-        donates the buffers of the state.
-      evaluate: function from named variables and a `Source` of the task to the sums of each name.
-    """
+    """The jitted functions of a run and the shapes they work on; holds no arrays."""
 
     task: Task
     mesh: Mesh
     steps_per_epoch: int
-    steps: int
-    state: TrainState
+    steps: int  # of the whole run
+    state: TrainState  # of `jax.ShapeDtypeStruct`, with shardings
     batch: dict[str, jax.ShapeDtypeStruct]
-    first_state: Callable[[Variables], TrainState]
-    train_step: Any
-    evaluate: Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
+    first_state: Callable[[Variables], TrainState]  # from the initial variables
+    train_step: Any  # from state and batch to state and metrics; donates the state's buffers
+    evaluate: Test
 
     @property
     def model(self) -> Model:
