@@ -60,13 +60,13 @@ def open_topology(name: str) -> list[Any]:
 
     # Without these, libtpu looks for the slice of this machine, complains if there is none, and
     # keeps other processes from using libtpu.
-    for variable, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-    ):
-        os.environ.setdefault(variable, value)
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    os.environ.update(settings | os.environ)
     sides = [int(side) for side in size.split("x")]
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if math.prod(sides) == 1:

@@ -26,13 +26,15 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from activemlp_jax.benchmark.operator import Case, compile_operator, draw_cases
 from activemlp_jax.benchmark.programs import (
     TRAINING,
+    Case,
     compile_copy,
     compile_forward,
     compile_matmul,
+    compile_operator,
     compile_training,
+    draw_cases,
     draw_inputs,
 )
 from activemlp_jax.benchmark.timing import (

@@ -18,14 +18,13 @@ from activemlp_jax.data.base import Example, Source
 from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.models.segmentor import Model, backbone
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.utils.types import Batch, Variables
+from activemlp_jax.utils.types import Batch, Record, Variables
 from activemlp_jax.weights.model_card import ARCHITECTURE, ModelCard
 
 Sums = dict[str, np.ndarray]  # totals over a dataset, from which metrics are computed
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of each array of a batch
 Draw = Callable[[Sequence[tuple[str, ...]]], list[Any]]  # paths -> random subtrees of variables
 Options = Mapping[str, Any]  # command-line options by name
-Record = dict[str, Any]  # a command's result, which JSON can represent
 Test = Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
 T = TypeVar("T")
 

@@ -45,7 +45,6 @@ from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.tasks.base import (
     Draw,
     Options,
-    Record,
     Shapes,
     Sums,
     Task,
@@ -54,7 +53,7 @@ from activemlp_jax.tasks.base import (
     redraw_heads,
 )
 from activemlp_jax.utils.errors import UserError, one_line
-from activemlp_jax.utils.types import Batch, Variables
+from activemlp_jax.utils.types import Batch, Record, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
 NUM_HARDEST = 5

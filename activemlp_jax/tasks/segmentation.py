@@ -37,7 +37,6 @@ from activemlp_jax.tasks import segmentation_predict
 from activemlp_jax.tasks.base import (
     Draw,
     Options,
-    Record,
     Shapes,
     Sums,
     Task,
@@ -47,7 +46,7 @@ from activemlp_jax.tasks.base import (
 )
 from activemlp_jax.tasks.segmentation_metrics import class_metrics, class_table, scene_metrics
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.utils.types import Batch, Variables
+from activemlp_jax.utils.types import Batch, Record, Variables
 from activemlp_jax.weights.model_card import HEAD, ModelCard
 from activemlp_jax.weights.torch_names import BACKBONE, variable_shapes
 

@@ -10,15 +10,13 @@ from activemlp_jax.inference.segment import Segmenter, segment_image
 from activemlp_jax.plots.overlays import class_shares, draw_overlay, label_picture
 from activemlp_jax.plots.pictures import check_picture, save_picture
 from activemlp_jax.utils.errors import UserError, one_line
-from activemlp_jax.utils.types import Variables
+from activemlp_jax.utils.types import Record, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # endings of the files to write
 MAX_LISTED = 5  # classes to list per image
 OPACITY = 0.6
 MAX_LABELS = 2**16  # values of a pixel in a 16-bit picture
-
-Record = dict[str, Any]
 
 
 def plan(

@@ -84,7 +84,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, config: ConfigDict):
-        self._config = json.loads(config.to_json())
+        self._config = config
         self._options = config.checkpoint
         self._last_save = time.monotonic()
         self._directory = directory.absolute()
@@ -216,7 +216,9 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            run=ocp.args.JsonSave({"config": self._config, "losses": list(losses)}),
+            run=ocp.args.JsonSave(
+                {"config": json.loads(self._config.to_json()), "losses": list(losses)}
+            ),
         )
         self._last_save = time.monotonic()
         evaluated = score is not None and math.isfinite(score)

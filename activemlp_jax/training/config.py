@@ -323,21 +323,15 @@ def current_name(key: str) -> str:
     return key
 
 
-def differing_keys(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """List the settings that differ between two configs, except those in `FREE_TO_CHANGE`.
+def differing_keys(config: ConfigDict, theirs: dict[str, Any]) -> list[str]:
+    """List the settings that differ from those of a saved config, `theirs`, each with both values.
 
-    Configs saved by earlier versions may use old names of keys, which are replaced by the current
-    ones, and may lack some keys, which then have their defaults.
-
-    Args:
-      ours: the config of this run, as a nested dict.
-      theirs: the other config, likewise.
-
-    Returns:
-      The keys that differ, each in a string with both values.
+    `FREE_TO_CHANGE` are left out. Configs saved by earlier versions may use old names of keys,
+    which are replaced by the current ones, and may lack some keys, which then have their defaults.
     """
-    defaults = flatten_dict(json.loads(default_config().to_json()), sep=".")
-    here = defaults | flatten_dict(ours, sep=".")
+    defaults, here = (
+        flatten_dict(json.loads(each.to_json()), sep=".") for each in (default_config(), config)
+    )
     saved = flatten_dict(theirs, sep=".")
     there = defaults | {current_name(key): value for key, value in saved.items()}
     return [

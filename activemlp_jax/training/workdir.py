@@ -69,7 +69,7 @@ def _check_owner(workdir: Path, config: ConfigDict) -> None:
         theirs = read_json(path)
         if not isinstance(theirs, dict):
             raise UserError(f"{path} is not the config of a run: expected a JSON object")
-        differences = differing_keys(json.loads(config.to_json()), theirs)
+        differences = differing_keys(config, theirs)
         if differences:
             raise UserError(
                 f"{workdir} belongs to a run with other settings: {'; '.join(differences)}; "
