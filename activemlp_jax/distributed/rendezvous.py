@@ -87,17 +87,14 @@ class Rendezvous:
 
     def leave(self) -> None:
         """Tell the other processes that this one ends normally."""
-        self._run(self._leave())
+        self._is_ending = True
+        self._run(self._send_all({"done": True}))
 
     async def _meet(self) -> None:
         raise NotImplementedError
 
     async def _report(self, message: str, certain: bool) -> None:
         raise NotImplementedError
-
-    async def _leave(self) -> None:
-        self._is_ending = True
-        await self._send_all({"done": True})
 
     async def _send_all(self, message: Message) -> None:
         await asyncio.gather(*(_send(writer, message) for writer in self._writers.values()))

@@ -74,11 +74,10 @@ def initial_variables(config: ConfigDict, task: Task) -> Variables:
     kind = card.default_kind
     if config.init_weights != "auto":
         kind = choose_kind(card.kinds, config.init_weights, config.init_from)
-    variables = jax.tree.map(_to_float32, read_weights(config.init_from, card, kind))
+    variables = jax.tree.map(
+        lambda leaf: leaf if leaf.dtype.kind == "i" else leaf.astype(np.float32),
+        read_weights(config.init_from, card, kind),
+    )
     variables, head = task.start_from(card, variables, draw)
     log.info(f"starting from the {kind} weights in {config.init_from}: {head}")
     return variables
-
-
-def _to_float32(leaf: np.ndarray) -> np.ndarray:
-    return leaf if leaf.dtype.kind == "i" else leaf.astype(np.float32)

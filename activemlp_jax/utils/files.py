@@ -19,11 +19,7 @@ KINDS = {
 
 
 def read_file(path: str | os.PathLike[str], most: int) -> bytes:
-    """Read a regular file of at most `most` bytes.
-
-    Raises:
-      UserError: the file is missing, unreadable, too large, or not a regular file.
-    """
+    """Read a regular file of at most `most` bytes; raise UserError if it is not one."""
     try:
         with open(path, "rb", opener=_open_regular) as file:
             size = os.fstat(file.fileno()).st_size
@@ -81,9 +77,6 @@ def write_aside(path: Path) -> Iterator[Path]:
     The file is synced to disk before it gets its final name, so neither a kill nor a power cut
     leaves half a file. A link at `path` is replaced, not followed. The partial file of a killed
     process is removed by the next process that writes to `path`.
-
-    Raises:
-      OSError: the file cannot be written.
     """
     aside = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +96,6 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
 
     A kill between the two renames leaves `.NAME.previous`, which the next write restores. A link
     at `directory` is replaced, not followed.
-
-    Raises:
-      OSError: the directory cannot be written.
     """
     aside, previous = partial_path(directory), previous_path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +110,7 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
         _remove(previous)
     finally:
         _recover_directory(directory)
-        if aside.exists():
-            shutil.rmtree(aside)
+        _remove(aside)
 
 
 def _recover_directory(directory: Path) -> None:
