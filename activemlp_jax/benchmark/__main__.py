@@ -193,27 +193,23 @@ def print_models(options: Namespace) -> None:
     for name in names:
         count_cost(create_model(name), size, size)  # raises for a wrong name or size
 
-    def contenders(workload: Workload) -> Iterator[Contender]:
+    def contenders(name: str) -> Iterator[Contender]:
         yield compile_matmul()
+        workload = Workload(name, images, size, dtype)
         inputs, ours = draw_inputs(workload), []
-        compiling = (
-            compile_training(workload, inputs, options.parts)
-            if options.parts
+        parts = options.parts
+        for contender in (
+            compile_training(workload, inputs, parts)
+            if parts
             else compile_forward(workload, inputs)
-        )
-        for contender in compiling:
+        ):
             ours.append(contender)
             yield contender
         if peer:
             yield from peer.prepare_models(ours, inputs)
 
-    groups = (
-        (
-            f"{name}, {images} images of {size} x {size} in {dtype}",
-            contenders(Workload(name, images, size, dtype)),
-        )
-        for name in names
-    )
+    setting = f"{images} images of {size} x {size} in {dtype}"
+    groups = ((f"{name}, {setting}", contenders(name)) for name in names)
     measure_all(groups, options, in_milliseconds=False)
 
 
@@ -269,31 +265,24 @@ def make_parser() -> Parser:
     how = "JAX, with --compare in turns with PyTorch, next to a square matrix product."
     model = add("model", print_models, "images per second of classifiers, forward", how)
     model.set_defaults(parts=())
-    train = add(
-        "train",
-        print_models,
-        "images per second of their gradient, and of the step that train.py runs",
-        how,
-    )
+    text = "images per second of their gradient, and of the step that train.py runs"
+    train = add("train", print_models, text, how)
     train.add_argument(
         "--only",
         dest="parts",
         nargs=1,
         choices=TRAINING,
         default=TRAINING,
-        help="only one of them (both)",
+        help="one of them (both)",
     )
     for command in (table, model, train):
         command.add_argument(
             "--model", action="append", metavar="NAME", help="only this; may be repeated (all)"
         )
 
-    operator = add(
-        "op", print_operator, "milliseconds of the operator in each of its implementations"
-    )
-    operator.add_argument(
-        "--deviation", type=float, default=2.0, help="of the offsets, in pixels (2)"
-    )
+    text = "milliseconds of the operator in each of its implementations"
+    operator = add("op", print_operator, text)
+    operator.add_argument("--deviation", type=float, default=2.0, help="of offsets, in pixels (2)")
     for command, steps in ((model, 3), (train, 3), (operator, 10)):
         command.add_argument("--batch-size", type=int, default=8, help="images at a time (8)")
         command.add_argument("--image-size", type=int, default=224, help="side in pixels (224)")

@@ -50,11 +50,7 @@ class Contender(NamedTuple):
 class Measurement(NamedTuple):
     """Figures of one contender, in the CSV file's first columns; those of `Machine` follow.
 
-    The images per second are the median, the lowest and the highest of the rounds; all other rates
-    are from the median. `ratio_to_jax` is the rate divided by that of JAX's fastest implementation
-    of the same `what`. `gflops` and `gigabytes` are per second; `matmul_fraction` is `gflops`
-    divided by that of the matrix product, and `copy_fraction` is `gigabytes` divided by that of the
-    copy.
+    All rates are from the median of the rounds, except for the lowest and the highest.
     """
 
     what: str
@@ -66,11 +62,11 @@ class Measurement(NamedTuple):
     images_per_second: float | None
     images_per_second_min: float | None
     images_per_second_max: float | None
-    ratio_to_jax: float
-    gflops: float | None
-    matmul_fraction: float | None
-    gigabytes: float | None
-    copy_fraction: float | None
+    ratio_to_jax: float  # to the rate of JAX's fastest implementation of the same `what`
+    gflops: float | None  # per second
+    matmul_fraction: float | None  # of the GFLOP/s of the matrix product
+    gigabytes: float | None  # per second
+    copy_fraction: float | None  # of the GB/s of the copy
     memory_bytes: int | None
     compile_seconds: float
 
@@ -124,10 +120,7 @@ def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> l
 def summarize(
     contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]
 ) -> list[Measurement]:
-    """Compute rates, ratios and fractions from the `seconds` of `time_in_turns`.
-
-    At least one contender of each `what` must be one of JAX's.
-    """
+    """Compute rates from the `seconds` of `time_in_turns`; JAX must be one contender of each."""
     timed = list(zip(contenders, seconds, map(median, seconds), strict=True))
     fastest: dict[str, float] = {}
     matmul_rate = copy_rate = None

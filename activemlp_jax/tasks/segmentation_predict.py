@@ -28,10 +28,9 @@ def plan(
     to each image.
 
     Returns:
-      A function that takes variables and a list, and yields a record for each file that can be
-      read. A record has the paths `image` and `overlay`, whether the overlay `replaced` an older
-      file, and `shares`, the fraction of the pixels in each class that occurs, keyed by class name,
-      largest first. The function adds the files that cannot be read to the list.
+      A function as `Task.plan_predict` returns it. A record has the paths `image` and `overlay`,
+      whether the overlay `replaced` an older file, and `shares`, the fraction of the pixels in each
+      class that occurs, keyed by class name, largest first.
 
     Raises:
       UserError: a file cannot be written or would be overwritten, or the model has too many

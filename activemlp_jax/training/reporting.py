@@ -38,8 +38,7 @@ MAX_LAG = 5.0  # percentage points; warn if the averaged weights score lower by 
 def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str:
     """Describe a run in a line such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
 
-    The line also warns if the warm-up is longer than the run of `steps` steps, or if an epoch is a
-    single step, a sign that the batch is too large for the dataset.
+    The line also warns of a warm-up that is longer than the run, and of a batch that is too large.
     """
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     number = f"{steps_per_epoch:,} step{'s' * (steps_per_epoch > 1)} an epoch"
@@ -85,14 +84,9 @@ class Work(NamedTuple):
 class Reporter:
     """Context manager that reports the steps and epochs of a run.
 
-    Args:
-      workdir: where to write `metrics.jsonl`, `steps.jsonl` and `tensorboard/`; None on hosts
-        that do not report.
-      work: the steps that the run has left.
-      config: the whole config; `log_every_steps` and `tensorboard` are read.
-      console: where to print.
-      trackers: functions to call with the record of each logged step and of each epoch, a dict
-        from names to numbers that includes `step`.
+    Writes `metrics.jsonl`, `steps.jsonl` and, if configured, `tensorboard/` to `workdir`, which is
+    None on hosts that do not report. Calls `trackers` with the record of each logged step and of
+    each epoch, a dict from names to numbers that includes `step`.
     """
 
     def __init__(

@@ -55,8 +55,7 @@ class Trainer:
     def step_flops(self) -> float:
         """Floating-point operations of a training step, from the model's multiply-adds.
 
-        The backward pass counts as twice the forward pass; recomputation to save memory is left
-        out.
+        The backward pass counts as two forward passes; recomputation to save memory is left out.
         """
         config = self.task.settings
         size = config.data.image_size
@@ -86,9 +85,7 @@ class Trainer:
 def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mesh) -> Trainer:
     """Build the trainer of a run with a checked config and `examples` training examples.
 
-    Raises:
-      UserError: the batch size cannot be divided over the devices or is larger than an epoch, or
-        the model settings are invalid.
+    Raises UserError if the batch size does not fit the devices or the examples.
     """
     for key, parts in {"batch_size": config.accumulation, "eval_batch_size": 1}.items():
         if config[key] % (mesh.size * parts):
