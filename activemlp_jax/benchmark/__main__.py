@@ -197,12 +197,11 @@ def print_models(options: Namespace) -> None:
         yield compile_matmul()
         workload = Workload(name, images, size, dtype)
         inputs, ours = draw_inputs(workload), []
-        parts = options.parts
-        for contender in (
-            compile_training(workload, inputs, parts)
-            if parts
-            else compile_forward(workload, inputs)
-        ):
+        if options.parts:
+            compiling = compile_training(workload, inputs, options.parts)
+        else:
+            compiling = compile_forward(workload, inputs)
+        for contender in compiling:
             ours.append(contender)
             yield contender
         if peer:
@@ -268,12 +267,7 @@ def make_parser() -> Parser:
     text = "images per second of their gradient, and of the step that train.py runs"
     train = add("train", print_models, text, how)
     train.add_argument(
-        "--only",
-        dest="parts",
-        nargs=1,
-        choices=TRAINING,
-        default=TRAINING,
-        help="one of them (both)",
+        "--only", dest="parts", nargs=1, choices=TRAINING, default=TRAINING, help="only one (both)"
     )
     for command in (table, model, train):
         command.add_argument(
