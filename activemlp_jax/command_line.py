@@ -36,14 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(options: Mapping[str, Any]) -> None:
-    """Check the options that have limits in `LIMITS`.
-
-    Args:
-      options: values keyed by option name; None for an option that was not given.
-
-    Raises:
-      UserError: a number is not within its limits.
-    """
+    """Raise UserError if an option, by its name in `LIMITS`, is not within its limits."""
     for name, limits in LIMITS.items():
         check_range(f"--{name.replace('_', '-')}", options.get(name), *limits)
 

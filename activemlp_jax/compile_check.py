@@ -29,7 +29,7 @@ from activemlp_jax.tasks.registry import TASKS, open_data
 from activemlp_jax.training.cli_flags import parse_arguments
 from activemlp_jax.training.config import check_config
 from activemlp_jax.training.init_from import adopt_architecture
-from activemlp_jax.training.trainer import build_trainer, train_flops
+from activemlp_jax.training.trainer import build_trainer
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.hardware import CHIPS, GIB, Chip
 from activemlp_jax.utils.json_files import json_line
@@ -60,13 +60,13 @@ def open_topology(name: str) -> list[Any]:
 
     # Without these, libtpu looks for the slice of this machine, complains if there is none, and
     # keeps other processes from using libtpu.
-    for variable, value in (
-        ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ("TPU_ACCELERATOR_TYPE", "v5litepod-4"),
-        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-    ):
-        os.environ.setdefault(variable, value)
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    os.environ.update(settings | os.environ)
     sides = [int(side) for side in size.split("x")]
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if math.prod(sides) == 1:
@@ -179,7 +179,7 @@ def check(
     seconds = time.perf_counter() - began
     resources = count_resources(step, len(devices))
     say(f"compiled in {seconds:.0f} s")
-    flops = train_flops(config, trainer.model) / len(devices)
+    flops = trainer.step_flops / len(devices)
     report_resources(resources, flops, chip)
     record |= {
         "compile_seconds": round(seconds, 1),

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from activemlp_jax.benchmark.operator import Case
-from activemlp_jax.benchmark.programs import CLASSES, Inputs, as_images, recipe
+from activemlp_jax.benchmark.programs import CLASSES, Case, Inputs, as_images, recipe
 from activemlp_jax.benchmark.timing import Contender, Workload, say
 from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.torch_reference.active_mlp import ActiveTokenMixer, Block, TorchActiveMLP

@@ -26,13 +26,15 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from activemlp_jax.benchmark.operator import Case, compile_operator, draw_cases
 from activemlp_jax.benchmark.programs import (
     TRAINING,
+    Case,
     compile_copy,
     compile_forward,
     compile_matmul,
+    compile_operator,
     compile_training,
+    draw_cases,
     draw_inputs,
 )
 from activemlp_jax.benchmark.timing import (
@@ -68,8 +70,7 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"--image-size is {text!r}, expected a side, or HEIGHTxWIDTH as 512x2048")
     height, width = int(match[1]), int(match[2] or match[1])
-    for side in (height, width):
-        check_numbers({"image_size": side})
+    check_numbers({"image_size": (height, width)})
     return height, width
 
 
@@ -112,13 +113,8 @@ def print_data_rate(options: Namespace) -> None:
     )
     rates = []
     for first in range(0, options.rounds * (steps + 1), steps + 1):
-        batches = train_batches(
-            source,
-            TASKS[config.task].transform,
-            config,
-            first_step=first,
-            last_step=first + steps + 1,
-        )
+        transform, last = TASKS[config.task].transform, first + steps + 1
+        batches = train_batches(source, transform, config, first_step=first, last_step=last)
         with contextlib.closing(batches):
             next(batches)  # threads and processes start
             began = time.perf_counter()
@@ -132,11 +128,7 @@ def print_data_rate(options: Namespace) -> None:
 
 
 def load_torch_peer() -> ModuleType:
-    """Import PyTorch's side of the benchmarks, a file of the repository.
-
-    Raises:
-      UserError: the file, PyTorch, JAX's device in PyTorch, or the C++ compiler is missing.
-    """
+    """Import PyTorch's side of the benchmarks; raise UserError if something for it is missing."""
     # By default JAX reserves three quarters of a GPU's memory, which PyTorch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     places = (Path(__file__).parents[2], Path.cwd())
@@ -201,27 +193,22 @@ def print_models(options: Namespace) -> None:
     for name in names:
         count_cost(create_model(name), size, size)  # raises for a wrong name or size
 
-    def contenders(workload: Workload) -> Iterator[Contender]:
+    def contenders(name: str) -> Iterator[Contender]:
         yield compile_matmul()
+        workload = Workload(name, images, size, dtype)
         inputs, ours = draw_inputs(workload), []
-        compiling = (
-            compile_training(workload, inputs, options.parts)
-            if options.parts
-            else compile_forward(workload, inputs)
-        )
+        if options.parts:
+            compiling = compile_training(workload, inputs, options.parts)
+        else:
+            compiling = compile_forward(workload, inputs)
         for contender in compiling:
             ours.append(contender)
             yield contender
         if peer:
             yield from peer.prepare_models(ours, inputs)
 
-    groups = (
-        (
-            f"{name}, {images} images of {size} x {size} in {dtype}",
-            contenders(Workload(name, images, size, dtype)),
-        )
-        for name in names
-    )
+    setting = f"{images} images of {size} x {size} in {dtype}"
+    groups = ((f"{name}, {setting}", contenders(name)) for name in names)
     measure_all(groups, options, in_milliseconds=False)
 
 
@@ -277,31 +264,19 @@ def make_parser() -> Parser:
     how = "JAX, with --compare in turns with PyTorch, next to a square matrix product."
     model = add("model", print_models, "images per second of classifiers, forward", how)
     model.set_defaults(parts=())
-    train = add(
-        "train",
-        print_models,
-        "images per second of their gradient, and of the step that train.py runs",
-        how,
-    )
+    text = "images per second of their gradient, and of the step that train.py runs"
+    train = add("train", print_models, text, how)
     train.add_argument(
-        "--only",
-        dest="parts",
-        nargs=1,
-        choices=TRAINING,
-        default=TRAINING,
-        help="only one of them (both)",
+        "--only", dest="parts", nargs=1, choices=TRAINING, default=TRAINING, help="only one (both)"
     )
     for command in (table, model, train):
         command.add_argument(
             "--model", action="append", metavar="NAME", help="only this; may be repeated (all)"
         )
 
-    operator = add(
-        "op", print_operator, "milliseconds of the operator in each of its implementations"
-    )
-    operator.add_argument(
-        "--deviation", type=float, default=2.0, help="of the offsets, in pixels (2)"
-    )
+    text = "milliseconds of the operator in each of its implementations"
+    operator = add("op", print_operator, text)
+    operator.add_argument("--deviation", type=float, default=2.0, help="of offsets, in pixels (2)")
     for command, steps in ((model, 3), (train, 3), (operator, 10)):
         command.add_argument("--batch-size", type=int, default=8, help="images at a time (8)")
         command.add_argument("--image-size", type=int, default=224, help="side in pixels (224)")

@@ -19,36 +19,29 @@ GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)
 
 
 class Traffic(NamedTuple):
-    """Collective operations of one kind: their `number`, and the bytes that they move.
-
-    `size` is the bytes of their results on a device. `sent` is the bytes that a device sends for
-    them, if each operation passes data around a ring of the devices in its replica group.
-    """
+    """Collective operations of one kind: their number, and the bytes that they move."""
 
     number: int
-    size: int
-    sent: float
+    size: int  # of their results on a device
+    sent: float  # by a device, if data is passed around a ring of the devices in a replica group
 
 
 class Resources(NamedTuple):
     """Resources that one device needs per call of a program.
 
-    `arguments`, `results`, `temporary` and `program` are bytes that are held at the same time;
-    `results` leaves out those in the buffers of arguments. `flops` is the number of operations, and
-    `accessed` the bytes read and written. `collectives` has the traffic by kind. `gathers` and
-    `scatters` count reads and writes by index. Except for the bytes held, the body of a loop counts
-    once, however often it runs, and a kernel counts only by its arguments and results.
+    The first four are bytes that are held at the same time. Except for these, the body of a loop
+    counts once, however often it runs, and a kernel counts only by its arguments and results.
     """
 
     arguments: int
-    results: int
+    results: int  # without those in the buffers of arguments
     temporary: int
     program: int
     flops: float
-    accessed: float
-    collectives: dict[str, Traffic]
-    gathers: int
-    scatters: int
+    accessed: float  # bytes read and written
+    collectives: dict[str, Traffic]  # by kind
+    gathers: int  # reads by index
+    scatters: int  # writes by index
 
     @property
     def memory(self) -> int:
@@ -69,12 +62,7 @@ def _group_size(attributes: str, devices: int) -> int:
 
 
 def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
-    """Count the collective operations of a program by kind.
-
-    Args:
-      text: the program as HLO text.
-      devices: number of devices that run it.
-    """
+    """Count the collective operations of a program, as HLO text, for that many devices, by kind."""
     counts: dict[str, Traffic] = {}
     for match in COLLECTIVE.finditer(text):
         kind, number = match["kind"], match["arguments"].count("%")
@@ -128,12 +116,6 @@ class Bounds(NamedTuple):
 
 
 def count_bounds(resources: Resources, flops: float, chip: Chip) -> Bounds:
-    """Compute lower bounds on the time of a step.
-
-    Args:
-      resources: resources of the step on one device.
-      flops: floating-point operations of the step on one device, from the model's multiply-adds.
-      chip: data sheet of the device.
-    """
+    """Compute lower bounds on the time of a step that takes `flops` operations on each device."""
     sent = sum(traffic.sent for traffic in resources.collectives.values())
     return Bounds(flops / chip.flops, resources.accessed / chip.bandwidth, sent / chip.interconnect)

@@ -1,4 +1,4 @@
-"""JAX's side of the benchmarks: classifiers, their training step, a matrix product and a copy."""
+"""JAX's side of the benchmarks: classifiers, their training step, and the operator alone."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -11,32 +11,28 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from activemlp_jax.benchmark.hlo_cost import count_resources
-from activemlp_jax.benchmark.timing import COPY, JAX, MATMUL, Contender, Workload
+from activemlp_jax.benchmark.timing import COPY, JAX, MATMUL, Contender, Workload, say
 from activemlp_jax.data.sampler import EPOCH_MULTIPLE
 from activemlp_jax.distributed import sharding
-from activemlp_jax.models.active_mlp import create_model
+from activemlp_jax.models.active_mlp import VARIANTS, create_model
 from activemlp_jax.models.flops import count_cost
+from activemlp_jax.ops.sample_axis import NAMES, sample_axis
 from activemlp_jax.training.config import check_config, default_config, set_variant
 from activemlp_jax.training.init_from import draw_variables
-from activemlp_jax.training.trainer import build_trainer, train_flops
+from activemlp_jax.training.trainer import build_trainer
 from activemlp_jax.utils.types import Params, Variables
 
 CLASSES = 1000
 TRAINING = ("gradient", "step")
+OPERATOR_MODEL = "active_tiny"  # has the shapes that the operator is timed at
 
 
 class Inputs(NamedTuple):
-    """Inputs that JAX and PyTorch share.
+    """Inputs that JAX and PyTorch share."""
 
-    Args:
-      variables: random variables of the model.
-      pixels: `[B, H, W, 3]`, uint8.
-      labels: `[B]`, int32.
-    """
-
-    variables: Variables
-    pixels: np.ndarray
-    labels: np.ndarray
+    variables: Variables  # random
+    pixels: np.ndarray  # [B, H, W, 3], uint8
+    labels: np.ndarray  # [B], int32
 
 
 def recipe(workload: Workload) -> ConfigDict:
@@ -76,17 +72,9 @@ def compile_function(
     flops: float | None = None,
     traffic: float | None = None,
 ) -> Contender:
-    """Compile a jitted function into a contender.
+    """Compile a jitted function of `arguments` into a `Contender`.
 
-    Args:
-      what: what the function does; contenders that do the same are compared.
-      workload: model and input.
-      function: the jitted function.
-      arguments: arguments of `function`.
-      implementation: name of the implementation, with `JAX` as first word.
-      is_step: whether each run takes the first result of the previous run as its first argument.
-      flops: floating-point operations of a run, from the model's multiply-adds.
-      traffic: least number of bytes that a run can move.
+    With `is_step`, each run takes the first result of the previous run as its first argument.
     """
     began = time.perf_counter()
     compiled = function.lower(*arguments).compile()
@@ -142,7 +130,7 @@ def compile_training(
     config = recipe(workload)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     trainer = build_trainer(config, CLASSES, EPOCH_MULTIPLE * workload.batch_size, mesh)
-    flops = train_flops(config, trainer.model)
+    flops = trainer.step_flops
     batch = sharding.put_batch({"image": inputs.pixels, "label": inputs.labels}, mesh)
     variables = sharding.put_everywhere(inputs.variables, mesh)
     key = jax.random.key(0)
@@ -162,3 +150,73 @@ def compile_training(
         yield compile_function(
             "step", workload, trainer.train_step, state, batch, is_step=True, flops=flops
         )
+
+
+class Case(NamedTuple):
+    """Inputs of the operator at one stage along one axis."""
+
+    workload: Workload  # its `model` is the name of the stage
+    axis: str  # 'h' or 'w'
+    features: jax.Array  # [B, H, W, C], in the workload's dtype
+    offset: jax.Array  # [B, H, W, G], float32, pixels
+    cotangent: jax.Array  # as `features`; input of the backward pass
+
+    def title(self) -> str:
+        """Describe the stage, its shape and the axis."""
+        _, height, width, channels = self.features.shape
+        shared = channels // self.offset.shape[-1]
+        return (
+            f"{self.workload.model}, {height} x {width}, {channels} channels, "
+            f"{shared} an offset, along {self.axis}"
+        )
+
+    def traffic(self, what: str) -> float:
+        """Count the bytes of 'forward' or 'forward+backward' if each array is accessed once."""
+        features, offset = self.features.nbytes, self.offset.nbytes
+        forward = 2.0 * features + offset
+        # The backward pass reads features, offsets and cotangent, and writes two gradients.
+        return forward if what == "forward" else forward + 3.0 * features + 2.0 * offset
+
+
+def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -> Iterator[Case]:
+    """Draw inputs for each stage and axis; offsets deviate by `deviation` pixels."""
+    images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
+    init = partial(create_model(OPERATOR_MODEL).init_with_output, method="features")
+    maps, _ = jax.eval_shape(init, jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    shares = VARIANTS[OPERATOR_MODEL]["share_dims"]
+    for stage, (leaf, share) in enumerate(zip(maps, shares, strict=True)):
+        workload = Workload(f"{OPERATOR_MODEL} stage {stage + 1}", batch_size, image_size, dtype)
+        offset_shape = (*leaf.shape[:-1], leaf.shape[-1] // share)
+        for axis in ("h", "w"):
+            x, cotangent = (jnp.asarray(rng.standard_normal(leaf.shape), dtype) for _ in range(2))
+            offset = jnp.asarray(deviation * rng.standard_normal(offset_shape), jnp.float32)
+            yield Case(workload, axis, x, offset, cotangent)
+
+
+def compile_operator(case: Case) -> Iterator[Contender]:
+    """Compile the JAX implementations for this backend, forward and with gradients."""
+    for name in NAMES:
+        kind, _, platform = name.partition("_")
+        if kind == "pallas" and platform != jax.default_backend():
+            say(f"without {JAX} {name}, which is interpreted here")
+            continue
+        sample = partial(sample_axis, axis=case.axis, impl=name)
+
+        def both(x: Any, offset: Any, cotangent: Any, sample: Any = sample) -> Any:
+            result, pull = jax.vjp(sample, x, offset)
+            return result, pull(cotangent)
+
+        inputs = (case.features, case.offset)
+        for what, function, arguments in (
+            ("forward", sample, inputs),
+            ("forward+backward", both, (*inputs, case.cotangent)),
+        ):
+            yield compile_function(
+                f"{case.axis} {what}",
+                case.workload,
+                jax.jit(function),
+                *arguments,
+                implementation=f"{JAX} {name}",
+                traffic=case.traffic(what),
+            )

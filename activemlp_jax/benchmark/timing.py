@@ -26,46 +26,31 @@ say: Callable[[str], None] = partial(print, flush=True)  # compiling and timing 
 
 
 class Workload(NamedTuple):
-    """A model and its input.
-
-    `model` is a name. The input is `batch_size` square images with sides of `image_size` pixels;
-    both are 0 for the matrix product and the copy. `dtype`, 'float32' or 'bfloat16', is that of
-    the computation.
-    """
+    """A model and its input; both numbers are 0 for the matrix product and the copy."""
 
     model: str
     batch_size: int
-    image_size: int
-    dtype: str
+    image_size: int  # side in pixels
+    dtype: str  # of the computation, 'float32' or 'bfloat16'
 
 
 class Contender(NamedTuple):
-    """A compiled function to time.
+    """A compiled function to time. Numbers that are not counted or not meaningful are None."""
 
-    `call(n)` runs it n times and waits for the last run. Contenders with the same `what` are
-    compared. One run takes `flops` floating-point operations, from the model's multiply-adds, and
-    `memory` bytes; it moves `traffic` bytes if each array is read or written once. These are None
-    if they are not counted or not meaningful.
-    """
-
-    what: str
-    implementation: str
+    what: str  # contenders that do the same are compared
+    implementation: str  # `JAX` is the first word for those of JAX
     workload: Workload
-    call: Callable[[int], None]
-    flops: float | None
-    memory: int | None
+    call: Callable[[int], None]  # runs it so many times, and waits for the last run
+    flops: float | None  # of a run, from the model's multiply-adds
+    memory: int | None  # bytes
     compile_seconds: float
-    traffic: float | None = None
+    traffic: float | None = None  # bytes that a run moves if each array is read or written once
 
 
 class Measurement(NamedTuple):
     """Figures of one contender, in the CSV file's first columns; those of `Machine` follow.
 
-    The images per second are the median, the lowest and the highest of the rounds; all other rates
-    are from the median. `ratio_to_jax` is the rate divided by that of JAX's fastest implementation
-    of the same `what`. `gflops` and `gigabytes` are per second; `matmul_fraction` is `gflops`
-    divided by that of the matrix product, and `copy_fraction` is `gigabytes` divided by that of the
-    copy.
+    All rates are from the median of the rounds, except for the lowest and the highest.
     """
 
     what: str
@@ -77,11 +62,11 @@ class Measurement(NamedTuple):
     images_per_second: float | None
     images_per_second_min: float | None
     images_per_second_max: float | None
-    ratio_to_jax: float
-    gflops: float | None
-    matmul_fraction: float | None
-    gigabytes: float | None
-    copy_fraction: float | None
+    ratio_to_jax: float  # to the rate of JAX's fastest implementation of the same `what`
+    gflops: float | None  # per second
+    matmul_fraction: float | None  # of the GFLOP/s of the matrix product
+    gigabytes: float | None  # per second
+    copy_fraction: float | None  # of the GB/s of the copy
     memory_bytes: int | None
     compile_seconds: float
 
@@ -135,10 +120,7 @@ def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> l
 def summarize(
     contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]
 ) -> list[Measurement]:
-    """Compute rates, ratios and fractions from the `seconds` of `time_in_turns`.
-
-    At least one contender of each `what` must be one of JAX's.
-    """
+    """Compute rates from the `seconds` of `time_in_turns`; JAX must be one contender of each."""
     timed = list(zip(contenders, seconds, map(median, seconds), strict=True))
     fastest: dict[str, float] = {}
     matmul_rate = copy_rate = None
@@ -216,11 +198,7 @@ def table_lines(measurements: Sequence[Measurement], in_milliseconds: bool) -> I
 
 
 def write_csv(path: Path, measurements: Sequence[Measurement], machine: Machine) -> None:
-    """Write a heading with `COLUMNS` and one row per measurement; unknown values are empty.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Write a heading with `COLUMNS` and one row per measurement; unknown values are empty."""
 
     def cell(value: object) -> object:  # four digits, finer than any measurement
         return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -37,25 +37,12 @@ _ending = threading.Lock()
 
 
 class Hosts(NamedTuple):
-    """Options that say how to find the other processes of a run.
+    """How to find the other processes; SLURM, Open MPI or the TPU fills in what is None or ''."""
 
-    SLURM, Open MPI or the TPU fills in those that are None or ''. `coordinator` is HOST:PORT of the
-    first process; `timeout` is in seconds.
-    """
-
-    coordinator: str = ""
+    coordinator: str = ""  # HOST:PORT of the first process
     num_processes: int | None = None
     process_id: int | None = None
-    timeout: int = 300
-
-
-class _Place(NamedTuple):
-    """Place of this process in a run: coordinator, number of processes, process id and devices."""
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-    local_device_ids: list[int] | None
+    timeout: int = 300  # seconds
 
 
 def _read_launcher(environment: Mapping[str, str]) -> tuple[int, int, int] | None:
@@ -77,8 +64,8 @@ def _has_tpu() -> bool:
     return "tpu" in asked_for and bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
-def _find_place(hosts: Hosts) -> _Place | None:
-    """Find the place of this process among others; None if it is alone."""
+def _find_place(hosts: Hosts) -> tuple[str, int, int, list[int] | None] | None:
+    """Find coordinator, number of processes, process id and local devices; None if alone."""
     if not 1 <= hosts.timeout <= LONGEST_TIMEOUT:
         raise UserError(f"timeout is {hosts.timeout}, expected 1 to {LONGEST_TIMEOUT} seconds")
     number, process, local = hosts.num_processes, hosts.process_id, None
@@ -112,12 +99,14 @@ def _find_place(hosts: Hosts) -> _Place | None:
         raise UserError(
             f"the first of {number} processes is not known; give its HOST:PORT as the coordinator"
         )
-    return _Place(coordinator, number, process, local)
+    return coordinator, number, process, local
 
 
-def _connect(place: _Place, timeout: int) -> Rendezvous:
+def _connect(
+    coordinator: str, processes: int, process: int, devices: list[int] | None, timeout: int
+) -> Rendezvous:
     """Connect to the other processes and initialize JAX; call before any computation."""
-    group = join(place.coordinator, place.num_processes, place.process_id, timeout, _exit_at_once)
+    group = join(coordinator, processes, process, timeout, _exit_at_once)
     # JAX's client connects only to this machine, but gRPC would use a proxy if one is configured.
     no_proxy = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112
     os.environ["no_grpc_proxy"] = ",".join(filter(None, (no_proxy, "127.0.0.1")))  # noqa: SIM112
@@ -125,9 +114,9 @@ def _connect(place: _Place, timeout: int) -> Rendezvous:
     try:
         jax.distributed.initialize(
             group.jax_address,
-            place.num_processes,
-            place.process_id,
-            local_device_ids=place.local_device_ids,
+            processes,
+            process,
+            devices,
             initialization_timeout=timeout + 60,
             coordinator_bind_address=group.jax_address,
         )
@@ -155,13 +144,7 @@ def connected(hosts: Hosts) -> Iterator[None]:
 
     The options, the launcher or the TPU tell whether there are any. If a process fails, all others
     end with its message within seconds instead of waiting for it. If one is killed, their message
-    names it.
-
-    Args:
-      hosts: how to find the other processes.
-
-    Raises:
-      UserError: the options do not fit together, or an address cannot be used.
+    names it. Raises UserError if the options do not fit together or an address cannot be used.
     """
     global _timeout
     place = _find_place(hosts)
@@ -169,7 +152,7 @@ def connected(hosts: Hosts) -> Iterator[None]:
         yield
         return
     _timeout = hosts.timeout
-    group = _connect(place, hosts.timeout)
+    group = _connect(*place, hosts.timeout)
     # JAX's own handler would only record a SIGTERM and let the startup continue.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED_BY_SIGTERM))
     failure: Exception | None = None
@@ -213,12 +196,8 @@ def is_first() -> bool:
 def check_same(what: str, facts: Mapping[str, Any], timeout: float | None = None) -> None:
     """Check that all hosts have the same facts.
 
-    Every host must call this, in the same order as other checks; hosts wait for each other here.
-
-    Args:
-      what: name of what is checked.
-      facts: JSON values that must match on every host, keyed by display name.
-      timeout: seconds to wait for the last host; None for the `timeout` of `connected`.
+    Every host must call this, in the same order as other checks; hosts wait for each other here,
+    for `timeout` seconds, or those of `connected`. `facts` are JSON values keyed by display name.
 
     Raises:
       UserError: a host differs from host 0 or has not arrived in time; the message names it.

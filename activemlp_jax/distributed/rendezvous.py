@@ -44,6 +44,13 @@ class Member(NamedTuple):
     def __str__(self) -> str:
         return f"host {self.process} ({one_line(self.machine)}, pid {self.pid})"
 
+    def gone(self) -> str:
+        """Return the message that the process is gone."""
+        return (
+            f"{self} is gone: it was killed, or its machine or network failed; start all hosts "
+            "again with the same command"
+        )
+
 
 class Rendezvous:
     """Base class for the two kinds of processes, the first and the others; `join` makes one.
@@ -65,14 +72,10 @@ class Rendezvous:
         self.jax_address = ""  # address of the service for this process's JAX client
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(_ignore_destroyed_tasks)
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    def meet(self) -> None:
-        """Start the loop's thread and wait until all processes have met."""
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._run(self._meet())
 
     def report(self, message: str, certain: bool) -> None:
         """Tell all other processes that this one fails and why; return when it may end.
@@ -84,17 +87,14 @@ class Rendezvous:
 
     def leave(self) -> None:
         """Tell the other processes that this one ends normally."""
-        self._run(self._leave())
+        self._is_ending = True
+        self._run(self._send_all({"done": True}))
 
     async def _meet(self) -> None:
         raise NotImplementedError
 
     async def _report(self, message: str, certain: bool) -> None:
         raise NotImplementedError
-
-    async def _leave(self) -> None:
-        self._is_ending = True
-        await self._send_all({"done": True})
 
     async def _send_all(self, message: Message) -> None:
         await asyncio.gather(*(_send(writer, message) for writer in self._writers.values()))
@@ -218,7 +218,7 @@ class _FirstProcess(Rendezvous):
                 failure = self._fail(str(message["failed"]), number, bool(message.get("certain")))
                 self._failures.append(asyncio.create_task(failure))
         del self._writers[number]
-        await self._fail(_gone_message(member))
+        await self._fail(member.gone())
 
     async def _fail(self, message: str, source: int | None = None, certain: bool = True) -> None:
         """End all processes, this one last; `source` is the number of the failed process."""
@@ -301,7 +301,7 @@ class _OtherProcess(Rendezvous):
             elif "failed" in message and not self._is_ending:
                 self._end(str(message["failed"]))
         if not self._is_ending:
-            self._end(_gone_message(self._first))
+            self._end(self._first.gone())
 
     async def _report(self, message: str, certain: bool) -> None:
         self._is_ending = certain
@@ -334,15 +334,8 @@ def join(
     me = Member(process, processes, socket.gethostname(), os.getpid(), secrets.token_hex(16))
     kind = _OtherProcess if process else _FirstProcess
     group = kind(address, me, timeout, end)
-    group.meet()
+    group._run(group._meet())
     return group
-
-
-def _gone_message(member: Member) -> str:
-    return (
-        f"{member} is gone: it was killed, or its machine or network failed; start all hosts again "
-        "with the same command"
-    )
 
 
 def _as_member(message: Message) -> Member | None:

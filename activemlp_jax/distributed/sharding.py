@@ -27,14 +27,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
 
     By default, JAX orders the devices of a TPU slice by their position in it, which interleaves
     hosts. In this mesh, host p of P holds rows p * B / P to (p + 1) * B / P - 1 of a batch of B.
-
-    Args:
-      data: size of the axis `data`; -1 for the number of devices divided by `fsdp`.
-      fsdp: size of the axis `fsdp`.
-      devices: devices of the mesh; None for all devices of all hosts.
-
-    Raises:
-      UserError: the devices do not fill the mesh.
+    `data` and `fsdp` are the sizes of the axes; -1 fills the mesh. Raises UserError if the devices
+    do not fill it.
     """
     devices = jax.devices() if devices is None else devices
     total = len(devices)
@@ -81,11 +75,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
     """Make shardings for a tree that split each array along its longest axis divisible by `fsdp`.
 
-    Arrays without such an axis, or with fewer than `SMALLEST_SPLIT` elements, are replicated.
-
-    Args:
-      tree: arrays, or anything with a shape and a size, such as `jax.ShapeDtypeStruct`.
-      mesh: as `make_mesh` returns it.
+    Arrays without such an axis, or with fewer than `SMALLEST_SPLIT` elements, are replicated. The
+    leaves may be anything with a shape and a size, such as `jax.ShapeDtypeStruct`.
     """
     fsdp = mesh.shape["fsdp"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -18,15 +18,15 @@ from activemlp_jax.data.base import Example, Source
 from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.models.segmentor import Model, backbone
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.utils.types import Batch, Variables
+from activemlp_jax.utils.types import Batch, Record, Variables
 from activemlp_jax.weights.model_card import ARCHITECTURE, ModelCard
 
 Sums = dict[str, np.ndarray]  # totals over a dataset, from which metrics are computed
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of each array of a batch
 Draw = Callable[[Sequence[tuple[str, ...]]], list[Any]]  # paths -> random subtrees of variables
 Options = Mapping[str, Any]  # command-line options by name
-Record = dict[str, Any]  # a command's result, which JSON can represent
 Test = Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
+T = TypeVar("T")
 
 
 class Task(abc.ABC):
@@ -34,43 +34,25 @@ class Task(abc.ABC):
 
     Training, `evaluate` and `predict` call these methods and never ask which task it is. To add a
     task whose labels are classes, write a subclass and add it to `registry.TASKS`.
-
-    Attributes:
-      name: value of `config.task`, and of `task` in model directories.
-      score: name of the metric, in percent, that compares the states of a run; higher is better.
-      score_name: name of that metric in messages and plots.
-      counted: what the confusion matrix counts, such as 'images'.
-      model_type: class of the task's models.
-      dataset: number of images, number of classes and name of the original's training set.
-      hub_name: name of the task on model hubs.
-      does: what a model does with images, as a phrase for model cards.
-      noun: what messages call a model.
-      evaluate_options: names of the options of `evaluate` for this task only.
-      predict_options: names of the options of `predict` for this task only.
-      default_batch_size: default batch size of `evaluate`.
-      written: endings of the files that `predict` writes, so that it does not read them as images.
-      model: the model, which returns logits.
-      preprocessing: how images are prepared for evaluation.
-      config: the whole config of a run; None if the task is not for training.
     """
 
-    name: ClassVar[str]
-    score: ClassVar[str]
-    score_name: ClassVar[str]
-    counted: ClassVar[str]
+    name: ClassVar[str]  # value of `config.task`, and of `task` in model directories
+    score: ClassVar[str]  # metric, in percent, that compares the states of a run; higher is better
+    score_name: ClassVar[str]  # of that metric in messages and plots
+    counted: ClassVar[str]  # by the confusion matrix, such as 'images'
     model_type: ClassVar[type]
-    dataset: ClassVar[tuple[int, int, str]]
-    hub_name: ClassVar[str]
-    does: ClassVar[str]
-    noun: ClassVar[str]
-    evaluate_options: ClassVar[tuple[str, ...]] = ()
+    dataset: ClassVar[tuple[int, int, str]]  # images, classes and name of the original's data
+    hub_name: ClassVar[str]  # of the task on model hubs
+    does: ClassVar[str]  # what a model does with images, as a phrase for model cards
+    noun: ClassVar[str]  # for a model in messages
+    evaluate_options: ClassVar[tuple[str, ...]] = ()  # of the command, for this task only
     predict_options: ClassVar[tuple[str, ...]] = ()
-    default_batch_size: ClassVar[int] = 128
-    written: ClassVar[tuple[str, ...]] = ()
+    default_batch_size: ClassVar[int] = 128  # of `evaluate`
+    written: ClassVar[tuple[str, ...]] = ()  # endings of `predict`'s files, which it never reads
 
-    model: Any
-    preprocessing: Any
-    config: ConfigDict | None
+    model: Any  # returns logits
+    preprocessing: Any  # for evaluation
+    config: ConfigDict | None  # of a run; None if the task is not for training
 
     @property
     def settings(self) -> ConfigDict:
@@ -126,15 +108,11 @@ class Task(abc.ABC):
     def start_from(
         self, card: ModelCard, variables: Variables, draw: Draw
     ) -> tuple[Variables, str]:
-        """Make initial variables of this task's model from those of a model directory.
+        """Make initial variables of this task's model from `variables` of a model directory.
 
-        Args:
-          card: the card of the model directory.
-          variables: its variables.
-          draw: makes random subtrees of this model's variables, given their paths.
+        `draw` makes random subtrees of this model's variables, given their paths.
 
-        Returns:
-          The variables, and a phrase that says what became of the head.
+        Returns the variables, and a phrase that says what became of the head.
         """
 
     # Training
@@ -159,17 +137,13 @@ class Task(abc.ABC):
     def make_test(
         self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
-        """Make the function that evaluates variables on a dataset.
+        """Make the function from named variables and a dataset to the sums of each, by name.
 
         Args:
           mesh: mesh of all devices, over which the variables may be split.
           batch_size: images per batch, over all devices.
           num_threads: threads that read images, on each host.
           show_progress: whether to show a progress bar on standard error.
-
-        Returns:
-          A function that takes named variables and a dataset, and returns the sums for `metrics` by
-          the same names.
         """
 
     @staticmethod
@@ -178,13 +152,7 @@ class Task(abc.ABC):
         """Compute the metrics of a dataset from its sums; `score` is one of them."""
 
     def draw_sums(self, sums: Mapping[str, Any], class_names: Sequence[str], path: Path) -> None:
-        """Draw the sums of a test to a file; by default, their confusion matrix if they have one.
-
-        Args:
-          sums: sums over a dataset.
-          class_names: class names by label.
-          path: file to write.
-        """
+        """Draw the sums of a test to a file; by default, the confusion matrix if there is one."""
         if "confusion" not in sums:
             return
         from activemlp_jax.plots.training import draw_confusion  # slow to import
@@ -213,16 +181,10 @@ class Task(abc.ABC):
     def report(
         self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Describe the results of `evaluate`.
+        """Describe the results of `evaluate`, sums by kind of weights, on that many images.
 
-        Args:
-          results: sums by kind of weights.
-          images: number of images in the dataset.
-          class_names: class names by label.
-
-        Returns:
-          A list of what to print, each a line of text or a `rich` renderable, and the record for
-          JSON.
+        Returns a list of what to print, each a line of text or a `rich` renderable, and the record
+        for JSON.
         """
 
     @staticmethod
@@ -235,11 +197,6 @@ class Task(abc.ABC):
         self, card: ModelCard, files: Sequence[ImageFile], options: Options
     ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
         """Check the arguments of `predict` before any work, and make the function that runs it.
-
-        Args:
-          card: the card of the model directory.
-          files: the images.
-          options: the options of the command.
 
         Returns:
           A function that takes variables and a list, and yields a record for each file that can be
@@ -255,12 +212,12 @@ class Task(abc.ABC):
         """Print the records of `predict` in readable form."""
 
 
-def build_model(make: Callable[..., Model], key: str, /, *args: Any, **fields: Any) -> Model:
-    """Make a model from config values; raise UserError, naming `key`, for invalid ones."""
+def build(make: Callable[..., T], prefix: str, /, *args: Any, **fields: Any) -> T:
+    """Call `make`; raise UserError for invalid values, with `prefix` before the message."""
     try:
         return make(*args, **fields)
     except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(f"{prefix}{error}") from error
 
 
 # Paths of the variables whose shapes depend on the number of classes.
@@ -276,23 +233,12 @@ def redraw_heads(
 ) -> tuple[Variables, str]:
     """Reinitialize `CLASSIFIERS` in place if the number of classes differs from that of `card`.
 
-    Args:
-      model: the model to start.
-      card: the card of the model directory that the variables come from.
-      variables: variables of the same architecture.
-      draw: makes random subtrees of the model's variables, given their paths.
-
-    Returns:
-      The variables, and a phrase that says what became of the head.
+    Arguments and results are as in `Task.start_from`; `model` has the architecture of `card`.
     """
     old, new = card.model.num_classes, model.num_classes
     if old == new:
         return variables, f"head kept, {new} classes"
-    paths = [path for path in CLASSIFIERS if _has(variables, path)]
+    paths = [path for path in CLASSIFIERS if path[1] in variables["params"]]
     for path, drawn in zip(paths, draw(paths), strict=True):
         reduce(getitem, path[:-1], variables)[path[-1]] = drawn
     return variables, f"head re-initialized, {old} classes there and {new} here"
-
-
-def _has(tree: Any, path: Sequence[str]) -> bool:
-    return not path or (path[0] in tree and _has(tree[path[0]], path[1:]))

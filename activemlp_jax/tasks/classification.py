@@ -45,16 +45,15 @@ from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.tasks.base import (
     Draw,
     Options,
-    Record,
     Shapes,
     Sums,
     Task,
     Test,
-    build_model,
+    build,
     redraw_heads,
 )
 from activemlp_jax.utils.errors import UserError, one_line
-from activemlp_jax.utils.types import Batch, Variables
+from activemlp_jax.utils.types import Batch, Record, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
 NUM_HARDEST = 5
@@ -89,13 +88,9 @@ class Classification(Task):
     def from_config(cls, config: ConfigDict, num_classes: int) -> "Classification":
         """Make the task of a run."""
         data = config.data
-        model = build_model(ActiveMLP, "config.model", **config.model, num_classes=num_classes)
-        assert isinstance(model, ActiveMLP), "made by build_model"
-        try:
-            preprocessing = Preprocessing(data.image_size, data.resize_factor, data.mean, data.std)
-        except ValueError as error:
-            raise UserError(f"config.data.{error}") from error
-        return cls(model, preprocessing, config)
+        model = build(ActiveMLP, "config.model: ", **config.model, num_classes=num_classes)
+        values = data.image_size, data.resize_factor, data.mean, data.std
+        return cls(model, build(Preprocessing, "config.data.", *values), config)
 
     @classmethod
     def from_card(cls, card: ModelCard, options: Options) -> "Classification":
@@ -104,10 +99,7 @@ class Classification(Task):
         preprocessing = card.preprocessing
         assert isinstance(preprocessing, Preprocessing), "every classifier has this type"
         if (side := options.get("image_size")) is not None:
-            try:
-                preprocessing = dataclasses.replace(preprocessing, image_size=side)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+            preprocessing = build(dataclasses.replace, "", preprocessing, image_size=side)
         return cls(card.model, preprocessing)
 
     @staticmethod
@@ -185,17 +177,13 @@ class Classification(Task):
     def count(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         """Sum losses, top-5 hits and the confusion matrix over a batch, leaving out its padding.
 
-        Args:
-          variables: variables of the model.
-          batch: `image` `[B, S, S, 3]` uint8, `label` `[B]` int32 and `mask` `[B]` float32.
-
-        Returns:
-          The scalars `loss`, `top5` and `examples`, and `confusion` `[K, K]`, label by prediction.
+        The batch has `image` `[B, S, S, 3]` uint8, `label` `[B]` int32 and `mask` `[B]` float32,
+        the result the scalars `loss`, `top5` and `examples`, and `confusion` `[K, K]`, label by
+        prediction.
         """
         logits = self._logits(variables, self._normalize(batch["image"]))
-        labels, mask = batch["label"], batch["mask"]
+        labels, mask, classes = batch["label"], batch["mask"], self.model.num_classes
         loss = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-        classes = self.model.num_classes
         _, top5 = jax.lax.top_k(logits, min(5, classes))
         confusion = jnp.zeros((classes, classes)).at[labels, logits.argmax(-1)].add(mask)
         return {
@@ -208,7 +196,7 @@ class Classification(Task):
     def make_test(
         self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
-        """Make the function that evaluates named variables on a dataset; see `Task.make_test`."""
+        """See `Task.make_test`."""
 
         def count_batch(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
             return self.count(sharding.gather(variables, mesh), batch)
@@ -329,17 +317,14 @@ class Classification(Task):
 def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Find the classes with the lowest accuracy, leaving out classes without mistakes.
 
-    Args:
-      confusion: image counts `[K, K]`, label by prediction.
-      class_names: class names by label.
+    `confusion` `[K, K]` counts images, label by prediction.
 
     Returns:
       At most `NUM_HARDEST` dicts, lowest accuracy first: the `class`, its `accuracy` in percent,
       its number of `images`, and the class that it is most often `taken_for`.
     """
     confusion = np.asarray(confusion, np.float64)
-    images = confusion.sum(1)
-    correct = np.diag(confusion)
+    images, correct = confusion.sum(1), np.diag(confusion)
     wrong = confusion - np.diag(correct)
     accuracy = 100 * correct / np.maximum(images, 1)
     labels = [label for label in np.argsort(accuracy, kind="stable") if wrong[label].any()]

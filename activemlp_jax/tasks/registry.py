@@ -25,11 +25,7 @@ def open_data(config: ConfigDict, split: str) -> Source:
 
 
 def task_type(card: ModelCard, directory: object) -> type[Task]:
-    """Find the task of a model directory, whose card is `card`.
-
-    Raises:
-      UserError: the task is unknown, or does not go with the type of the model.
-    """
+    """Find the task of a model directory; raise UserError if it is unknown or not the model's."""
     task = TASKS.get(card.task)
     if task is None:
         raise UserError(f"{directory} is for the task {card.task!r}, expected {', '.join(TASKS)}")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
 from activemlp_jax.data.base import Example, Source
 from activemlp_jax.data.batch_transforms import normalize
@@ -28,7 +28,7 @@ from activemlp_jax.distributed import hosts
 from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.inference.segment import Segmenter, segment_image
 from activemlp_jax.inference.segmentation_evaluation import Part, make_evaluation
-from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, Shape, make_protocol
+from activemlp_jax.inference.tiling import MULTI_SCALE, PUBLISHED, Protocol, make_protocol
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.resizing import resize_bilinear
 from activemlp_jax.models.segmentor import ActiveSegmentor
@@ -37,17 +37,16 @@ from activemlp_jax.tasks import segmentation_predict
 from activemlp_jax.tasks.base import (
     Draw,
     Options,
-    Record,
     Shapes,
     Sums,
     Task,
     Test,
-    build_model,
+    build,
     redraw_heads,
 )
 from activemlp_jax.tasks.segmentation_metrics import class_metrics, class_table, scene_metrics
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.utils.types import Batch, Variables
+from activemlp_jax.utils.types import Batch, Record, Variables
 from activemlp_jax.weights.model_card import HEAD, ModelCard
 from activemlp_jax.weights.torch_names import BACKBONE, variable_shapes
 
@@ -74,11 +73,7 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Task):
-    """The task of predicting a class for every pixel.
-
-    Args:
-      protocol: protocol of evaluation and prediction.
-    """
+    """The task of predicting a class for every pixel; `protocol` is that of evaluation."""
 
     model: ActiveSegmentor
     preprocessing: ScenePreprocessing
@@ -103,10 +98,10 @@ class Segmentation(Task):
     def from_config(cls, config: ConfigDict, num_classes: int) -> "Segmentation":
         """Make the task of a run."""
         head, data = config.head, config.data
-        build_model(ActiveMLP, "config.model", **config.model, num_classes=num_classes)
-        model = build_model(
+        build(ActiveMLP, "config.model: ", **config.model, num_classes=num_classes)
+        model = build(
             ActiveSegmentor,
-            "config.head",
+            "config.head: ",
             config.model.to_dict(),
             head.name,
             num_classes,
@@ -115,14 +110,9 @@ class Segmentation(Task):
             head.neck_channels,
             head.dropout_rate,
         )
-        assert isinstance(model, ActiveSegmentor), "made by build_model"
-        sides = data.scene.long_side, data.scene.short_side
-        try:
-            preprocessing = ScenePreprocessing(*sides, data.image_size, data.mean, data.std)
-        except ValueError as error:
-            raise UserError(f"config.data.{error}") from error
-        protocol = Protocol(size_multiple=config.test.size_multiple)
-        return cls(model, preprocessing, config, protocol)
+        sides = data.scene.long_side, data.scene.short_side, data.image_size
+        preprocessing = build(ScenePreprocessing, "config.data.", *sides, data.mean, data.std)
+        return cls(model, preprocessing, config, Protocol(size_multiple=config.test.size_multiple))
 
     @classmethod
     def from_card(cls, card: ModelCard, options: Options) -> "Segmentation":
@@ -250,7 +240,7 @@ class Segmentation(Task):
     def make_test(
         self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
-        """Make the function that evaluates named variables on a dataset; see `Task.make_test`."""
+        """See `Task.make_test`."""
         watch = watch_parts if show_progress and hosts.is_first() else iter
         return make_evaluation(self._segmenter, mesh, batch_size, num_threads, watch)
 
@@ -347,27 +337,10 @@ class Segmentation(Task):
 
 
 def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
-    """Iterate over batches with a progress bar that counts images and compiled image sizes."""
+    """Iterate over batches with a progress bar, and print how many sizes are compiled."""
     console = Console(stderr=True)
     images = sum(len(part.indices) for part in parts)
     sizes = len({shape for part in parts for shape, _ in part.key.views})
-    no_terminal = not console.is_terminal
-    if no_terminal:
-        console.print(f"{images:,} images; the network is compiled for {sizes} sizes")
-    with Progress(
-        TextColumn("evaluating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("images, size {task.fields[size]} of " + str(sizes) + ", left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=no_terminal,
-    ) as progress:
-        task = progress.add_task("", total=images, size=0)
-        seen: set[Shape] = set()
-        for part in parts:
-            seen |= {shape for shape, _ in part.key.views}
-            progress.update(task, size=len(seen))
-            yield part
-            progress.advance(task, len(part.indices))
+    console.print(f"{images:,} images; the network is compiled for {sizes} sizes")
+    disable = not console.is_terminal
+    yield from track(parts, "evaluating", console=console, transient=True, disable=disable)

@@ -10,15 +10,11 @@ from activemlp_jax.utils.errors import one_line
 
 
 def class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Compute the IoU and the accuracy of each class.
+    """Compute `iou` and `accuracy` of each class, `[K]` float64, in percent.
 
-    Args:
-      confusion: pixel counts `[K, K]`, label by prediction.
-
-    Returns:
-      `iou` and `accuracy`, `[K]` float64 each, in percent. Both are NaN for a class that is neither
-      in the labels nor in the predictions. A class that is predicted but not in the labels has IoU
-      0 and accuracy NaN.
+    `confusion` `[K, K]` counts pixels, label by prediction. Both are NaN for a class that is
+    neither in the labels nor in the predictions. A class that is predicted but not in the labels
+    has IoU 0 and accuracy NaN.
 
     Source: mmsegmentation's intersect_and_union and mIoU.
     """
@@ -32,14 +28,9 @@ def class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def scene_metrics(confusion: np.ndarray) -> dict[str, float]:
-    """Compute the segmentation metrics of a dataset.
+    """Compute `mean_iou`, `mean_accuracy` and `pixel_accuracy` of a dataset, in percent.
 
-    Args:
-      confusion: pixel counts `[K, K]`, label by prediction.
-
-    Returns:
-      `mean_iou`, `mean_accuracy` and `pixel_accuracy` in percent. The means skip classes
-      whose value is NaN; they are NaN if all are.
+    The means skip classes whose value is NaN; they are NaN if all are.
     """
     per_class = class_metrics(confusion)
     total = np.asarray(confusion).sum()

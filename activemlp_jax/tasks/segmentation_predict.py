@@ -10,15 +10,13 @@ from activemlp_jax.inference.segment import Segmenter, segment_image
 from activemlp_jax.plots.overlays import class_shares, draw_overlay, label_picture
 from activemlp_jax.plots.pictures import check_picture, save_picture
 from activemlp_jax.utils.errors import UserError, one_line
-from activemlp_jax.utils.types import Variables
+from activemlp_jax.utils.types import Record, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
 OVERLAY, LABELS = "_overlay.png", "_labels.png"  # endings of the files to write
 MAX_LISTED = 5  # classes to list per image
 OPACITY = 0.6
 MAX_LABELS = 2**16  # values of a pixel in a 16-bit picture
-
-Record = dict[str, Any]
 
 
 def plan(
@@ -29,17 +27,10 @@ def plan(
     The files go to the folder `options['output']`, with the same subfolders as the images, or next
     to each image.
 
-    Args:
-      segmenter: the segmentation model.
-      card: its card.
-      files: the images.
-      options: the options of the command.
-
     Returns:
-      A function that takes variables and a list, and yields a record for each file that can be
-      read. A record has the paths `image` and `overlay`, whether the overlay `replaced` an older
-      file, and `shares`, the fraction of the pixels in each class that occurs, keyed by class name,
-      largest first. The function adds the files that cannot be read to the list.
+      A function as `Task.plan_predict` returns it. A record has the paths `image` and `overlay`,
+      whether the overlay `replaced` an older file, and `shares`, the fraction of the pixels in each
+      class that occurs, keyed by class name, largest first.
 
     Raises:
       UserError: a file cannot be written or would be overwritten, or the model has too many

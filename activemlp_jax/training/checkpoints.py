@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,8 +38,8 @@ NONE_COMPLETE = ".none_complete"  # the marker file
 class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """Checkpoint directory that writes the digests of its files before taking its final name.
 
-    Orbax calls `finalize` for a checkpoint and for each of its items, once all hosts have written.
-    It does so only on the first host, in the thread that writes.
+    Orbax calls `finalize` for a checkpoint and for each of its items, once all hosts have written,
+    only on the first host, in the thread that writes.
     """
 
     _final_path: Any
@@ -78,27 +79,21 @@ class Checkpoints:
     """Context manager for the checkpoints of a run; on exit it waits for pending saves.
 
     All hosts save and restore together, in a directory that they share. The newest checkpoints are
-    kept, and so is the one with the highest score among those that were evaluated.
-
-    Args:
-      directory: directory of the checkpoints, created if needed.
-      config: the whole config; it is saved in each checkpoint and compared when one is restored.
-
-    Raises:
-      UserError: the score of a checkpoint cannot be read.
+    kept, and so is the one with the highest score among those that were evaluated. The config is
+    saved in each checkpoint and compared when one is restored.
     """
 
     def __init__(self, directory: Path, config: ConfigDict):
-        self._config = json.loads(config.to_json())
+        self._config = config
         self._options = config.checkpoint
         self._last_save = time.monotonic()
         self._directory = directory.absolute()
-        for step in _steps(self._directory):
+        for step in self._steps():
             with self._reading(step):
                 _check_score(self.path(step))
-        best = BestN(get_metric_fn=_score, n=1)
+        best = BestN(get_metric_fn=itemgetter("score"), n=1)
         options = ocp.CheckpointManagerOptions(
-            best_fn=_score,
+            best_fn=itemgetter("score"),
             preservation_policy=AnyPreservationPolicy([LatestN(config.checkpoint.keep), best]),
             cleanup_tmp_directories=True,
             temporary_path_class=_WithDigests,
@@ -126,18 +121,23 @@ class Checkpoints:
         """Return the path of the newest complete checkpoint before step `below`, or None."""
         with contextlib.suppress(Exception):  # a failed save leaves no checkpoint
             self._manager.wait_until_finished()
-        steps = [step for step in _steps(self._directory) if step < below]
+        steps = [step for step in self._steps() if step < below]
         return self.path(max(steps)) if steps else None
 
     def best(self) -> Best | None:
         """Return the best of the checkpoints that were evaluated, or None if there is none."""
         step = self._manager.best_step()
-        score = NOT_EVALUATED if step is None else _score(self._manager.metrics(step))
+        score = NOT_EVALUATED if step is None else self._manager.metrics(step)["score"]
         return None if score == NOT_EVALUATED else Best(step, score)
 
     def path(self, step: int) -> Path:
         """Return the directory of the checkpoint of a step."""
         return self._directory / str(step)
+
+    def _steps(self) -> set[int]:
+        """Return the steps that have a complete checkpoint."""
+        names = {path.name for path in self._directory.glob("*") if path.is_dir()}
+        return {int(name) for name in names if name.isascii() and name.isdecimal()}
 
     def begin(self, has_records: bool) -> None:
         """Write the marker that says that no checkpoint is complete yet; for the first host only.
@@ -160,7 +160,7 @@ class Checkpoints:
         UserError if a checkpoint is damaged, has weights that are not finite, or belongs to a run
         with other settings, which the error names.
         """
-        steps = _steps(self._directory)
+        steps = self._steps()
         wanted = max(steps, default=None) if step is None else step
         if wanted is None:
             return None
@@ -198,7 +198,7 @@ class Checkpoints:
 
     def _newest_good(self, without: int) -> str:
         """Name the newest undamaged checkpoint other than `without`, for messages."""
-        for step in sorted(_steps(self._directory) - {without}, reverse=True):
+        for step in sorted(self._steps() - {without}, reverse=True):
             with contextlib.suppress(UserError):
                 _read(self.path(step), share=False)
                 return str(self.path(step))
@@ -216,7 +216,9 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            run=ocp.args.JsonSave({"config": self._config, "losses": list(losses)}),
+            run=ocp.args.JsonSave(
+                {"config": json.loads(self._config.to_json()), "losses": list(losses)}
+            ),
         )
         self._last_save = time.monotonic()
         evaluated = score is not None and math.isfinite(score)
@@ -240,13 +242,13 @@ class Checkpoints:
         With several hosts, the clock is checked only every `CLOCK_INTERVAL` steps, because all use
         the first host's clock, and asking for it takes time.
         """
-        by_number = self._options.every_steps and step % self._options.every_steps == 0
-        if by_number or not self._options.every_minutes:
-            return bool(by_number)
-        if jax.process_count() > 1 and step % CLOCK_INTERVAL:
+        every_steps, every_minutes = self._options.every_steps, self._options.every_minutes
+        if every_steps and step % every_steps == 0:
+            return True
+        if not every_minutes or (jax.process_count() > 1 and step % CLOCK_INTERVAL):
             return False
         minutes = (time.monotonic() - self._last_save) / 60
-        return hosts.first_host_says(minutes >= self._options.every_minutes)
+        return hosts.first_host_says(minutes >= every_minutes)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -254,29 +256,17 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and its dependencies raise many types
-            steps = _steps(self._directory)
+            steps = self._steps()
             kept = f"the newest whole one is {self.path(max(steps))}" if steps else "there is none"
             raise UserError(
                 f"a checkpoint cannot be written in {self._directory}: {_reason(error)}; {kept}"
             ) from error
 
 
-def _score(metrics: dict[str, float]) -> float:
-    return metrics["score"]
-
-
-def _steps(directory: Path) -> set[int]:
-    """Return the steps that have a complete checkpoint."""
-    names = {path.name for path in directory.glob("*") if path.is_dir()}
-    return {int(name) for name in names if name.isascii() and name.isdecimal()}
-
-
 def _check_score(checkpoint: Path) -> None:
     """Raise UserError if the score of a checkpoint cannot be read."""
     path = checkpoint / "metrics" / "metrics"  # where Orbax stores the item `metrics`
-    if not path.exists():
-        return
-    metrics = read_json(path)
+    metrics = read_json(path) if path.exists() else {"score": NOT_EVALUATED}
     try:
         expect(metrics["score"], "score", (int, float), NOT_EVALUATED, 100)
     except (KeyError, TypeError, ValueError) as error:
@@ -310,6 +300,6 @@ def _read(checkpoint: Path, share: bool = True, may_lack_files: bool = False) ->
     return {"config": config, "losses": losses}
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: Exception) -> str:
     reason = one_line(error)[:1000]
     return reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"

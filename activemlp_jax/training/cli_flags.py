@@ -8,7 +8,6 @@ import os
 import re
 import runpy
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,9 +76,6 @@ def parse_arguments(
 
     Returns:
       The options, with the path of the config as `config`, and the config.
-
-    Raises:
-      UserError: the config file or an option is wrong.
     """
     parser.add_argument(
         "--config",
@@ -93,7 +89,8 @@ def parse_arguments(
         config = load_config(arguments.config) if arguments.config else default_config()
         parser.print_help()
         print(f"\nKeys of {arguments.config or 'a config'}, changed by --config.KEY=VALUE:\n")
-        print(describe_keys(config))
+        for key, value in flatten(config).items():
+            print(f"  --config.{key}={value!r}")
         sys.exit(0)
     if not arguments.config:
         raise UserError("--config is missing, expected a config file such as configs/digits.py")
@@ -123,34 +120,8 @@ def _set_keys(config: ConfigDict, words: Sequence[str], path: str) -> None:
         )
 
 
-def describe_keys(config: ConfigDict) -> str:
-    """List all keys with their values for --help, one paragraph per group."""
-    groups: dict[str, list[str]] = {}
-    for key, value in flatten(config).items():
-        group, _, name = key.rpartition(".")
-        # No-break spaces, so that a line does not break inside a tuple.
-        groups.setdefault(group, []).append(f"{name}={value!r}".replace(" ", "\N{NO-BREAK SPACE}"))
-    paragraphs = [
-        textwrap.fill(
-            " ".join(pairs),
-            width=100,
-            initial_indent=f"  --config.{group}{'.' * bool(group)}  ",
-            subsequent_indent="      ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for group, pairs in groups.items()
-    ]
-    return "\n".join(paragraphs).replace("\N{NO-BREAK SPACE}", " ")
-
-
 def run(description: str | None, default_path: Path) -> None:
-    """Run the command line of `train.py`.
-
-    Args:
-      description: what --help says about the command.
-      default_path: config file to use without --config.
-    """
+    """Run the command line of `train.py`."""
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

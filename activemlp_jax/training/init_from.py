@@ -22,16 +22,9 @@ log = logging.getLogger(__name__)
 
 
 def adopt_architecture(config: ConfigDict) -> ConfigDict:
-    """Copy the architecture of the model directory `config.init_from` into a config.
+    """Return a copy of `config` with the architecture of the model directory `config.init_from`.
 
-    If that is a segmentation model, its head replaces the config's. If it is a classifier, the
-    config's head stays.
-
-    Args:
-      config: the whole config.
-
-    Returns:
-      A changed copy, or `config` itself if `init_from` is empty.
+    The head of a segmentation model replaces the config's; for a classifier, the config's stays.
 
     Raises:
       UserError: `init_from` is not a model directory, or the task cannot start from its model.
@@ -58,10 +51,6 @@ def initial_variables(config: ConfigDict, task: Task) -> Variables:
     If the loaded model has a different number of classes, the layers that depend on it are
     initialized randomly. A segmentation model takes only the backbone of a classifier.
 
-    Args:
-      config: the whole config, after `adopt_architecture`.
-      task: the task, with its model.
-
     Returns:
       The variables as numpy arrays; loaded ones are float32, apart from integers.
 
@@ -85,11 +74,10 @@ def initial_variables(config: ConfigDict, task: Task) -> Variables:
     kind = card.default_kind
     if config.init_weights != "auto":
         kind = choose_kind(card.kinds, config.init_weights, config.init_from)
-    variables = jax.tree.map(_to_float32, read_weights(config.init_from, card, kind))
+    variables = jax.tree.map(
+        lambda leaf: leaf if leaf.dtype.kind == "i" else leaf.astype(np.float32),
+        read_weights(config.init_from, card, kind),
+    )
     variables, head = task.start_from(card, variables, draw)
     log.info(f"starting from the {kind} weights in {config.init_from}: {head}")
     return variables
-
-
-def _to_float32(leaf: np.ndarray) -> np.ndarray:
-    return leaf if leaf.dtype.kind == "i" else leaf.astype(np.float32)

@@ -3,10 +3,10 @@
 import contextlib
 import logging
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,9 +18,9 @@ from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.tasks.base import Sums
 from activemlp_jax.training.checkpoints import Checkpoints, Restored
 from activemlp_jax.training.init_from import initial_variables
-from activemlp_jax.training.profiling import Trace
 from activemlp_jax.training.reporting import (
     Reporter,
+    Trace,
     Tracker,
     Work,
     describe_length,
@@ -29,15 +29,14 @@ from activemlp_jax.training.reporting import (
 from activemlp_jax.training.results import draw_pictures, write_model_directory
 from activemlp_jax.training.step import Metrics, TrainState
 from activemlp_jax.training.stopping import Interruption, non_finite, stop_at_non_finite
-from activemlp_jax.training.trainer import Run, prepare_run, train_flops
+from activemlp_jax.training.trainer import Run, prepare_run
 from activemlp_jax.training.workdir import (
     EPOCHS_FILE,
     STEPS_FILE,
     claim_workdir,
-    read_mark,
     read_records,
+    replace_file,
     rewind_records,
-    write_mark,
 )
 from activemlp_jax.utils.errors import Interrupted
 from activemlp_jax.utils.hardware import peak_flops
@@ -58,8 +57,7 @@ def train(
 
     Args:
       config: the whole config, with the keys of `default_config`.
-      workdir: directory of the run, shared by all hosts and created if needed; the module
-        `workdir` lists what it holds.
+      workdir: directory of the run, shared by all hosts and created if needed.
       console: where to print. Only the first host prints, except that every host reports the
         images it skips.
       config_name: name of the config to record in model directories, such as 'digits'; '' for none.
@@ -98,47 +96,40 @@ def train(
             trainer.steps,
             trainer.epochs,
             config.batch_size,
-            train_flops(config, trainer.model),
+            trainer.step_flops,
             peak_flops(trainer.mesh.devices.flat[0].device_kind, trainer.mesh.size),
         )
-        reporter_workdir = workdir if is_first else None
-        with Reporter(reporter_workdir, work, config, console, trackers) as reporter:
-            result = _run_steps(run, restored, checkpoints, reporter)
+        with Reporter(workdir if is_first else None, work, config, console, trackers) as reporter:
+            state, metrics, sums, seconds = _run_steps(run, restored, checkpoints, reporter)
 
         checkpoints.wait()
-        score = trainer.score(result.sums)
-        write_model_directory(run, "model", result.state, score)
+        score = trainer.score(sums)
+        write_model_directory(run, "model", state, score)
         best = checkpoints.best()
         if best is not None and best.step != trainer.steps:
             restored_best = checkpoints.restore(trainer.state, best.step)
             assert restored_best is not None, f"{best} exists"
             write_model_directory(run, "best_model", restored_best.state, best.score)
             log.info(f"best_model is from step {best.step}, with {best.score:.2f}%")
-        names = ["model", *draw_pictures(run, result.state, result.sums)]
+        names = ["model", *draw_pictures(run, state, sums)]
         images = len(run.test_source)
-        if lag := lagging_average(config, result.metrics, trainer.task.score, images):
+        if lag := lagging_average(config, metrics, trainer.task.score, images):
             log.info(lag)
         log.info(
-            f"{trainer.task.score_name} {score:.2f}% on {images:,} test images, "
-            f"{result.seconds:.0f} s of training; see {', '.join(names[:-1])} and {names[-1]} in "
-            f"{workdir}"
+            f"{trainer.task.score_name} {score:.2f}% on {images:,} test images, {seconds:.0f} s of "
+            f"training; see {', '.join(names[:-1])} and {names[-1]} in {workdir}"
         )
-
-
-class _ConsoleHandler(logging.Handler):
-    def __init__(self, console: Console):
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def _logging_to(console: Console) -> Iterator[None]:
     """Print this package's log messages; hosts other than the first print only warnings."""
-    logger, handler = logging.getLogger("activemlp_jax"), _ConsoleHandler(console)
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(record.getMessage(), highlight=False, markup=False, soft_wrap=True)
+
+    logger, handler = logging.getLogger("activemlp_jax"), Handler()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if hosts.is_first() else logging.WARNING)
@@ -155,11 +146,12 @@ def _check_shared(workdir: Path) -> None:
     """Raise UserError unless `workdir` is the same directory on all hosts."""
     if jax.process_count() == 1:
         return
+    mark = workdir / ".mark"
     if hosts.is_first():
-        write_mark(workdir)
+        replace_file(mark, uuid.uuid4().hex)
     hosts.check_same("the workdir", {})  # wait until the mark is written
     name = f"the mark in {workdir}, which must be a directory that all hosts share,"
-    hosts.check_same("the mark", {name: read_mark(workdir)})
+    hosts.check_same("the mark", {name: mark.read_text() if mark.exists() else None})
 
 
 def _log_start(run: Run, state: TrainState) -> None:
@@ -177,22 +169,12 @@ def _log_start(run: Run, state: TrainState) -> None:
         log.info(f"going on from step {first_step} of {steps}")
 
 
-class _Result(NamedTuple):
-    """The final state, its test metrics and sums, and the seconds that training took."""
-
-    state: TrainState
-    metrics: Record
-    sums: Sums
-    seconds: float
-
-
 def _run_steps(
     run: Run, restored: Restored, checkpoints: Checkpoints, reporter: Reporter
-) -> _Result:
-    """Train from the restored step to the last step."""
-    config, trainer = run.config, run.trainer
+) -> tuple[TrainState, Record, Sums, float]:
+    """Train to the last step; return the state, its test metrics and sums, and the seconds."""
+    config, trainer, (state, losses) = run.config, run.trainer, restored
     epoch_steps, last_step = trainer.steps_per_epoch, trainer.steps
-    state, losses = restored
     first_step = int(state.step)
     started = time.perf_counter()
     if first_step < last_step:
@@ -201,7 +183,7 @@ def _run_steps(
         # Testing now compiles the evaluation before training; a finished run needs only this test.
         test_metrics, sums = trainer.test(state, run.test_source)
     if first_step == last_step:
-        return _Result(state, test_metrics, sums, 0.0)
+        return state, test_metrics, sums, 0.0
     train_step = trainer.train_step.lower(trainer.state, trainer.batch).compile()
     log.info(f"compiled in {time.perf_counter() - started:.0f} s")
 
@@ -283,4 +265,4 @@ def _run_steps(
             if stop:
                 checkpoints.wait()
                 raise Interrupted(f"stopped after step {steps_done}", interruption.status)
-    return _Result(state, test_metrics, sums, time.perf_counter() - started)
+    return state, test_metrics, sums, time.perf_counter() - started

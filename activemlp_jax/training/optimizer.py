@@ -16,18 +16,12 @@ NOT_DECAYED = ("vectors", "norms")  # the values of `config.optimizer.not_decaye
 
 
 def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
-    """Make a mask of the parameters that weight decay applies to.
+    """Make a mask of the parameters that weight decay applies to, a tree of bools like `params`.
 
-    Args:
-      params: the tree of parameters.
-      not_decayed: which parameters to exclude. 'vectors' excludes vectors, biases and positional
-        convolutions (PEG), as the original does for classification. 'norms' excludes the LayerNorms
-        of the blocks and those of the maps that the head reads, as the original does for
-        segmentation; the norms of offset layers, batch norms, biases and positional convolutions
-        then decay.
-
-    Returns:
-      A tree of bools like `params`.
+    With 'vectors', vectors, biases and positional convolutions (PEG) do not decay, as in the
+    original for classification. With 'norms', the LayerNorms of the blocks and of the maps that the
+    head reads do not decay, as in the original for segmentation; the norms of offset layers, batch
+    norms, biases and positional convolutions do.
 
     Source: the original's parameter groups; for segmentation, those exclude names with 'norm'.
     """
@@ -42,20 +36,12 @@ def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
 
 
 def layer_scales(params: Any, model: Model, decay: float) -> Any:
-    """Compute factors for the learning rates of the parameters under layer-wise decay.
+    """Compute factors for the learning rates under layer-wise decay, a tree like `params`.
 
     The factor is 1 for the head and its norm, `decay` for the last block, `decay ** 2` for the
     block before it, and so on down to the stem. The positional convolution (PEG) of a stage has the
     factor of the stage's first block, and the downsampling after a stage that of its last block. In
     a segmentation model, the backbone has the same factors.
-
-    Args:
-      params: the tree of parameters.
-      model: the model, for the depths of its stages.
-      decay: learning rate of a block divided by that of the next block.
-
-    Returns:
-      A tree of floats like `params`.
 
     Source: the layer-wise decay in the fine-tuning of BEiT and its successors.
     """
@@ -83,14 +69,8 @@ def adamw(
     config: ConfigDict, schedule: optax.Schedule, mask: Callable[[Any], Any]
 ) -> optax.GradientTransformation:
     """Make AdamW, with decoupled weight decay of the parameters that `mask` marks."""
-    return optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=mask,
-    )
+    settings = {key: config[key] for key in ("b1", "b2", "eps", "weight_decay")}
+    return optax.adamw(schedule, **settings, mask=mask)
 
 
 OPTIMIZERS = {"adamw": adamw}  # the values of `config.optimizer.name`
@@ -99,13 +79,7 @@ OPTIMIZERS = {"adamw": adamw}  # the values of `config.optimizer.name`
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, model: Model
 ) -> optax.GradientTransformation:
-    """Make the optimizer named by `config.name`, with clipping and layer-wise decay if configured.
-
-    Args:
-      config: `config.optimizer`.
-      schedule: learning rate by step.
-      model: the model to train.
-    """
+    """Make the optimizer that `config.optimizer`, given as `config`, describes."""
     mask = partial(decay_mask, not_decayed=config.not_decayed)
     transforms = [OPTIMIZERS[config.name](config, schedule, mask)]
     if config.clip_norm:

@@ -7,15 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from activemlp_jax.training.schedules import peak_learning_rate, warmup_steps
 from activemlp_jax.training.workdir import EPOCHS_FILE, STEPS_FILE, append_record
@@ -36,14 +31,14 @@ EPOCH_FORMATS = (
     ("images_per_second", "{:.0f} images/s"),
 )
 
+SKIPPED_BY_TRACE = 10  # steps, since the first ones include one-time work
 MAX_LAG = 5.0  # percentage points; warn if the averaged weights score lower by more
 
 
 def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str:
     """Describe a run in a line such as '8 steps an epoch, 200 in all, learning rate up to 1.0e-04'.
 
-    The line also warns if the warm-up is longer than the run of `steps` steps, or if an epoch is a
-    single step, a sign that the batch is too large for the dataset.
+    The line also warns of a warm-up that is longer than the run, and of a batch that is too large.
     """
     peak = peak_learning_rate(config.optimizer, config.batch_size)
     number = f"{steps_per_epoch:,} step{'s' * (steps_per_epoch > 1)} an epoch"
@@ -62,11 +57,8 @@ def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str
 def lagging_average(config: ConfigDict, record: Record, score: str, images: int) -> str | None:
     """Return a one-line warning if the averaged weights are far worse than those of the last step.
 
-    Args:
-      config: the whole config.
-      record: metrics of the last test.
-      score: name of the metric to compare, which is in percent.
-      images: number of test images; a difference of one image is ignored.
+    It compares the metric `score`, in percent, in the `record` of the last test, and ignores a
+    difference of one of the `images`.
     """
     raw, averaged = record[f"test_{score}"], record.get(f"ema_test_{score}", math.inf)
     if raw - averaged <= max(MAX_LAG, 100 / images):
@@ -92,14 +84,9 @@ class Work(NamedTuple):
 class Reporter:
     """Context manager that reports the steps and epochs of a run.
 
-    Args:
-      workdir: where to write `metrics.jsonl`, `steps.jsonl` and `tensorboard/`; None on hosts
-        that do not report.
-      work: the steps that the run has left.
-      config: the whole config; `log_every_steps` and `tensorboard` are read.
-      console: where to print.
-      trackers: functions to call with the record of each logged step and of each epoch, a dict
-        from names to numbers that includes `step`.
+    Writes `metrics.jsonl`, `steps.jsonl` and, if configured, `tensorboard/` to `workdir`, which is
+    None on hosts that do not report. Calls `trackers` with the record of each logged step and of
+    each epoch, a dict from names to numbers that includes `step`.
     """
 
     def __init__(
@@ -154,12 +141,7 @@ class Reporter:
         return self._steps * self._work.batch_size / (time.perf_counter() - self._started)
 
     def step(self, step: int, metrics: Record) -> None:
-        """Report a finished step.
-
-        Args:
-          step: number of steps done, including this one.
-          metrics: metrics of the step, `loss` among them.
-        """
+        """Report the metrics of a finished step, `loss` among them; `step` counts it as done."""
         self._steps += 1
         rate, work = self.images_per_second(), self._work
         record = {"step": step, **metrics, "images_per_second": round(rate, 1)}
@@ -199,3 +181,34 @@ class Reporter:
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class Trace:
+    """Context manager that traces `steps` steps of a run for TensorBoard's profiler or Perfetto.
+
+    `first_step` is the first step of this process, `last_step` the number of steps of the run.
+    """
+
+    def __init__(self, directory: Path, first_step: int, last_step: int, steps: int):
+        self._directory = str(directory)
+        self._first = max(first_step, min(first_step + SKIPPED_BY_TRACE, last_step - steps))
+        self._end = self._first + steps
+        self._running = False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.after(self._end)
+
+    def before(self, step: int) -> None:
+        """Start the trace if `step`, about to be dispatched, is the first one to trace."""
+        if self._first <= step < self._end and not self._running:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after(self, step: int) -> None:
+        """Stop the trace if `step`, which has finished, is the last one to trace."""
+        if self._running and step >= self._end - 1:
+            jax.profiler.stop_trace()
+            self._running = False

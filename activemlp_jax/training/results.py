@@ -9,8 +9,7 @@ from activemlp_jax.tasks.base import Sums, Task
 from activemlp_jax.training.step import TrainState
 from activemlp_jax.training.trainer import Run
 from activemlp_jax.training.workdir import EPOCHS_FILE, read_records
-from activemlp_jax.utils.errors import UserError
-from activemlp_jax.utils.files import write_directory_aside
+from activemlp_jax.utils.files import write_directory_aside, writing
 from activemlp_jax.utils.types import Variables
 from activemlp_jax.weights.model_card import ModelCard
 from activemlp_jax.weights.model_directory import write_model
@@ -21,8 +20,8 @@ CURVES, CONFUSION, EXAMPLES = "curves.png", "confusion_matrix.png", "scenes.png"
 def describe_source(run: Run, step: int, score: float) -> dict[str, Any]:
     """Describe how the weights after `step` steps were trained, as the `source` of a `ModelCard`.
 
-    `score` is the task's score on the test images, in percent; it is left out if it is not finite.
-    Keys of the recipe that do not apply are left out too.
+    `score` is the task's score on the test images, in percent. A score that is not finite and
+    settings that do not apply are left out.
     """
     config = run.config
     recipe = {
@@ -52,25 +51,15 @@ def write_result(
 ) -> None:
     """Write a model directory, replacing an older one; call it on one host only.
 
-    Args:
-      directory: directory to write.
-      task: the task, for its model and preprocessing.
-      weights: variables as numpy arrays, by kind; the first kind is the default.
-      class_names: class names by label.
-      source: how the weights were trained; see `describe_source`.
-
-    Raises:
-      UserError: the directory cannot be written, for example because the disk is full.
+    `weights` are numpy arrays by kind; the first kind is the default. `source` says how they were
+    trained; see `describe_source`. Raises UserError if the directory cannot be written.
     """
     kinds = tuple(weights)
     card = ModelCard(
         task.model, task.preprocessing, kinds, kinds[0], class_names, source, task.name
     )
-    try:
-        with write_directory_aside(directory) as aside:
-            write_model(aside, card, weights)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+    with writing(directory), write_directory_aside(directory) as aside:
+        write_model(aside, card, weights)
 
 
 def write_model_directory(run: Run, name: str, state: TrainState, score: float) -> None:
@@ -81,13 +70,8 @@ def write_model_directory(run: Run, name: str, state: TrainState, score: float) 
     weights = sharding.fetch(state.weights(), run.trainer.mesh)
     if hosts.is_first():
         ema_first = {kind: weights[kind] for kind in sorted(weights)}
-        write_result(
-            run.workdir / name,
-            run.trainer.task,
-            ema_first,
-            run.class_names,
-            describe_source(run, int(state.step), score),
-        )
+        source = describe_source(run, int(state.step), score)
+        write_result(run.workdir / name, run.trainer.task, ema_first, run.class_names, source)
 
 
 def draw_pictures(run: Run, state: TrainState, sums: Sums) -> list[str]:

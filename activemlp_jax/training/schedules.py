@@ -26,16 +26,9 @@ def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 def learning_rate_schedule(
     config: ConfigDict, steps_per_epoch: int, steps: int, batch_size: int
 ) -> optax.Schedule:
-    """Make the learning rate schedule that `config.schedule` names, one of `SCHEDULES`.
+    """Make the schedule that `config.optimizer`, given as `config`, names: step to learning rate.
 
-    Args:
-      config: `config.optimizer`.
-      steps_per_epoch: number of steps per epoch.
-      steps: number of steps of the whole run.
-      batch_size: global batch size, over all devices.
-
-    Returns:
-      A function from the step to the learning rate.
+    `steps` counts those of the whole run, and `batch_size` the images on all devices.
     """
     peak = peak_learning_rate(config, batch_size)
     return SCHEDULES[config.schedule](config, peak, steps_per_epoch, steps)
@@ -59,12 +52,8 @@ def _cosine_by_epoch(
     The original steps its scheduler after each epoch with that epoch's number, so epoch e has the
     rate for e - 1, and the first two epochs both have the lowest rate of the warm-up.
     """
-    epochs = -(-steps // steps_per_epoch)
-    lowest, final, warmup = (
-        config.warmup_learning_rate,
-        config.final_learning_rate,
-        config.warmup_epochs,
-    )
+    epochs, warmup = -(-steps // steps_per_epoch), config.warmup_epochs
+    lowest, final = config.warmup_learning_rate, config.final_learning_rate
     scheduled = np.maximum(np.arange(epochs) - 1, 0)
     rising = lowest + scheduled * (peak - lowest) / max(warmup, 1)
     falling = final + (peak - final) * (1 + np.cos(np.pi * scheduled / epochs)) / 2
@@ -89,9 +78,8 @@ def _linear(config: ConfigDict, peak: float, steps_per_epoch: int, steps: int) -
     return rate
 
 
-# Schedules by the value of `config.optimizer.schedule`. Each function takes `config.optimizer`, the
-# peak learning rate, the steps per epoch and the steps of the run, and returns a function from the
-# step to the learning rate.
+# By value of `config.optimizer.schedule`. Each function takes `config.optimizer`, the peak learning
+# rate, the steps per epoch and the steps of the run.
 SCHEDULES: dict[str, Callable[[ConfigDict, float, int, int], optax.Schedule]] = {
     "steps": _cosine_by_step,
     "epochs": _cosine_by_epoch,

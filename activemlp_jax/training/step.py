@@ -19,18 +19,11 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """The state that a run carries from step to step.
+    """The state that a run carries from step to step."""
 
-    Attributes:
-      step: number of steps done, an int32 scalar.
-      variables: what the model's `apply` takes: `params` and the other collections.
-      ema: exponential moving average of all of `variables`; None if the run keeps no average.
-      opt_state: state of the optimizer.
-    """
-
-    step: jax.Array
-    variables: Variables
-    ema: Variables | None
+    step: jax.Array  # number of steps done, an int32 scalar
+    variables: Variables  # what the model's `apply` takes: `params` and the other collections
+    ema: Variables | None  # exponential moving average of all of `variables`, if the run keeps one
     opt_state: optax.OptState
 
     @classmethod
@@ -53,14 +46,9 @@ def make_train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Make the function of one training step.
+    """Make the function of one training step, for a state and a batch split over `mesh`.
 
-    Args:
-      task: the `Task`, which prepares batches on the device and computes the loss.
-      optimizer: turns gradients into updates.
-      schedule: learning rate by step, only to report it; the optimizer already applies it.
-      config: the whole config; `seed`, `accumulation`, `ema_decay` and `ema_warmup` are read.
-      mesh: mesh that the state and the batch are split over.
+    The optimizer already applies `schedule`; it is given only to report the learning rate.
 
     Returns:
       A function from a state and a batch to the next state and the metrics of the step: `loss`

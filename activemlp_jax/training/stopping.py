@@ -68,17 +68,10 @@ def non_finite(metrics: Record) -> list[str]:
 def stop_at_non_finite(
     workdir: Path, step: int, metrics: Record, examples: Sequence[int], checkpoint: Path | None
 ) -> UserError:
-    """Record a step with non-finite metrics in `non_finite.json`, and make the error to raise.
+    """Record a step with non-finite metrics in `non_finite.json`, and return the error to raise.
 
-    Args:
-      workdir: directory of the run; the first host writes the file there.
-      step: number of the step, counted from 0.
-      metrics: metrics of the step.
-      examples: indices of the images of the step's batch in the training set, by row.
-      checkpoint: newest checkpoint that is still good; None if there is none.
-
-    Returns:
-      The error to raise.
+    The first host writes the file. `examples` are the indices, in the training set, of the images
+    in the batch of `step`, counted from 0; `checkpoint` is the newest one that is still good.
     """
     broken = non_finite(metrics)
     values = {name: str(metrics[name]) if name in broken else metrics[name] for name in metrics}

@@ -1,7 +1,8 @@
 """The trainer, which compiles a config's functions for a mesh, and the run that uses it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,15 +10,15 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+import activemlp_jax
 from activemlp_jax.data.base import Source, check_same_classes
 from activemlp_jax.data.loader import sample_order
 from activemlp_jax.distributed import hosts, sharding
 from activemlp_jax.models.flops import count_cost
 from activemlp_jax.models.segmentor import Model
-from activemlp_jax.tasks.base import Sums, Task
+from activemlp_jax.tasks.base import Sums, Task, Test
 from activemlp_jax.tasks.registry import TASKS, make_task, open_data
-from activemlp_jax.training.config import check_config
-from activemlp_jax.training.consistency import run_facts
+from activemlp_jax.training.config import check_config, flatten
 from activemlp_jax.training.init_from import adopt_architecture, draw_variables
 from activemlp_jax.training.optimizer import make_optimizer
 from activemlp_jax.training.schedules import learning_rate_schedule
@@ -28,30 +29,17 @@ from activemlp_jax.utils.types import Record, Variables
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The jitted functions of a run and the shapes they work on; holds no arrays.
-
-    Attributes:
-      task: the task, with its model.
-      mesh: mesh that the functions run on.
-      steps_per_epoch: number of steps per epoch.
-      steps: number of steps of the whole run.
-      state: the training state as a tree of `jax.ShapeDtypeStruct` with shardings.
-      batch: a training batch, likewise.
-      first_state: jitted function from initial variables to the state before the first step.
-      train_step: jitted function from a state and a batch to the next state and the metrics; it
-        donates the buffers of the state.
-      evaluate: function from named variables and a `Source` of the task to the sums of each name.
-    """
+    """The jitted functions of a run and the shapes they work on; holds no arrays."""
 
     task: Task
     mesh: Mesh
     steps_per_epoch: int
-    steps: int
-    state: TrainState
+    steps: int  # of the whole run
+    state: TrainState  # of `jax.ShapeDtypeStruct`, with shardings
     batch: dict[str, jax.ShapeDtypeStruct]
-    first_state: Callable[[Variables], TrainState]
-    train_step: Any
-    evaluate: Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
+    first_state: Callable[[Variables], TrainState]  # from the initial variables
+    train_step: Any  # from state and batch to state and metrics; donates the state's buffers
+    evaluate: Test
 
     @property
     def model(self) -> Model:
@@ -63,12 +51,21 @@ class Trainer:
         """Number of epochs, counting a partial last one."""
         return -(-self.steps // self.steps_per_epoch)
 
+    @property
+    def step_flops(self) -> float:
+        """Floating-point operations of a training step, from the model's multiply-adds.
+
+        The backward pass counts as two forward passes; recomputation to save memory is left out.
+        """
+        config = self.task.settings
+        size = config.data.image_size
+        return 6.0 * count_cost(self.model, size, size).macs * config.batch_size
+
     def test(self, state: TrainState, source: Source) -> tuple[Record, Sums]:
         """Evaluate a state's variables and, if the run keeps one, their average.
 
-        Returns:
-          The metrics, with keys such as 'test_loss' and 'ema_test_loss', and the sums of the
-          average, or of the variables if there is no average.
+        Returns the metrics, with keys such as 'test_loss' and 'ema_test_loss', and the sums of the
+        average, or of the variables if there is no average.
         """
         names = {"model": "test", "ema": "ema_test"}
         weights = {names[kind]: variables for kind, variables in state.weights().items()}
@@ -86,17 +83,9 @@ class Trainer:
 
 
 def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mesh) -> Trainer:
-    """Build the trainer of a run.
+    """Build the trainer of a run with a checked config and `examples` training examples.
 
-    Args:
-      config: the whole config, already checked.
-      num_classes: number of classes in the dataset.
-      examples: number of training examples.
-      mesh: mesh to run on or compile for.
-
-    Raises:
-      UserError: the batch size cannot be divided over the devices or is larger than an epoch, or
-        the model settings are invalid.
+    Raises UserError if the batch size does not fit the devices or the examples.
     """
     for key, parts in {"batch_size": config.accumulation, "eval_batch_size": 1}.items():
         if config[key] % (mesh.size * parts):
@@ -138,15 +127,6 @@ def build_trainer(config: ConfigDict, num_classes: int, examples: int, mesh: Mes
     )
 
 
-def train_flops(config: ConfigDict, model: Model) -> float:
-    """Estimate the floating-point operations of a training step from the model's multiply-adds.
-
-    The backward pass counts as twice the forward pass; recomputation to save memory is left out.
-    """
-    size = config.data.image_size
-    return 6.0 * count_cost(model, size, size).macs * config.batch_size
-
-
 class Run(NamedTuple):
     """Everything about a run that stays fixed while it trains."""
 
@@ -178,5 +158,22 @@ def prepare_run(config: ConfigDict, workdir: Path, config_name: str = "") -> Run
     check_same_classes(names, test_source.class_names, f"the test set of {config.data.name}")
     TASKS[config.task].check_packages(config)  # now, not at the first image
     trainer = build_trainer(config, len(names), len(train_source), mesh)
-    hosts.check_same("the run", run_facts(config, (train_source, test_source)))
+    facts = {f"config.{key}": value for key, value in flatten(config).items()} | {
+        "the version of JAX": jax.__version__,
+        "the code of activemlp_jax": _code_digest(),
+        "the number of devices": jax.local_device_count(),
+        "the kind of device": jax.local_devices()[0].device_kind,
+        "the number of images": [len(train_source), len(test_source)],
+        "the digest of the class names": hashlib.sha256("\n".join(names).encode()).hexdigest(),
+    }
+    hosts.check_same("the run", facts)
     return Run(config, workdir, train_source, test_source, trainer, config_name)
+
+
+def _code_digest() -> str:
+    """Compute a digest of this package's source files."""
+    digest = hashlib.sha256()
+    folder = Path(activemlp_jax.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

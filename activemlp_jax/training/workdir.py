@@ -10,21 +10,19 @@ import errno
 import json
 import math
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
 from activemlp_jax.training.config import differing_keys
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.utils.files import partial_path, read_file, write_aside
+from activemlp_jax.utils.files import partial_path, read_file, write_aside, writing
 from activemlp_jax.utils.json_files import expect, parse_json, read_json, short
 from activemlp_jax.utils.types import Record
 
-LOCK, MARK = ".lock", ".mark"
+LOCK = ".lock"
 EPOCHS_FILE, STEPS_FILE = "metrics.jsonl", "steps.jsonl"
 COUNTERS = {EPOCHS_FILE: ("epoch", "step"), STEPS_FILE: ("step",)}  # required keys of each record
 MAX_FILE_BYTES = 2**30
@@ -33,57 +31,45 @@ MAX_TRUNCATED_BYTES = 2**16  # longest last line that counts as cut off by a kil
 
 @contextlib.contextmanager
 def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Claim `workdir` for this run while the context is open.
+    """Claim `workdir`, created if needed, for this run while the context is open.
 
-    It does not touch the files of another run.
-
-    Args:
-      workdir: directory of the run, created if needed.
-      config: the whole config, written to `config.json`.
+    Writes the whole `config` to `config.json`, and does not touch the files of another run.
 
     Raises:
       UserError: the directory cannot be written, belongs to a run with other settings, which the
         error names, or is in use by a live run.
     """
-    path = workdir / "config.json"
-    ours = json.loads(config.to_json())
     lock = FileLock(workdir / LOCK, timeout=0)
-    try:
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        _check_owner(workdir, ours)
-        _acquire(lock)
-        _replace(path, json.dumps(ours, indent=2) + "\n")
-    except Timeout as error:
-        raise UserError(
-            f"{workdir} is in use by a run that is alive; stop that, or give another --workdir; if "
-            f"none is alive, as when a machine on a network file system vanished, remove "
-            f"{workdir / LOCK}"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{workdir} cannot be written: {error.strerror or error}") from error
+        _check_owner(workdir, config)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{workdir} is in use by a run that is alive; stop that, or give another "
+                "--workdir; if none is alive, as when a machine on a network file system "
+                f"vanished, remove {workdir / LOCK}"
+            ) from error
+        except NotImplementedError:  # the file system has no locks
+            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        with write_aside(workdir / "config.json") as aside:
+            aside.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     with lock if lock.is_locked else contextlib.nullcontext():
         yield
 
 
-def _acquire(lock: FileLock) -> None:
-    """Acquire the lock if the file system has locks; raise Timeout if another process holds it."""
-    try:
-        lock.acquire()
-    except NotImplementedError:
-        pass
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-
-
-def _check_owner(workdir: Path, ours: dict[str, Any]) -> None:
+def _check_owner(workdir: Path, config: ConfigDict) -> None:
     """Raise UserError if `workdir` is neither empty nor of a run with these settings."""
     path = workdir / "config.json"
     if path.exists():
         theirs = read_json(path)
         if not isinstance(theirs, dict):
             raise UserError(f"{path} is not the config of a run: expected a JSON object")
-        differences = differing_keys(ours, theirs)
+        differences = differing_keys(config, theirs)
         if differences:
             raise UserError(
                 f"{workdir} belongs to a run with other settings: {'; '.join(differences)}; "
@@ -98,43 +84,16 @@ def _check_owner(workdir: Path, ours: dict[str, Any]) -> None:
         )
 
 
-def write_mark(workdir: Path) -> None:
-    """Write a random mark into `workdir`, so that other hosts can check that they share it."""
-    replace_file(workdir / MARK, uuid.uuid4().hex)
-
-
-def read_mark(workdir: Path) -> str | None:
-    """Read the mark that `write_mark` wrote, or return None without one."""
-    path = workdir / MARK
-    return path.read_text() if path.exists() else None
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically."""
-    with write_aside(path) as aside:
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file atomically; raise UserError if it cannot be written."""
+    with writing(path), write_aside(path) as aside:
         aside.write_text(text)
 
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Report an OSError as a UserError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replace a file atomically; raise UserError if it cannot be written."""
-    with _writing(path):
-        _replace(path, text)
-
-
 def read_records(path: Path) -> list[Record]:
-    """Read the records of a JSON Lines file, without a last line that was cut off by a kill.
+    """Read the records of a JSON Lines file; none if it is missing.
 
-    Args:
-      path: the file; there are no records if it is missing.
+    A last line that was cut off by a kill is left out.
 
     Raises:
       UserError: the file cannot be read, or a line, which the error names, is not a record.
@@ -173,17 +132,10 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
 
 
 def rewind_records(path: Path, step: int) -> list[Record]:
-    """Remove the records after `step`, since a resumed run repeats those steps.
+    """Remove the records after `step`, since a resumed run repeats those steps; return the others.
 
-    Args:
-      path: the file of records, created if it is missing.
-      step: the step to resume from.
-
-    Returns:
-      The records that remain.
-
-    Raises:
-      UserError: as `read_records`, with the file unchanged; or the file cannot be written.
+    A missing file is created. Raises UserError as `read_records`, with the file unchanged, or if it
+    cannot be written.
     """
     records = [record for record in read_records(path) if record["step"] <= step]
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))
@@ -196,7 +148,7 @@ def append_record(path: Path, record: Record) -> None:
     Values that are not finite, such as a mean over no examples, are left out: JSON has no NaN.
     """
     finite = {key: value for key, value in record.items() if math.isfinite(value)}
-    with _writing(path), path.open("a") as file:
+    with writing(path), path.open("a") as file:
         file.write(json.dumps(finite) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -32,8 +32,7 @@ def write_digests(directory: Path) -> None:
 def read_digests(directory: Path) -> dict[str, str]:
     """Read a directory's digests, keyed by file name; empty if it has no `SHA256SUMS`.
 
-    Raises:
-      UserError: a line is not in the format of `sha256sum`, or names a file outside the directory.
+    Raises UserError if a line has another format, or names a file outside the directory.
     """
     path = directory / DIGESTS
     if not path.exists():

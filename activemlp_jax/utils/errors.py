@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 
@@ -57,7 +56,7 @@ def errors_in_one_line(output: object = "") -> Iterator[None]:
     shells expect, after the code inside has cleaned up.
     """
     previous = {
-        number: signal.signal(number, _exit_on_signal)
+        number: signal.signal(number, lambda number, _: sys.exit(128 + number))
         for number in (signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) is not signal.SIG_IGN  # `nohup` ignores SIGHUP
     }
@@ -85,8 +84,3 @@ def describe_os_error(error: OSError, path: object = "") -> str:
     path = error.filename or path
     reason = error.strerror or str(error) or type(error).__name__
     return f"{path}: {reason}" if path else reason
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    del frame
-    sys.exit(128 + number)

@@ -19,11 +19,7 @@ KINDS = {
 
 
 def read_file(path: str | os.PathLike[str], most: int) -> bytes:
-    """Read a regular file of at most `most` bytes.
-
-    Raises:
-      UserError: the file is missing, unreadable, too large, or not a regular file.
-    """
+    """Read a regular file of at most `most` bytes; raise UserError if it is not one."""
     try:
         with open(path, "rb", opener=_open_regular) as file:
             size = os.fstat(file.fileno()).st_size
@@ -35,6 +31,15 @@ def read_file(path: str | os.PathLike[str], most: int) -> bytes:
     if size > most:
         raise UserError(f"{path} has {size:,} bytes, expected at most {most:,}")
     return data
+
+
+@contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+    """Report an OSError as a UserError that says that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -72,9 +77,6 @@ def write_aside(path: Path) -> Iterator[Path]:
     The file is synced to disk before it gets its final name, so neither a kill nor a power cut
     leaves half a file. A link at `path` is replaced, not followed. The partial file of a killed
     process is removed by the next process that writes to `path`.
-
-    Raises:
-      OSError: the file cannot be written.
     """
     aside = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,9 +96,6 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
 
     A kill between the two renames leaves `.NAME.previous`, which the next write restores. A link
     at `directory` is replaced, not followed.
-
-    Raises:
-      OSError: the directory cannot be written.
     """
     aside, previous = partial_path(directory), previous_path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +110,7 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
         _remove(previous)
     finally:
         _recover_directory(directory)
-        if aside.exists():
-            shutil.rmtree(aside)
+        _remove(aside)
 
 
 def _recover_directory(directory: Path) -> None:
@@ -135,11 +133,7 @@ def check_output(output: Path) -> None:
 
 
 def check_output_file(output: Path) -> str:
-    """Raise UserError unless the file `output` can be written or replaced.
-
-    Returns:
-      'replaced' if it exists, else 'wrote', for the message after writing.
-    """
+    """Return 'replaced' if `output` exists, else 'wrote'; raise UserError if it is not writable."""
     exists = output.exists()
     kind = KINDS.get(stat.S_IFMT(output.stat().st_mode)) if exists else None
     if kind:  # writing would replace a device by a file

@@ -9,17 +9,12 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """Peak performance and memory of one chip.
+    """Peak performance and memory of one chip."""
 
-    `flops` is dense bfloat16 operations per second, and `memory` is the size of the memory in
-    bytes. `bandwidth` of the memory, and `interconnect` of all links to other chips together, are
-    in bytes per second.
-    """
-
-    flops: float
-    memory: float
-    bandwidth: float
-    interconnect: float
+    flops: float  # dense bfloat16 operations per second
+    memory: float  # bytes
+    bandwidth: float  # of the memory, bytes per second
+    interconnect: float  # of all links to other chips together, bytes per second
 
 
 # Keyed by JAX's device_kind. Sources: cloud.google.com/tpu/docs (system architecture of each TPU)

@@ -61,8 +61,7 @@ def expect(value: Any, name: str, kind: Any, low: float, high: float) -> Any:
 def json_line(record: Any, name: object) -> str:
     """Format a record as one line of JSON, escaping only what standard output cannot show.
 
-    Raises:
-      UserError: a number in the record is not finite; the message calls the record `name`.
+    Raises UserError, which calls the record `name`, if a number is not finite.
     """
     try:
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)

@@ -1,15 +1,10 @@
 """Suppress the tracebacks that orbax's threads print."""
 
 import contextlib
-import functools
 import logging
 import os
 import sys
 from collections.abc import Iterator
-
-
-def _is_not_orbax_error(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 @contextlib.contextmanager
@@ -24,7 +19,9 @@ def without_tracebacks() -> Iterator[None]:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    keep = functools.partial(_is_not_orbax_error)  # a new object for each of several nested uses
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
     logger.addFilter(keep)
     sys.unraisablehook = ignore_late_results
     try:

@@ -19,10 +19,8 @@ def keep_freed_memory() -> None:
     On a CPU, each call of a compiled program allocates all its temporary memory. By default the C
     library returns that memory to the system after the call, and the system clears every page again
     for the next call, which takes a fifth of a train step. Only the heap of the main thread can be
-    kept; those of other threads cannot hold blocks of that size. So this function stops the C
-    library from ever trimming the main heap. It also makes JAX run CPU programs in the thread that
-    calls them, with a setting that JAX reads when it first looks for devices. On accelerators, and
-    with a C library other than glibc, this has no effect worth mentioning.
+    kept, so JAX has to run CPU programs in the thread that calls them; it reads that setting when
+    it first looks for devices. On accelerators, or without glibc, this has no effect.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # Other systems have no mallopt, or no C library that can be loaded this way.
@@ -43,8 +41,7 @@ def keep_compiled_programs() -> None:
 def collect_garbage_rarely() -> None:
     """Make Python collect garbage once per 50,000 new objects instead of once per 700.
 
-    A collection visits many objects that stay alive: those that tracing a model creates, and even
-    more in the imported libraries. Collections took a sixth of the time of a short run whose
-    programs were cached by JAX.
+    A collection visits all the objects of traced models and libraries; collections took a sixth of
+    the time of a short run whose programs were cached by JAX.
     """
     gc.set_threshold(50_000)

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import activemlp_jax as am
-from activemlp_jax.benchmark.operator import Case
-from activemlp_jax.benchmark.programs import Inputs, as_images, draw_inputs
+from activemlp_jax.benchmark.programs import Case, Inputs, as_images, draw_inputs
 from activemlp_jax.benchmark.timing import JAX, Contender, Workload
 from activemlp_jax.models.active_mlp import VARIANTS
 

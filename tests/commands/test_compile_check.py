@@ -146,4 +146,4 @@ def test_help_shows_examples():
     assert "--config configs/active_tiny.py --topology v5e:4x4" in output
     for name in ("topology", "images", "classes"):
         assert f"--{name} {name.upper()}" in output
-    assert "--config.mesh.  data=-1 fsdp=1" in output
+    assert "--config.mesh.fsdp=1" in output
