@@ -1,8 +1,8 @@
-"""Interfaces for random access to images and their labels; open datasets by name."""
+"""Interfaces for random access to images and their labels."""
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,8 +11,6 @@ from activemlp_jax.utils.errors import UserError
 
 # The evaluation split of a dataset is the first of these that it has.
 EVALUATION_SPLITS = ("val", "validation", "test")
-
-T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -39,6 +37,18 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
+class SceneSource(Source, Protocol):
+    """A split of a segmentation dataset; a label is a mask `[H, W]` uint8 as large as its image.
+
+    Each pixel of a mask is a class index or `IGNORED`. `source[index]` raises BrokenImageError if
+    the image cannot be read, and another UserError if the mask cannot be read.
+    """
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Read an image's (height, width) from its header; raise BrokenImageError if that fails."""
+        ...
+
+
 class EncodedExample(NamedTuple):
     """The bytes of an image file, its class index, and the name that error messages use for it."""
 
@@ -62,29 +72,6 @@ class EncodedSource(abc.ABC):
     def __getitem__(self, index: int) -> Example:
         example = self.encoded(index)
         return Example(decode(example.data, example.name), example.label)
-
-
-def open_by_name(
-    name: str, split: str | None, openers: Mapping[str, Callable[[str, str | None], T]], what: str
-) -> T:
-    """Open a dataset by a name such as 'digits' or 'folder:PATH'.
-
-    Args:
-      name: the name of the dataset.
-      split: the name of a split; None for the evaluation split.
-      openers: the function that opens each kind of dataset, keyed by the pattern of its names, such
-        as 'folder:PATH'. Its arguments are the part of the name after the colon, and the split.
-      what: what kind of dataset is opened, for the error message.
-
-    Raises:
-      UserError: the name matches none of the patterns, or the dataset cannot be opened.
-    """
-    kind, colon, rest = name.partition(":")
-    for form, opener in openers.items():
-        if form.partition(":")[:2] == (kind, colon) and bool(rest) == bool(colon):
-            return opener(rest, split)
-    *others, last = openers
-    raise UserError(f"no {what} {name!r}, expected {', '.join(others)} or {last}")
 
 
 def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:

@@ -43,6 +43,7 @@ OTHER_SUFFIXES = (
     *(".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".svg"),
     *(".tga", ".xcf"),
 )
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"  # bytes 24 and 25 are the bit depth and the color type
 MAX_LISTED = 3  # a message lists at most this many files
 
 
@@ -149,6 +150,41 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colors, without Pillow's warning
     return image.convert("RGB")
+
+
+def decode_mask(data: bytes, name: str, *, as_rgb: bool = False) -> np.ndarray:
+    """Decode a mask to its stored values, `[H, W]` uint8, without looking up a palette.
+
+    Args:
+      data: the bytes of an image file in one of the formats that `decode` reads.
+      name: the name of the mask in error messages.
+      as_rgb: also accept three channels if they are equal.
+
+    Raises:
+      UserError: the data is not an image, or does not have one channel of 8 bits.
+    """
+    if data.startswith(PNG_MAGIC) and data[25:26] == b"\0" and data[24] in (2, 4):
+        # Pillow scales gray values of fewer bits up to 8 bits, which changes the class indices.
+        raise UserError(f"{name} has {data[24]} bits a pixel, expected 8 with a class index each")
+    with open_image(data, name, "mask", UserError) as image:
+        if image.mode in ("L", "P"):
+            return np.array(image)
+        if as_rgb and image.mode == "RGB":
+            channels = np.array(image)
+            if (channels == channels[..., :1]).all():
+                return channels[..., 0]
+        mode, bands = image.mode, len(image.getbands())
+    if bands > 1:
+        raise UserError(f"{name} has {bands} channels, expected one with a class index a pixel")
+    raise UserError(
+        f"{name} has pixels of Pillow's mode {mode!r}, expected 8 bits with a class index a pixel"
+    )
+
+
+def read_shape(data: bytes, name: str) -> tuple[int, int]:
+    """Read (height, width) from an image's header; raise BrokenImageError if that fails."""
+    with open_image(data, name) as image:
+        return image.height, image.width
 
 
 def is_turned(data: bytes) -> bool:

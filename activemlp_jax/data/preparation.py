@@ -29,7 +29,7 @@ from rich.progress import track
 from tensorflow_datasets.core.file_adapters import ArrayRecordFileAdapter
 
 from activemlp_jax.data.base import EVALUATION_SPLITS, check_same_classes
-from activemlp_jax.data.sources import FolderSource
+from activemlp_jax.data.folders import FolderSource
 from activemlp_jax.data.tfds_source import first_line
 from activemlp_jax.utils.errors import UserError, install_command, one_line
 from activemlp_jax.utils.files import partial_path, write_aside

@@ -31,6 +31,45 @@ def load_opencv() -> Any:
     return cv2
 
 
+def labels_of_mask(
+    mask: np.ndarray, name: str, shape: tuple[int, ...], classes: int, reduce_zero_label: bool
+) -> np.ndarray:
+    """Convert the stored values of a mask to labels, `[H, W]` uint8: class indices or `IGNORED`.
+
+    Args:
+      mask: `[H, W]` uint8, as stored.
+      name: the name of the mask in error messages.
+      shape: the (height, width) of the image.
+      classes: the number of classes.
+      reduce_zero_label: whether stored values count classes from 1, and 0 means no class. Then 0
+        becomes `IGNORED`, and all values but `IGNORED` are reduced by 1.
+
+    Raises:
+      UserError: the mask and the image differ in size, or a value is not a label of a class.
+
+    Source: mmsegmentation's LoadAnnotations.
+    """
+    if mask.shape != shape:
+        raise UserError(
+            f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, expected those of its image, "
+            f"{shape[1]} x {shape[0]}"
+        )
+    first = int(reduce_zero_label)
+    present = np.bincount(mask.ravel(), minlength=256)
+    beyond = np.flatnonzero(present[first + classes : IGNORED])
+    if beyond.size:
+        unlabeled = f"0 or {IGNORED}" if reduce_zero_label else str(IGNORED)
+        raise UserError(
+            f"{name} has the label {first + classes + beyond[0]}, expected {first} to "
+            f"{first + classes - 1} for the {classes} classes, or {unlabeled} for none"
+        )
+    if not reduce_zero_label:
+        return mask
+    reduced = np.arange(-1, IGNORED)
+    reduced[[0, IGNORED]] = IGNORED
+    return reduced.astype(np.uint8)[mask]
+
+
 def resized_shape(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
     """Compute the largest (height, width) that fits into `scale` and keeps an image's aspect ratio.
 

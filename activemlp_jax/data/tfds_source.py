@@ -5,11 +5,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from activemlp_jax.data.base import EncodedExample, EncodedSource, evaluation_split, evenly_spaced
-from activemlp_jax.data.decoding import BrokenImageError, warn_of_orientation
+import numpy as np
+
+from activemlp_jax.data import ade20k
+from activemlp_jax.data.base import (
+    EncodedExample,
+    EncodedSource,
+    Example,
+    evaluation_split,
+    evenly_spaced,
+)
+from activemlp_jax.data.decoding import (
+    BrokenImageError,
+    decode,
+    decode_mask,
+    read_shape,
+    warn_of_orientation,
+)
+from activemlp_jax.data.segmentation_transforms import labels_of_mask
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.json_files import read_json
 
+CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
+ADE20K_BUILDER = "scene_parse150"
 CHECKED_RECORDS = 256  # evenly spaced records that are checked before the first step
 PREPARE_COMMAND = "python -m activemlp_jax.prepare_data"
 DATA_DIR_HINT = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
@@ -179,3 +197,65 @@ class TfdsSource(EncodedSource):
             )
         file = record.get("file_name", b"").decode("utf-8", "replace")
         return EncodedExample(record["image"], label, f"{name}: {file or f'record {index}'}")
+
+
+class TfdsScenes:
+    """A split of the TFDS (tensorflow-datasets) dataset `scene_parse150`, in ArrayRecord files.
+
+    The masks must be those of the scene parsing benchmark, with one channel or three equal ones, as
+    TFDS writes them from arrays. The TFDS builder itself downloads the masks of the instance
+    benchmark; they have three channels and other classes, and this class rejects them.
+
+    Args:
+      name: 'scene_parse150', optionally with a version, as `tfds.builder` takes it.
+      split: a split or slice such as 'train' or 'test[:10%]'; None for 'test'.
+
+    Raises:
+      UserError: `name` is another dataset, is not prepared, or is not in ArrayRecord files, or one
+        of the masks that are checked (see `CHECKED_MASKS`) cannot be used.
+    """
+
+    class_names = ade20k.CLASS_NAMES
+
+    def __init__(self, name: str, split: str | None):
+        builder, features = open_builder(name)
+        if not {"image", "annotation"} <= features.keys():
+            raise UserError(
+                f"tfds:{name} is not for segmentation: expected the features 'image' and "
+                f"'annotation', found {', '.join(features) or 'neither'}"
+            )
+        if builder.name != ADE20K_BUILDER:
+            raise UserError(
+                f"tfds:{name} has classes that are not known here, expected tfds:{ADE20K_BUILDER}"
+            )
+        self._records = Records(builder, name, split, ["image", "annotation"])
+        for index, record in self._records.some(CHECKED_MASKS):
+            try:
+                self._mask(index, record)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; tensorflow-datasets itself fetches masks of instances, which have "
+                    "other classes: read ADEChallengeData2016 with ade20k:PATH"
+                ) from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Read an image's (height, width) from its header."""
+        return read_shape(self._records[index]["image"], self._record_name(index))
+
+    def _record_name(self, index: int) -> str:
+        return f"{self._records.name}: record {index}"
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        image = decode(record["image"], self._record_name(index))
+        mask, name = self._mask(index, record)
+        classes = len(self.class_names)
+        return Example(image, labels_of_mask(mask, name, image.shape[:2], classes, True))
+
+    def _mask(self, index: int, record: dict[str, Any]) -> tuple[np.ndarray, str]:
+        """Decode the stored values of a mask, and return them with its name."""
+        name = f"the mask of {self._record_name(index)}"
+        return decode_mask(record["annotation"], name, as_rgb=True), name

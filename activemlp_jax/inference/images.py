@@ -18,6 +18,7 @@ from activemlp_jax.data.decoding import (
     BrokenImageError,
     check_pixels,
     decode,
+    describe_left_out,
     is_image_name,
     is_other_image_name,
     is_turned,
@@ -26,7 +27,7 @@ from activemlp_jax.data.decoding import (
     to_rgb,
     warn,
 )
-from activemlp_jax.data.sources import no_images, warn_of_left_out
+from activemlp_jax.data.folders import check_images
 from activemlp_jax.utils.errors import UserError
 
 EXPECTED = "a Pillow image, a uint8 array or the path of a file"
@@ -182,9 +183,9 @@ def _readable(candidates: Iterable[ImageFile], path: str) -> list[ImageFile]:
     all_files = list(candidates)
     files = [file for file in all_files if is_image_name(file.path)]
     left_out = [str(file.inside) for file in all_files if not is_image_name(file.path)]
-    if not files:
-        raise no_images(path, left_out)
-    warn_of_left_out(path, left_out)
+    check_images(files, left_out, path)
+    if left_out:
+        warn(f"{path}: {describe_left_out(left_out)}")
     return files
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from activemlp_jax.data.base import SceneSource
 from activemlp_jax.data.loader import iterate
-from activemlp_jax.data.segmentation_sources import SceneSource
 from activemlp_jax.data.segmentation_transforms import IGNORED
 from activemlp_jax.distributed import sharding
 from activemlp_jax.inference.segment import BatchKey, Segmenter, label_maps, pad

@@ -22,7 +22,8 @@ from rich.console import Console
 
 from activemlp_jax import prepare_data
 from activemlp_jax.data import preparation
-from activemlp_jax.data.sources import FolderSource, open_source
+from activemlp_jax.data.folders import FolderSource
+from activemlp_jax.data.sources import open_source
 from activemlp_jax.utils.errors import UserError
 
 WNIDS = ("n01440764", "n01443537", "n15075141")
