@@ -1,7 +1,7 @@
 """Transforms of images and segmentation masks on the host, with OpenCV, as in mmsegmentation.
 
 Images are `[H, W, 3]` uint8 RGB. Masks are `[H, W]` uint8, with a class index or `IGNORED` per
-pixel.
+pixel. All that resize or change colors raise UserError if OpenCV is not installed.
 """
 
 import functools
@@ -73,10 +73,7 @@ def labels_of_mask(
 def resized_shape(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
     """Compute the largest (height, width) that fits into `scale` and keeps an image's aspect ratio.
 
-    Args:
-      height: height of the image, in pixels.
-      width: width of the image, in pixels.
-      scale: the maximum of the long side and of the short side, in pixels.
+    `scale` is the maximum of the long side and of the short side, in pixels.
 
     Source: mmcv's `rescale_size`.
     """
@@ -86,29 +83,19 @@ def resized_shape(height: int, width: int, scale: tuple[int, int]) -> tuple[int,
 
 
 def resize_image(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resize an image `[H, W, 3]` uint8 to (height, width), bilinear without antialiasing.
-
-    Source: mmsegmentation's Resize.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Resize an image to (height, width), bilinear without antialiasing, as mmsegmentation does."""
     cv2 = load_opencv()
     return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resize a mask `[H, W]` uint8 to (height, width), by nearest neighbor.
-
-    Source: mmsegmentation's Resize.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Resize a mask to (height, width), by nearest neighbor, as mmsegmentation does."""
     cv2 = load_opencv()
     return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST)
 
 
+# The four changes of color below are those of mmsegmentation's PhotoMetricDistortion, with OpenCV's
+# 8-bit HSV. They clip and truncate.
 LEVELS = np.arange(256, dtype=np.uint8)
 
 
@@ -126,46 +113,22 @@ def _change_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarra
 
 
 def change_brightness(image: np.ndarray, delta: float) -> np.ndarray:
-    """Add `delta` to an image `[H, W, 3]` uint8; clip and truncate the result.
-
-    Source: mmsegmentation's PhotoMetricDistortion.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Add `delta` to an image."""
     return load_opencv().LUT(image, _truncated(LEVELS + np.float32(delta)))
 
 
 def change_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply an image `[H, W, 3]` uint8 by `factor`; clip and truncate the result.
-
-    Source: mmsegmentation's PhotoMetricDistortion.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Multiply an image by `factor`."""
     return load_opencv().LUT(image, _truncated(LEVELS * np.float32(factor)))
 
 
 def change_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply the saturation of an image `[H, W, 3]` uint8 by `factor`; clip and truncate it.
-
-    Source: mmsegmentation's PhotoMetricDistortion, on OpenCV's 8-bit HSV.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Multiply the saturation of an image by `factor`."""
     return _change_hsv(image, 1, _truncated(LEVELS * np.float32(factor)))
 
 
 def change_hue(image: np.ndarray, shift: int) -> np.ndarray:
-    """Rotate the hue of an image `[H, W, 3]` uint8 by `shift` steps of two degrees.
-
-    Source: mmsegmentation's PhotoMetricDistortion, on OpenCV's 8-bit HSV.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Rotate the hue of an image by `shift` steps of two degrees."""
     return _change_hsv(image, 0, ((LEVELS.astype(int) + shift) % HUES).astype(np.uint8))
 
 
@@ -174,17 +137,7 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
 
     Contrast is changed either before or after saturation and hue, with equal probability.
 
-    Args:
-      image: `[H, W, 3]` uint8.
-      rng: random generator.
-
-    Returns:
-      `[H, W, 3]` uint8.
-
     Source: mmsegmentation's PhotoMetricDistortion.
-
-    Raises:
-      UserError: OpenCV is not installed.
     """
     contrast_first = rng.random() < 0.5
     if rng.random() < 0.5:
@@ -206,13 +159,8 @@ def draw_crop_position(
     """Draw the (top, left) of a random crop of `size` by `size` pixels.
 
     A crop is drawn again, up to `CROP_TRIES` times, if it has fewer than two classes or if one
-    class covers at least `max_share` of its labeled pixels.
-
-    Args:
-      mask: `[H, W]` uint8; along a side shorter than `size`, the crop starts at 0.
-      size: side of the crop, in pixels.
-      rng: random generator.
-      max_share: limit on the share of one class; 1 accepts the first crop.
+    class covers at least `max_share` of its labeled pixels; 1 accepts the first crop. Along a side
+    of the mask that is shorter than `size`, the crop starts at 0.
 
     Source: mmsegmentation's RandomCrop.
     """
@@ -254,8 +202,8 @@ def scene_train_transform(
     `IGNORED`, the image with 0. After normalization, the task sets the padding to 0 again.
 
     Args:
-      image: `[H, W, 3]` uint8.
-      mask: `[H, W]` uint8.
+      image: the image.
+      mask: its mask.
       rng: random generator.
       config: the whole config. `data.image_size` is the side S of the crop. `data.scene` has
         `long_side` (0 for no resizing) and `short_side`. `augment.flip` is a probability.
@@ -267,9 +215,6 @@ def scene_train_transform(
       the part that is not padding.
 
     Source: mmsegmentation's training pipeline for ADE20K.
-
-    Raises:
-      UserError: OpenCV is not installed.
     """
     size, limit, augment = config.data.image_size, config.data.scene, config.augment
     if limit.long_side:
