@@ -98,13 +98,7 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 def check_same_classes(expected: tuple[str, ...], actual: tuple[str, ...], what: str) -> None:
     """Check that two datasets or models have the same class names in the same order.
 
-    Args:
-      expected: the expected class names, by label.
-      actual: the class names to check, by label.
-      what: the name, in the error message, of the dataset or model with the `actual` classes.
-
-    Raises:
-      UserError: the names differ; the message gives the first difference.
+    Raise UserError with the first difference; it calls the owner of the `actual` names `what`.
     """
     if len(expected) != len(actual):
         raise UserError(f"{what} has {len(actual)} classes, expected {len(expected)}")

@@ -24,13 +24,8 @@ Enhancer = Callable[[Picture], ImageEnhance._Enhance]
 
 
 def _affine(picture: Picture, *matrix: float) -> Picture:
-    return picture.transform(
-        picture.size,
-        Image.Transform.AFFINE,
-        matrix,
-        Image.Resampling.BICUBIC,
-        fillcolor=FILL,
-    )
+    transform, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+    return picture.transform(picture.size, transform, matrix, bicubic, fillcolor=FILL)
 
 
 def _rotate(picture: Picture, degrees: float) -> Picture:
@@ -58,29 +53,22 @@ def _enhance(kind: Enhancer) -> Callable[[Picture, float], Picture]:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An image operation whose strength depends on a magnitude.
+    """An operation on a picture at a level, computed from the share of `MAX_MAGNITUDE`.
 
-    Args:
-      apply: the operation, as a function of a picture and a level.
-      level: maps magnitude / `MAX_MAGNITUDE` to the level; None if the operation has no level.
-      signed: whether the magnitude is negated with probability 1/2.
+    The magnitude of a `signed` operation is negated with probability 1/2.
     """
 
     apply: Callable[[Picture, float], Picture]
-    level: Callable[[float], float] | None = None
+    level: Callable[[float], float] = lambda share: share  # the operation may ignore it
     signed: bool = False
 
     def __call__(self, picture: Picture, magnitude: float) -> Picture:
         """Apply it to an RGB picture; `magnitude` is 0 to 10, or -10 to 10 if `signed`."""
-        return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE) if self.level else 0.0)
+        return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE))
 
 
 def _scaled(factor: float) -> Callable[[float], float]:
     return lambda share: share * factor
-
-
-def _around_one(share: float) -> float:
-    return 1.0 + share * 0.9
 
 
 SHARED: dict[str, Operation] = {
@@ -120,7 +108,7 @@ INCREASING: dict[str, Operation] = {
     "Posterize": Operation(_posterize, lambda share: 4 - int(share * 4)),
     "Solarize": Operation(_solarize, lambda share: 256 - int(share * 256)),
     **{
-        name: Operation(_enhance(kind), _around_one, signed=True)
+        name: Operation(_enhance(kind), lambda share: 1.0 + share * 0.9, signed=True)
         for name, kind in ENHANCERS.items()
     },
 }
@@ -139,11 +127,11 @@ NOT_INCREASING: dict[str, Operation] = {
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """A policy that applies randomly drawn operations to each picture.
+    """A policy that applies `num_ops` randomly drawn operations to each picture, with replacement.
 
     Args:
       magnitude: mean of the magnitudes, 0 to 10.
-      num_ops: number of operations drawn for each picture, with replacement.
+      num_ops: number of operations.
       magnitude_std: standard deviation of the normally distributed magnitudes; if infinite,
         magnitudes are uniform from 0 to `magnitude`.
       max_magnitude: magnitudes are clipped to this maximum.

@@ -154,15 +154,11 @@ class Records:
 class TfdsSource(EncodedSource):
     """A split of an image classification dataset of TFDS, read from ArrayRecord files.
 
-    Args:
-      name: the name of the builder, optionally with a config and version, as `tfds.builder` takes
-        it.
-      split: a split or slice such as 'train' or 'validation[:10%]'; None for the evaluation split.
+    `name` and `split` are those of `Records`.
 
     Raises:
-      UserError: the dataset is unknown, is not prepared, is not in ArrayRecord files, is not for
-        image classification, or has a label out of range in one of the records that are checked
-        (see `CHECKED_RECORDS`).
+      UserError: see `Records`; or the dataset is not for image classification, or has a label out
+        of range in one of the records that are checked (see `CHECKED_RECORDS`).
     """
 
     def __init__(self, name: str, split: str | None):
@@ -206,13 +202,9 @@ class TfdsScenes:
     TFDS writes them from arrays. The TFDS builder itself downloads the masks of the instance
     benchmark; they have three channels and other classes, and this class rejects them.
 
-    Args:
-      name: 'scene_parse150', optionally with a version, as `tfds.builder` takes it.
-      split: a split or slice such as 'train' or 'test[:10%]'; None for 'test'.
-
     Raises:
-      UserError: `name` is another dataset, is not prepared, or is not in ArrayRecord files, or one
-        of the masks that are checked (see `CHECKED_MASKS`) cannot be used.
+      UserError: see `Records`; or `name` is another dataset, or one of the masks that are checked
+        (see `CHECKED_MASKS`) cannot be used.
     """
 
     class_names = ade20k.CLASS_NAMES
