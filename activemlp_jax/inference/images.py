@@ -197,17 +197,9 @@ def read_images(
 ) -> Iterator[tuple[ImageFile, np.ndarray]]:
     """Read and prepare image files, in order, with a progress bar on a terminal.
 
-    Files that cannot be read are reported on standard error. So is, after the last image, the
-    number of images with an EXIF orientation, which is not applied.
-
-    Args:
-      files: files to read.
-      prepare: function applied to the pixels `[H, W, 3]` uint8 of each image.
-      num_threads: number of threads that read ahead; 0 reads in the caller's thread.
-      broken: list to which the files that cannot be read are added.
-
-    Yields:
-      Each file that can be read, with its prepared pixels.
+    Yield each file that can be read, with what `prepare` makes of its pixels `[H, W, 3]` uint8. The
+    others are added to `broken` and reported on standard error, as is the number of images with an
+    EXIF orientation, which is not applied. `num_threads` threads read ahead; 0 uses the caller's.
     """
     import grain  # slow to import
 

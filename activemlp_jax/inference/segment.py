@@ -87,8 +87,8 @@ def label_maps(batch: Batch, logits: Sequence[jax.Array], groups: Sequence[int])
 
     Args:
       batch: holds the matrices `rows_i` and `columns_i` of each view i.
-      logits: logits `[B, h, w, K]` of each view.
-      groups: index of the scale and flip of each view; see `merge_views`.
+      logits: see `merge_views`.
+      groups: see `merge_views`.
 
     Returns:
       Label maps `[B, H, W]` int32.
@@ -116,13 +116,7 @@ class BatchKey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter:
-    """A segmentation model with the preprocessing of its images and its inference protocol.
-
-    Args:
-      model: the model.
-      preprocessing: how to prepare its images.
-      protocol: scales, flips and windows to use.
-    """
+    """A segmentation model with the preprocessing of its images and its inference protocol."""
 
     model: ActiveSegmentor
     preprocessing: ScenePreprocessing

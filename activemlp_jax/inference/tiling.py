@@ -124,10 +124,8 @@ def plan_views(
             tall, wide = resized_shape(height, width, limits)
         else:
             tall, wide = int(height * scale + 0.5), int(width * scale + 0.5)
-        resized = (
-            _round_side(tall, protocol.size_multiple),
-            _round_side(wide, protocol.size_multiple),
-        )
+        multiple = protocol.size_multiple
+        resized = _round_side(tall, multiple), _round_side(wide, multiple)
         side = preprocessing.window if stride else max(resized)
         window = min(resized[0], side), min(resized[1], side)
         for flipped in (False, True) if protocol.flip else (False,):
@@ -194,12 +192,7 @@ def _axis_matrix(
 def view_matrices(
     height: int, width: int, views: list[View]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Build the two matrices of each view that the module's docstring explains.
-
-    Args:
-      height: height of the scene, in pixels.
-      width: width of the scene, in pixels.
-      views: all views of the scene.
+    """Build the two matrices of each of a scene's views; see the module's docstring.
 
     Returns:
       `rows` `[height, h]` and `columns` `[width, w]` for each view, float64.
