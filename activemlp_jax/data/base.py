@@ -1,12 +1,10 @@
 """Interfaces for random access to images and their labels."""
 
-import abc
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from activemlp_jax.data.decoding import decode
 from activemlp_jax.utils.errors import UserError
 
 # The evaluation split of a dataset is the first of these that it has.
@@ -49,31 +47,6 @@ class SceneSource(Source, Protocol):
         ...
 
 
-class EncodedExample(NamedTuple):
-    """The bytes of an image file, its class index, and the name that error messages use for it."""
-
-    data: bytes
-    label: int
-    name: str
-
-
-class EncodedSource(abc.ABC):
-    """A `Source` that can also return the undecoded bytes of its images, as most sources can."""
-
-    class_names: tuple[str, ...]
-
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
-
-    @abc.abstractmethod
-    def encoded(self, index: int) -> EncodedExample:
-        """Read an example without decoding it; raise BrokenImageError if that fails."""
-
-    def __getitem__(self, index: int) -> Example:
-        example = self.encoded(index)
-        return Example(decode(example.data, example.name), example.label)
-
-
 def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:
     """Return `split`, or the evaluation split if it is None; raise UserError if it is unknown."""
     split = split or evaluation_split(splits, name)
@@ -84,9 +57,8 @@ def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:
 
 def evaluation_split(splits: Sequence[str], name: object) -> str:
     """Return the evaluation split; raise UserError, which names the dataset, if there is none."""
-    for split in EVALUATION_SPLITS:
-        if split in splits:
-            return split
+    if split := next((split for split in EVALUATION_SPLITS if split in splits), None):
+        return split
     raise UserError(f"{name} has the splits {', '.join(splits)}; choose one")
 
 

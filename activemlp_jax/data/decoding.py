@@ -52,11 +52,7 @@ class BrokenImageError(UserError):
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
-    """Read the bytes of an image file without decoding them.
-
-    Raises:
-      BrokenImageError: the file is missing, unreadable, too large, or not a regular file.
-    """
+    """Read the bytes of a file; raise BrokenImageError if `read_file` fails."""
     try:
         return read_file(path, MOST_BYTES)
     except UserError as error:
@@ -70,13 +66,8 @@ def decode(data: bytes, name: str) -> np.ndarray:
     16-bit values keep their upper eight bits. As in the authors' release, an EXIF orientation is
     not applied.
 
-    Args:
-      data: the bytes of an image file in one of `FORMATS`.
-      name: the name of the image in error messages.
-
-    Raises:
-      BrokenImageError: the data is not an image, is truncated, or has more than `MOST_PIXELS`
-        pixels.
+    `data` is an image file in one of `FORMATS`, which error messages call `name`. Raise
+    BrokenImageError if it is not an image, is truncated, or has more than `MOST_PIXELS` pixels.
     """
     if simplejpeg is not None and data.startswith(JPEG_MAGIC):
         # simplejpeg raises an error where libjpeg only warns. Pillow may still read such a file;
@@ -120,25 +111,20 @@ def pillow_errors(name: str, what: str, error: type[UserError]) -> Iterator[None
     """Turn any exception inside the `with` block into an `error` that gives the reason.
 
     Pillow can raise anything on a damaged file, including KeyError and struct.error. A UserError
-    passes unchanged.
-
-    Args:
-      name: the name of the image in the message.
-      what: 'image' or 'mask', for the message.
-      error: the exception to raise.
+    passes unchanged. The message calls the image `name` and `what`: 'image' or 'mask'.
     """
     try:
         yield
     except UserError:
         raise
-    except UnidentifiedImageError as problem:  # its message only names a buffer
-        raise error(f"{name} is not a readable {what}: no known format") from problem
-    except MemoryError as problem:
-        raise error(f"{name} is not a readable {what}: there is not enough memory") from problem
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        raise error(f"{name} is not a readable {what}: {problem}") from problem
     except Exception as problem:
-        reason = f"{type(problem).__name__}: {problem}"
+        reason: object = f"{type(problem).__name__}: {problem}"
+        if isinstance(problem, UnidentifiedImageError):  # its message only names a buffer
+            reason = "no known format"
+        elif isinstance(problem, MemoryError):
+            reason = "there is not enough memory"
+        elif isinstance(problem, OSError | SyntaxError | ValueError | Image.DecompressionBombError):
+            reason = problem
         raise error(f"{name} is not a readable {what}: {reason}") from problem
 
 
@@ -155,13 +141,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def decode_mask(data: bytes, name: str, *, as_rgb: bool = False) -> np.ndarray:
     """Decode a mask to its stored values, `[H, W]` uint8, without looking up a palette.
 
-    Args:
-      data: the bytes of an image file in one of the formats that `decode` reads.
-      name: the name of the mask in error messages.
-      as_rgb: also accept three channels if they are equal.
-
-    Raises:
-      UserError: the data is not an image, or does not have one channel of 8 bits.
+    If `as_rgb`, three equal channels are accepted too. Raise UserError if the data is not an image,
+    or does not have one channel of 8 bits.
     """
     if data.startswith(PNG_MAGIC) and data[25:26] == b"\0" and data[24] in (2, 4):
         # Pillow scales gray values of fewer bits up to 8 bits, which changes the class indices.

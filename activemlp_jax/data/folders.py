@@ -10,8 +10,6 @@ import numpy as np
 from activemlp_jax.data import ade20k
 from activemlp_jax.data.base import (
     EVALUATION_SPLITS,
-    EncodedExample,
-    EncodedSource,
     Example,
     Source,
     choose_split,
@@ -95,7 +93,7 @@ def warn_of_images(folder: Path, files: Sequence[str], left_out: Sequence[str]) 
     warn_of_orientation(readable(), folder)
 
 
-class FolderSource(EncodedSource):
+class FolderSource:
     """A folder with one folder of image files per class; classes and files are sorted by name.
 
     `files` has the path and the label of each image.
@@ -121,10 +119,9 @@ class FolderSource(EncodedSource):
     def __len__(self) -> int:
         return len(self.files)
 
-    def encoded(self, index: int) -> EncodedExample:
-        """Read an image file; raise BrokenImageError if that fails."""
+    def __getitem__(self, index: int) -> Example:
         file, label = self.files[index]
-        return EncodedExample(read_image_file(file), label, file)
+        return Example(decode(read_image_file(file), file), label)
 
 
 def open_folder(path: str, split: str | None) -> Source:

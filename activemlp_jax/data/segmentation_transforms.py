@@ -5,6 +5,7 @@ pixel. All that resize or change colors raise UserError if OpenCV is not install
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -182,14 +183,10 @@ def draw_crop_position(
     return top, left
 
 
-def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
-    """Pad `array` `[H, W, ...]` with `value` at the bottom and right to `size` by `size`."""
-    height, width = array.shape[:2]
-    if (height, width) == (size, size):
-        return np.ascontiguousarray(array)
-    padded = np.full((size, size, *array.shape[2:]), value, array.dtype)
-    padded[:height, :width] = array
-    return padded
+def pad(array: np.ndarray, shape: Sequence[int], value: float = 0) -> np.ndarray:
+    """Pad the first axes of `array`, at their ends, to the lengths in `shape`."""
+    extra = [(0, side - present) for side, present in zip(shape, array.shape, strict=False)]
+    return np.pad(array, extra + [(0, 0)] * (array.ndim - len(extra)), constant_values=value)
 
 
 def scene_train_transform(
@@ -230,4 +227,4 @@ def scene_train_transform(
     if augment.scene.photometric:
         image = photometric_distortion(np.ascontiguousarray(image), rng)
     extent = np.array(mask.shape, np.int32)
-    return _padded(image, size, 0), _padded(mask, size, IGNORED), extent
+    return pad(image, (size, size)), pad(mask, (size, size), IGNORED), extent

@@ -9,7 +9,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from activemlp_jax.data.base import EncodedExample, EncodedSource, SceneSource, Source
+from activemlp_jax.data.base import Example, SceneSource, Source
+from activemlp_jax.data.decoding import decode
 from activemlp_jax.data.digits import DigitScenes, open_digits
 from activemlp_jax.data.folders import open_ade20k, open_folder, open_scene_folder
 from activemlp_jax.data.tfds_source import ADE20K_BUILDER, TfdsScenes, TfdsSource
@@ -19,32 +20,30 @@ DISTINCT_PHOTOS = 64
 T = TypeVar("T")
 
 
-class PhotosSource(EncodedSource):
-    """A source of JPEG files in memory, of 500 x 375 pixels, to time data loading and training.
+class PhotosSource:
+    """A source of `count` JPEG files of 500 x 375 pixels, to time data loading and training.
 
-    The files are `DISTINCT_PHOTOS` crops of scikit-learn's two sample photographs, repeated, with
-    labels 0 to 999 in turn. They are about as large and as slow to decode as ImageNet images, but
-    there is nothing to learn.
-
-    Args:
-      count: the number of examples.
+    The files, in memory, are `DISTINCT_PHOTOS` crops of scikit-learn's two sample photographs,
+    repeated, with labels 0 to 999 in turn. They are about as large and as slow to decode as
+    ImageNet images, but there is nothing to learn.
     """
+
+    class_names = tuple(map(str, range(1000)))
 
     def __init__(self, count: int):
         self._count = count
-        self._files = _photo_files()
-        self.class_names = tuple(map(str, range(1000)))
+        self.files = photo_files()
 
     def __len__(self) -> int:
         return self._count
 
-    def encoded(self, index: int) -> EncodedExample:
-        """Return the JPEG file of the example at `index`."""
-        return EncodedExample(self._files[index % DISTINCT_PHOTOS], index % 1000, f"photo {index}")
+    def __getitem__(self, index: int) -> Example:
+        return Example(decode(self.files[index % DISTINCT_PHOTOS], f"photo {index}"), index % 1000)
 
 
 @functools.cache
-def _photo_files() -> tuple[bytes, ...]:
+def photo_files() -> tuple[bytes, ...]:
+    """Encode the distinct photos."""
     from sklearn.datasets import load_sample_images  # slow to import
 
     rng = np.random.default_rng(0)

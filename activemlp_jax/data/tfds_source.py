@@ -9,8 +9,6 @@ import numpy as np
 
 from activemlp_jax.data import ade20k
 from activemlp_jax.data.base import (
-    EncodedExample,
-    EncodedSource,
     Example,
     evaluation_split,
     evenly_spaced,
@@ -151,7 +149,7 @@ class Records:
             yield index, record
 
 
-class TfdsSource(EncodedSource):
+class TfdsSource:
     """A split of an image classification dataset of TFDS, read from ArrayRecord files.
 
     `name` and `split` are those of `Records`.
@@ -173,26 +171,31 @@ class TfdsSource(EncodedSource):
             )
         self._records = Records(builder, name, split, ["image"])
         self.class_names = tuple(label.names)
-        checked = self._records.some(CHECKED_RECORDS)
-        images = (self._example(index, record).data for index, record in checked)
-        warn_of_orientation(images, self._records.name)
+
+        def checked() -> Iterator[bytes]:
+            for index, record in self._records.some(CHECKED_RECORDS):
+                self._label(index, record)
+                yield record["image"]
+
+        warn_of_orientation(checked(), self._records.name)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def encoded(self, index: int) -> EncodedExample:
-        """Read a record; raise BrokenImageError, or UserError if its label is out of range."""
-        return self._example(index, self._records[index])
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        label = self._label(index, record)
+        file = record.get("file_name", b"").decode("utf-8", "replace") or f"record {index}"
+        return Example(decode(record["image"], f"{self._records.name}: {file}"), label)
 
-    def _example(self, index: int, record: dict[str, Any]) -> EncodedExample:
-        name, label = self._records.name, int(record["label"])
-        if not 0 <= label < len(self.class_names):
+    def _label(self, index: int, record: dict[str, Any]) -> int:
+        label, classes = int(record["label"]), len(self.class_names)
+        if not 0 <= label < classes:
             raise UserError(
-                f"{name}: record {index} has the label {label}, expected 0 to "
-                f"{len(self.class_names) - 1}"
+                f"{self._records.name}: record {index} has the label {label}, expected 0 to "
+                f"{classes - 1}"
             )
-        file = record.get("file_name", b"").decode("utf-8", "replace")
-        return EncodedExample(record["image"], label, f"{name}: {file or f'record {index}'}")
+        return label
 
 
 class TfdsScenes:

@@ -15,6 +15,7 @@ import numpy as np
 
 from activemlp_jax.data.batch_transforms import normalize
 from activemlp_jax.data.preprocessing import ScenePreprocessing
+from activemlp_jax.data.segmentation_transforms import pad
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.tiling import (
@@ -37,13 +38,6 @@ BLOCK_ROWS = 32  # rows computed at a time: probabilities of all pixels would no
 def round_up(number: int, multiple: int) -> int:
     """Round `number` up to a multiple of `multiple`."""
     return -(-number // multiple) * multiple
-
-
-def pad(array: np.ndarray, shape: Sequence[int], value: float = 0) -> np.ndarray:
-    """Pad `array` to `shape` with `value`, at the end of each axis."""
-    padded = np.full(shape, value, array.dtype)
-    padded[tuple(slice(side) for side in array.shape)] = array
-    return padded
 
 
 def view_logits(model: ActiveSegmentor, variables: Variables, images: jax.Array) -> jax.Array:

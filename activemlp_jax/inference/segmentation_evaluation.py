@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from activemlp_jax.data.base import SceneSource
 from activemlp_jax.data.loader import iterate, stack
-from activemlp_jax.data.segmentation_transforms import IGNORED
+from activemlp_jax.data.segmentation_transforms import IGNORED, pad
 from activemlp_jax.distributed import sharding
-from activemlp_jax.inference.segment import BatchKey, Segmenter, label_maps, pad
+from activemlp_jax.inference.segment import BatchKey, Segmenter, label_maps
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Variables
 
