@@ -148,14 +148,8 @@ class DigitScenes:
     depends only on its split and index. The digits come from scikit-learn; those of 'train' and
     'test' were written by different people.
 
-    Args:
-      split: 'train' (10,000 scenes) or 'test' (500 scenes); None for 'test'.
-
-    Raises:
-      UserError: the split does not exist.
-
-    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
-    learning repository; the copy in `sklearn.datasets.load_digits`.
+    `split` is 'train' (10,000 scenes) or 'test' (500 scenes), the default; any other raises
+    UserError. For the source, see `open_digits`.
     """
 
     class_names = CLASS_NAMES

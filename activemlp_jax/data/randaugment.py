@@ -198,26 +198,27 @@ def parse_randaugment(policy: str) -> RandAugment:
     head, *sections = policy.split("-")
     if head != "rand":
         raise ValueError(f"{policy!r} is not a policy, expected rand-m9-mstd0.5-inc1 or the like")
-    values: dict[str, float] = {}
+    values = {"m": 10.0, "n": 2.0, "mstd": 0.0, "mmax": 10.0, "p": 0.5, "inc": 0.0}
+    given: set[str] = set()
     for section in sections:
         match = SECTION.fullmatch(section)
-        if match is None or match[1] in values:
+        if match is None or match[1] in given:
             raise ValueError(
                 f"{policy!r} has the section {section!r}, expected m, n, mstd, mmax, p or inc "
                 "with a number, each once"
             )
+        given.add(match[1])
         values[match[1]] = float(match[2])
-    for name, low, high in (("m", 0, 10), ("mmax", 0, 10), ("p", 0, 1), ("n", 0, 15)):
-        value = values.get(name, low)
-        if not low <= value <= high:
-            raise ValueError(f"{policy!r} has {name} {value:g}, expected {low} to {high}")
-    if not values.get("n", 0.0).is_integer() or values.get("inc", 0.0) not in (0, 1):
+    for name, high in (("m", 10), ("mmax", 10), ("p", 1), ("n", 15)):
+        if values[name] > high:
+            raise ValueError(f"{policy!r} has {name} {values[name]:g}, expected 0 to {high}")
+    if not values["n"].is_integer() or values["inc"] not in (0, 1):
         raise ValueError(f"{policy!r}: expected a whole n, and inc 0 or 1")
     return RandAugment(
-        magnitude=values.get("m", MAX_MAGNITUDE),
-        num_ops=int(values.get("n", 2)),
-        magnitude_std=values.get("mstd", 0.0),
-        max_magnitude=values.get("mmax", MAX_MAGNITUDE),
-        probability=values.get("p", 0.5),
-        increasing=values.get("inc", 0.0) == 1,
+        magnitude=values["m"],
+        num_ops=int(values["n"]),
+        magnitude_std=values["mstd"],
+        max_magnitude=values["mmax"],
+        probability=values["p"],
+        increasing=values["inc"] == 1,
     )

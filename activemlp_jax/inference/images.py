@@ -103,14 +103,10 @@ def pixels_of(image: Any, name: str) -> np.ndarray:
 
 
 class ImageFile(NamedTuple):
-    """An image file to read.
-
-    `path` is the path to open, or `STDIN`. `inside` is the path relative to the folder that was
-    searched, or only the file's name if no folder was searched.
-    """
+    """An image file to read: the path to open or `STDIN`, and its path inside a searched folder."""
 
     path: str
-    inside: Path
+    inside: Path  # only the file's name if no folder was searched
 
 
 def find_images(paths: Sequence[str], leave_out: tuple[str, ...] = ()) -> list[ImageFile]:

@@ -58,9 +58,8 @@ def merge_views(
 
     Args:
       logits: logits `[B, h, w, K]` of each view.
-      rows: matrix `[B, R, h]` of each view, which maps rows of its logits to rows of the result;
-        see `tiling.view_matrices`.
-      columns: matrix `[B, W, w]` of each view, which does the same for columns.
+      rows: matrix `[B, R, h]` of each view for the R rows to compute; see `tiling.view_matrices`.
+      columns: matrix `[B, W, w]` of each view.
       groups: index of the scale and flip of each view. Logits are summed within a group, and
         probabilities are averaged over groups.
 
@@ -77,15 +76,10 @@ def merge_views(
 
 
 def label_maps(batch: Batch, logits: Sequence[jax.Array], groups: Sequence[int]) -> jax.Array:
-    """Find the most probable class of each pixel, one block of rows at a time.
+    """Find the label maps `[B, H, W]` int32, one block of rows at a time.
 
-    Args:
-      batch: holds the matrices `rows_i` and `columns_i` of each view i.
-      logits: see `merge_views`.
-      groups: see `merge_views`.
-
-    Returns:
-      Label maps `[B, H, W]` int32.
+    `batch` holds the matrices `rows_i` and `columns_i` of each view i; for the other arguments, see
+    `merge_views`.
     """
     rows = [batch[f"rows_{i}"] for i in range(len(logits))]
     columns = [batch[f"columns_{i}"] for i in range(len(logits))]

@@ -190,18 +190,28 @@ def draw_reads(
             counts = weights[:, number]
             opacity = np.where(outside, 0, 0.35 + 0.65 * counts)
             axes.scatter(
-                *points.T,
+                points[:, 0],
+                points[:, 1],
                 s=DOT_SIZE**2 * counts,
                 color=[to_rgba(COLORS[source], min(alpha, 1)) for alpha in opacity],
                 edgecolors=[to_rgba(COLORS[source] if out else "white", 0.7) for out in outside],
-                linewidths=np.where(outside, 1.2, 0.6),
+                linewidths=np.where(outside, 1.2, 0.6).tolist(),
                 clip_on=False,
                 zorder=2,
             )
         # The square has the area of a dot.
         side = DOT_SIZE * np.sqrt(weights[:, 2].mean() * np.pi) / 2
-        square = {"marker": "s", "color": COLORS["own"], "edgecolors": INK, "linewidths": 2}
-        axes.scatter(column, row, s=(side + 2) ** 2, clip_on=False, zorder=3, **square)
+        axes.scatter(
+            column,
+            row,
+            s=(side + 2) ** 2,
+            marker="s",
+            color=COLORS["own"],
+            edgecolors=INK,
+            linewidths=2,
+            clip_on=False,
+            zorder=3,
+        )
 
 
 def draw_reach(axes: "Axes", photo: Image.Image, reach: np.ndarray) -> "AxesImage":
