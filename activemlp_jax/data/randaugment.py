@@ -28,10 +28,6 @@ def _affine(picture: Picture, *matrix: float) -> Picture:
     return picture.transform(picture.size, transform, matrix, bicubic, fillcolor=FILL)
 
 
-def _rotate(picture: Picture, degrees: float) -> Picture:
-    return picture.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
-
-
 def _posterize(picture: Picture, bits: float) -> Picture:
     if bits == 0:  # Pillow refuses to remove all bits
         return Image.new("RGB", picture.size)
@@ -75,7 +71,11 @@ SHARED: dict[str, Operation] = {
     "AutoContrast": Operation(lambda picture, _: ImageOps.autocontrast(picture)),
     "Equalize": Operation(lambda picture, _: ImageOps.equalize(picture)),
     "Invert": Operation(lambda picture, _: ImageOps.invert(picture)),
-    "Rotate": Operation(_rotate, _scaled(30.0), signed=True),
+    "Rotate": Operation(
+        lambda picture, degrees: picture.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL),
+        _scaled(30.0),
+        signed=True,
+    ),
     "SolarizeAdd": Operation(_solarize_add, lambda share: min(128, int(share * 110))),
     "ShearX": Operation(
         lambda picture, slope: _affine(picture, 1, slope, 0, 0, 1, 0), _scaled(0.3), signed=True

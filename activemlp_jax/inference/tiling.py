@@ -176,19 +176,6 @@ def logits_side(side: int) -> int:
     return (side + 2 * 2 - 7) // 4 + 1
 
 
-def _axis_matrix(
-    size: int, resized: int, start: int, window: int, starts: list[int], flipped: bool
-) -> np.ndarray:
-    """Build the matrix `[size, logits_side(window)]` of a view along one axis of the scene."""
-    placed = np.zeros((resized, logits_side(window)))
-    placed[start : start + window] = bilinear_matrix(window, logits_side(window))
-    coverage = np.zeros(resized)
-    for other in starts:
-        coverage[other : other + window] += 1
-    matrix = bilinear_matrix(size, resized) @ (placed / coverage[:, None])
-    return matrix[::-1] if flipped else matrix
-
-
 def view_matrices(
     height: int, width: int, views: list[View]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -200,8 +187,13 @@ def view_matrices(
 
     @functools.cache
     def matrix(axis: int, resized: int, start: int, window: int, flipped: bool) -> np.ndarray:
-        starts = sorted({view.start[axis] for view in views if view.resized[axis] == resized})
-        return _axis_matrix((height, width)[axis], resized, start, window, starts, flipped)
+        placed = np.zeros((resized, logits_side(window)))
+        placed[start : start + window] = bilinear_matrix(window, logits_side(window))
+        coverage = np.zeros(resized)
+        for other in {view.start[axis] for view in views if view.resized[axis] == resized}:
+            coverage[other : other + window] += 1
+        whole = bilinear_matrix((height, width)[axis], resized) @ (placed / coverage[:, None])
+        return whole[::-1] if flipped else whole
 
     return [
         (
