@@ -117,14 +117,14 @@ def pillow_errors(name: str, what: str, error: type[UserError]) -> Iterator[None
         yield
     except UserError:
         raise
+    except UnidentifiedImageError as problem:  # its message only names a buffer
+        raise error(f"{name} is not a readable {what}: no known format") from problem
+    except MemoryError as problem:
+        raise error(f"{name} is not a readable {what}: there is not enough memory") from problem
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise error(f"{name} is not a readable {what}: {problem}") from problem
     except Exception as problem:
-        reason: object = f"{type(problem).__name__}: {problem}"
-        if isinstance(problem, UnidentifiedImageError):  # its message only names a buffer
-            reason = "no known format"
-        elif isinstance(problem, MemoryError):
-            reason = "there is not enough memory"
-        elif isinstance(problem, OSError | SyntaxError | ValueError | Image.DecompressionBombError):
-            reason = problem
+        reason = f"{type(problem).__name__}: {problem}"
         raise error(f"{name} is not a readable {what}: {reason}") from problem
 
 
