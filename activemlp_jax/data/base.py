@@ -9,6 +9,7 @@ from activemlp_jax.utils.errors import UserError
 
 # The evaluation split of a dataset is the first of these that it has.
 EVALUATION_SPLITS = ("val", "validation", "test")
+CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
 
 
 class Example(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 
 from activemlp_jax.data import ade20k
 from activemlp_jax.data.base import (
+    CHECKED_MASKS,
     EVALUATION_SPLITS,
     Example,
     Source,
@@ -35,7 +36,6 @@ from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import read_file
 
 CHECKED_IMAGES = 32  # evenly spaced images that are checked for an EXIF orientation
-CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
 MAX_CLASS_FILE_BYTES = 2**20  # limit on the size of a file with class names
 ADE20K_FOLDER = "ADEChallengeData2016"
 ADE20K_SPLITS = ("training", "validation")

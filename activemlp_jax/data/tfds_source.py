@@ -8,11 +8,7 @@ from typing import Any
 import numpy as np
 
 from activemlp_jax.data import ade20k
-from activemlp_jax.data.base import (
-    Example,
-    evaluation_split,
-    evenly_spaced,
-)
+from activemlp_jax.data.base import CHECKED_MASKS, Example, evaluation_split, evenly_spaced
 from activemlp_jax.data.decoding import (
     BrokenImageError,
     decode,
@@ -24,7 +20,6 @@ from activemlp_jax.data.segmentation_transforms import labels_of_mask
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.json_files import read_json
 
-CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
 ADE20K_BUILDER = "scene_parse150"
 CHECKED_RECORDS = 256  # evenly spaced records that are checked before the first step
 PREPARE_COMMAND = "python -m activemlp_jax.prepare_data"
