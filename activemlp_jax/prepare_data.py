@@ -18,8 +18,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from activemlp_jax.command_line import Parser, check_numbers
-from activemlp_jax.utils.errors import UserError, errors_in_one_line
+from activemlp_jax.command_line import LIMITS, Parser, check_range
+from activemlp_jax.utils.errors import errors_in_one_line
 
 
 def _absolute(path: str) -> Path:
@@ -62,29 +62,28 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_in_one_line(arguments.data_dir):
         try:
-            _prepare(arguments)
+            prepare(arguments)
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on with what is missing")
             raise
 
 
-def _prepare(arguments: argparse.Namespace) -> None:
+def prepare(arguments: argparse.Namespace) -> None:
+    """Run the command with its parsed arguments."""
     from activemlp_jax.data import preparation  # slow to import, and --help does not need it
 
-    data_dir, console = arguments.data_dir, Console()
     if arguments.command == "tfds":
-        preparation.prepare_tfds(arguments.name, data_dir, console)
+        preparation.prepare_tfds(arguments.name, arguments.data_dir, Console())
         return
     source, threads = arguments.source, arguments.num_threads
-    if threads < 1:
-        raise UserError(f"--num-threads is {threads}, expected at least 1")
-    check_numbers({"num_threads": threads})
+    check_range("--num-threads", threads, 1, LIMITS["num_threads"][1])
+    where = arguments.data_dir, threads, Console()
     if arguments.command == "imagenet2012":
-        preparation.prepare_imagenet(source, data_dir, threads, console)
+        preparation.prepare_imagenet(source, *where)
     elif arguments.command == "tfrecord":
-        preparation.prepare_tfrecord(source, data_dir, threads, console)
+        preparation.prepare_tfrecord(source, *where)
     else:
-        preparation.prepare_folder(source, arguments.name, data_dir, threads, console)
+        preparation.prepare_folder(source, arguments.name, *where)
 
 
 if __name__ == "__main__":

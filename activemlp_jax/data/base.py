@@ -1,18 +1,15 @@
-"""Interfaces for random access to images and their labels; open datasets by name."""
+"""Interfaces for random access to images and their labels."""
 
-import abc
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from activemlp_jax.data.decoding import decode
 from activemlp_jax.utils.errors import UserError
 
 # The evaluation split of a dataset is the first of these that it has.
 EVALUATION_SPLITS = ("val", "validation", "test")
-
-T = TypeVar("T")
+CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
 
 
 class Example(NamedTuple):
@@ -39,52 +36,16 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-class EncodedExample(NamedTuple):
-    """The bytes of an image file, its class index, and the name that error messages use for it."""
+class SceneSource(Source, Protocol):
+    """A split of a segmentation dataset; a label is a mask `[H, W]` uint8 as large as its image.
 
-    data: bytes
-    label: int
-    name: str
-
-
-class EncodedSource(abc.ABC):
-    """A `Source` that can also return the undecoded bytes of its images, as most sources can."""
-
-    class_names: tuple[str, ...]
-
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
-
-    @abc.abstractmethod
-    def encoded(self, index: int) -> EncodedExample:
-        """Read an example without decoding it; raise BrokenImageError if that fails."""
-
-    def __getitem__(self, index: int) -> Example:
-        example = self.encoded(index)
-        return Example(decode(example.data, example.name), example.label)
-
-
-def open_by_name(
-    name: str, split: str | None, openers: Mapping[str, Callable[[str, str | None], T]], what: str
-) -> T:
-    """Open a dataset by a name such as 'digits' or 'folder:PATH'.
-
-    Args:
-      name: the name of the dataset.
-      split: the name of a split; None for the evaluation split.
-      openers: the function that opens each kind of dataset, keyed by the pattern of its names, such
-        as 'folder:PATH'. Its arguments are the part of the name after the colon, and the split.
-      what: what kind of dataset is opened, for the error message.
-
-    Raises:
-      UserError: the name matches none of the patterns, or the dataset cannot be opened.
+    Each pixel of a mask is a class index or `IGNORED`. `source[index]` raises BrokenImageError if
+    the image cannot be read, and another UserError if the mask cannot be read.
     """
-    kind, colon, rest = name.partition(":")
-    for form, opener in openers.items():
-        if form.partition(":")[:2] == (kind, colon) and bool(rest) == bool(colon):
-            return opener(rest, split)
-    *others, last = openers
-    raise UserError(f"no {what} {name!r}, expected {', '.join(others)} or {last}")
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Read an image's (height, width) from its header; raise BrokenImageError if that fails."""
+        ...
 
 
 def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:
@@ -97,9 +58,8 @@ def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:
 
 def evaluation_split(splits: Sequence[str], name: object) -> str:
     """Return the evaluation split; raise UserError, which names the dataset, if there is none."""
-    for split in EVALUATION_SPLITS:
-        if split in splits:
-            return split
+    if split := next((split for split in EVALUATION_SPLITS if split in splits), None):
+        return split
     raise UserError(f"{name} has the splits {', '.join(splits)}; choose one")
 
 
@@ -111,13 +71,7 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 def check_same_classes(expected: tuple[str, ...], actual: tuple[str, ...], what: str) -> None:
     """Check that two datasets or models have the same class names in the same order.
 
-    Args:
-      expected: the expected class names, by label.
-      actual: the class names to check, by label.
-      what: the name, in the error message, of the dataset or model with the `actual` classes.
-
-    Raises:
-      UserError: the names differ; the message gives the first difference.
+    Raise UserError with the first difference; it calls the owner of the `actual` names `what`.
     """
     if len(expected) != len(actual):
         raise UserError(f"{what} has {len(actual)} classes, expected {len(expected)}")

@@ -70,9 +70,6 @@ def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
       images: `[B, H, W, 3]` uint8.
       mean: mean of each channel, on a scale from 0 to 1.
       std: standard deviation of each channel, on the same scale.
-
-    Returns:
-      `[B, H, W, 3]` float32.
     """
     shape = (1, 1, 1, 3)
     scaled = images.astype(jnp.float32) / 255
@@ -110,14 +107,9 @@ def draw_erasing_boxes(key: jax.Array, count: int, height: int, width: int) -> B
 
 
 def random_erasing(key: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Erase a random box in some of the images by filling it with standard normal noise.
+    """Fill a random box of some normalized images `[B, H, W, 3]` with standard normal noise.
 
-    Args:
-      key: a random key.
-      images: `[B, H, W, 3]`, normalized.
-      probability: the probability of erasing a box in each image.
-
-    Source: see `draw_erasing_boxes`.
+    Each image gets a box with `probability`; see `draw_erasing_boxes`.
     """
     count, height, width, _ = images.shape
     coin, boxes, noise = jax.random.split(key, 3)

@@ -43,6 +43,7 @@ OTHER_SUFFIXES = (
     *(".orf", ".pbm", ".pcx", ".pgm", ".pnm", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".svg"),
     *(".tga", ".xcf"),
 )
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"  # bytes 24 and 25 are the bit depth and the color type
 MAX_LISTED = 3  # a message lists at most this many files
 
 
@@ -51,11 +52,7 @@ class BrokenImageError(UserError):
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
-    """Read the bytes of an image file without decoding them.
-
-    Raises:
-      BrokenImageError: the file is missing, unreadable, too large, or not a regular file.
-    """
+    """Read the bytes of a file; raise BrokenImageError if `read_file` fails."""
     try:
         return read_file(path, MOST_BYTES)
     except UserError as error:
@@ -69,13 +66,8 @@ def decode(data: bytes, name: str) -> np.ndarray:
     16-bit values keep their upper eight bits. As in the authors' release, an EXIF orientation is
     not applied.
 
-    Args:
-      data: the bytes of an image file in one of `FORMATS`.
-      name: the name of the image in error messages.
-
-    Raises:
-      BrokenImageError: the data is not an image, is truncated, or has more than `MOST_PIXELS`
-        pixels.
+    `data` is an image file in one of `FORMATS`, which error messages call `name`. Raise
+    BrokenImageError if it is not an image, is truncated, or has more than `MOST_PIXELS` pixels.
     """
     if simplejpeg is not None and data.startswith(JPEG_MAGIC):
         # simplejpeg raises an error where libjpeg only warns. Pillow may still read such a file;
@@ -119,12 +111,7 @@ def pillow_errors(name: str, what: str, error: type[UserError]) -> Iterator[None
     """Turn any exception inside the `with` block into an `error` that gives the reason.
 
     Pillow can raise anything on a damaged file, including KeyError and struct.error. A UserError
-    passes unchanged.
-
-    Args:
-      name: the name of the image in the message.
-      what: 'image' or 'mask', for the message.
-      error: the exception to raise.
+    passes unchanged. The message calls the image `name` and `what`: 'image' or 'mask'.
     """
     try:
         yield
@@ -149,6 +136,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colors, without Pillow's warning
     return image.convert("RGB")
+
+
+def decode_mask(data: bytes, name: str, *, as_rgb: bool = False) -> np.ndarray:
+    """Decode a mask to its stored values, `[H, W]` uint8, without looking up a palette.
+
+    If `as_rgb`, three equal channels are accepted too. Raise UserError if the data is not an image,
+    or does not have one channel of 8 bits.
+    """
+    if data.startswith(PNG_MAGIC) and data[25:26] == b"\0" and data[24] in (2, 4):
+        # Pillow scales gray values of fewer bits up to 8 bits, which changes the class indices.
+        raise UserError(f"{name} has {data[24]} bits a pixel, expected 8 with a class index each")
+    with open_image(data, name, "mask", UserError) as image:
+        if image.mode in ("L", "P"):
+            return np.array(image)
+        if as_rgb and image.mode == "RGB":
+            channels = np.array(image)
+            if (channels == channels[..., :1]).all():
+                return channels[..., 0]
+        mode, bands = image.mode, len(image.getbands())
+    if bands > 1:
+        raise UserError(f"{name} has {bands} channels, expected one with a class index a pixel")
+    raise UserError(
+        f"{name} has pixels of Pillow's mode {mode!r}, expected 8 bits with a class index a pixel"
+    )
+
+
+def read_shape(data: bytes, name: str) -> tuple[int, int]:
+    """Read (height, width) from an image's header; raise BrokenImageError if that fails."""
+    with open_image(data, name) as image:
+        return image.height, image.width
 
 
 def is_turned(data: bytes) -> bool:

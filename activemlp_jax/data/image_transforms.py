@@ -19,14 +19,6 @@ CROP_TRIES = 10
 JITTER_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize `image` to `size` by `size` pixels, bicubic."""
-    if image.shape[:2] == (size, size):
-        return image
-    resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
-
-
 class Box(NamedTuple):
     """A box in an image, in pixels."""
 
@@ -36,19 +28,21 @@ class Box(NamedTuple):
     height: int
 
 
+def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Resize `image` to `width` by `height` pixels, bicubic."""
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def draw_crop(rng: np.random.Generator, width: int, height: int, config: ConfigDict) -> Box:
-    """Draw a random crop of an image.
+    """Draw a random crop of an image of `width` by `height` pixels.
 
-    The area is uniform, the ratio of width to height is log-uniform, and the position is uniform
-    among those inside the image. A crop that does not fit is drawn again. If none of `CROP_TRIES`
-    crops fits, the result is the largest centered crop with a ratio within the limits.
-
-    Args:
-      rng: random generator.
-      width: width of the image, in pixels.
-      height: height of the image, in pixels.
-      config: the section `augment.crop`, with `min_area` and `max_area` as shares of the image's
-        area, and `min_ratio` and `max_ratio` as width divided by height.
+    The area is uniform from `min_area` to `max_area`, as shares of the image's. Width / height is
+    log-uniform from `min_ratio` to `max_ratio`, and the position is uniform among those inside the
+    image. A crop that does not fit is drawn again. If none of `CROP_TRIES` crops fits,
+    the result is the largest centered crop with a ratio within the limits. `config` is the section
+    `augment.crop`.
 
     Source: the training transform of the authors' release (torchvision's RandomResizedCrop).
     """
@@ -68,12 +62,9 @@ def draw_crop(rng: np.random.Generator, width: int, height: int, config: ConfigD
 
 
 def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
-    """Change brightness, contrast and saturation at random, in random order.
+    """Change brightness, contrast and saturation of an RGB image at random, in random order.
 
-    Args:
-      picture: an RGB image.
-      rng: random generator.
-      strength: each factor is uniform from max(0, 1 - `strength`) to 1 + `strength`.
+    Each factor is uniform from max(0, 1 - `strength`) to 1 + `strength`.
 
     Source: the training transform of the authors' release (torchvision's ColorJitter, no hue).
     """
@@ -84,16 +75,10 @@ def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float
 
 
 def augmented_crop(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
-    """Apply the authors' training transform, except for normalization.
+    """Apply the authors' training transform, except for normalization, to an image.
 
-    Args:
-      image: `[H, W, 3]` uint8.
-      rng: random generator.
-      config: the whole config; `data.image_size` is used, and of `augment` the keys `crop`, `flip`,
-        `rand_augment` and `color_jitter`, the last one only without `rand_augment`.
-
-    Returns:
-      `[image_size, image_size, 3]` uint8.
+    Of `config`, the whole config, `data.image_size` is used, and of `augment` the keys `crop`,
+    `flip`, `rand_augment` and `color_jitter`, the last one only without `rand_augment`.
 
     Source: the training transform of the authors' release (timm's `transforms_imagenet_train`).
     """
@@ -114,7 +99,8 @@ def augmented_crop(image: np.ndarray, rng: np.random.Generator, config: ConfigDi
 
 def warped(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
     """Apply `random_warp` with `config.augment.warp`, and resize to `config.data.image_size`."""
-    return resize(random_warp(image, rng, config.augment.warp), config.data.image_size)
+    size = config.data.image_size
+    return resize(random_warp(image, rng, config.augment.warp), size, size)
 
 
 # The augmentation policies, keyed by the value of `config.augment.policy`. Each maps an image
@@ -134,10 +120,10 @@ def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
 
     Args:
       image: `[H, W, 3]` uint8.
-      preprocessing: only its `image_size` and `resize_factor` are used.
+      preprocessing: its `image_size` S and `resize_factor` are used.
 
     Returns:
-      `[image_size, image_size, 3]` uint8.
+      `[S, S, 3]` uint8.
 
     Source: the evaluation transform of the authors' release, reproduced pixel for pixel.
     """
@@ -147,9 +133,4 @@ def eval_transform(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarra
     long = int(short * max(height, width) / min(height, width))
     new_width, new_height = (short, long) if width <= height else (long, short)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    resized = image
-    if (height, width) != (new_height, new_width):
-        resized = np.asarray(
-            Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC)
-        )
-    return resized[top : top + size, left : left + size]
+    return resize(image, new_width, new_height)[top : top + size, left : left + size]

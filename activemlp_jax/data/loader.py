@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import grain
@@ -43,26 +44,20 @@ QUIET_TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 SKIPPED_PREFIX, SKIPPED_COUNT = "activemlp/skipped/", "activemlp/images_skipped"
 
 
-class Sample(NamedTuple):
-    """A sample: its row in this host's part of a batch, and its arrays by name."""
-
-    row: int
-    arrays: dict[str, np.ndarray]
+def stack(samples: Sequence[Batch]) -> Batch:
+    """Stack samples, each a dict of arrays by name, into a batch."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 class ExampleSamples(NamedTuple):
     """All samples that a host makes from one example in a step.
 
-    `skipped` has the index of each broken example that was tried before it, and the reason.
+    A sample is its row in this host's part of the batch, and its arrays. `skipped` has the index of
+    each broken example that was tried before this one, and the reason.
     """
 
-    samples: list[Sample]
+    samples: list[tuple[int, Batch]]
     skipped: list[tuple[int, str]]
-
-
-def stack(samples: Sequence[Batch]) -> Batch:
-    """Stack samples, each a dict of arrays by name, into a batch."""
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 class Skipped:
@@ -173,7 +168,7 @@ def example_reader(
         samples = []
         for offset, row in rows.items():
             rng = np.random.default_rng([config.seed, step * batch_size + offset - start])
-            samples.append(Sample(row, transform(example, rng, config)))
+            samples.append((row, transform(example, rng, config)))
         return ExampleSamples(samples, skipped)
 
     return read, examples_per_step
@@ -181,10 +176,9 @@ def example_reader(
 
 def _assemble(examples: Sequence[ExampleSamples]) -> dict[str, Any]:
     """Stack samples into a host's part of a batch; 'skipped' lists the skipped examples."""
-    samples = [sample for example in examples for sample in example.samples]
-    samples.sort(key=lambda sample: sample.row)
+    samples = sorted((pair for example in examples for pair in example.samples), key=itemgetter(0))
     skipped = [skip for example in examples for skip in example.skipped]
-    return {**stack([sample.arrays for sample in samples]), "skipped": skipped}
+    return {**stack([arrays for _, arrays in samples]), "skipped": skipped}
 
 
 def _end_with_parent(worker: int, workers: int) -> None:
@@ -211,15 +205,9 @@ def iterate(
 ) -> Any:
     """Iterate over batches of consecutive elements, in order, until exhausted or closed.
 
-    Threads compute single elements. Worker processes compute whole batches, because handing many
-    small objects from process to process costs more.
-
-    Args:
-      elements: the elements, computed on access.
-      batch_size: the number of elements in a batch.
-      assemble: makes a batch of its elements.
-      num_threads: the number of threads; 0 computes in the caller's thread.
-      num_workers: the number of worker processes to use instead of threads; 0 for none.
+    `num_threads` threads compute single elements; with 0, the caller's thread does. If there are
+    `num_workers`, these processes compute whole batches instead, because handing many small objects
+    from process to process costs more. `assemble` makes a batch of its elements.
     """
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags to start its workers
@@ -258,8 +246,8 @@ def train_batches(
       config: the whole config; `seed`, `batch_size` (global), `augment` and `data` are used.
       first_step: the first step; a resumed run passes its current step.
       last_step: the step after the last one.
-      process: the index of this host.
-      processes: the number of hosts, which divides the batch size.
+      process: the index of this host of `processes`, whose number divides the batch size.
+      processes: the number of hosts.
       skipped: counts the images that cannot be read, if `config.data.on_error` is 'skip'.
 
     Yields:
@@ -296,15 +284,8 @@ def eval_batches(
 ) -> Generator[Batch]:
     """Iterate once over this host's part of an evaluation set, in order.
 
-    Each host has one block of consecutive rows of every global batch.
-
-    Args:
-      source: the evaluation set.
-      preprocessing: how to resize and crop images; normalization happens on the device.
-      batch_size: the global batch size.
-      num_threads: the number of threads that read and transform; 0 uses the caller's thread.
-      process: the index of this host.
-      processes: the number of hosts, which divides the batch size.
+    Each host has one block of consecutive rows of every global batch of `batch_size`. Images are
+    resized and cropped as `preprocessing` says; normalization happens on the device.
 
     Yields:
       `image` `[B, S, S, 3]` uint8, `label` `[B]` int32, and `mask` `[B]` float32, for this host's B

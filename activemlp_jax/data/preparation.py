@@ -1,45 +1,219 @@
-"""Prepare datasets as ArrayRecord files, which allow random access during training.
+"""Prepare datasets of tensorflow-datasets (TFDS) as shards in ArrayRecord format.
+
+ArrayRecord files allow random access during training. A shard gets its final name only once it is
+complete, so after an interruption, another run needs to write only the missing shards.
 
 The `prepare_*` functions write into `data_dir`, a folder of TFDS datasets, and print the result on
 `console`. All but `prepare_tfds` also show progress there and write `num_threads` shards at a time.
 """
 
+import hashlib
+import io
+import json
 import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 from grain.experimental import TFRecordIterDataset
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
+from tensorflow_datasets.core.file_adapters import ArrayRecordFileAdapter
 
-from activemlp_jax.data.array_records import (
-    Member,
-    Shard,
-    plan_shards,
-    print_result,
-    shard_file,
-    write_dataset,
-)
 from activemlp_jax.data.base import EVALUATION_SPLITS, check_same_classes
-from activemlp_jax.data.sources import FolderSource
+from activemlp_jax.data.folders import FolderSource
 from activemlp_jax.data.tfds_source import first_line
 from activemlp_jax.utils.errors import UserError, install_command, one_line
+from activemlp_jax.utils.files import partial_path, write_aside
+from activemlp_jax.utils.json_files import read_json
 
+SHARD_BYTES = 128 * 2**20
+PLAN_FILE = "prepared_from.json"
 IMAGENET_TARS = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
 IMAGENET_COUNTS = {"train": 1_281_167, "validation": 50_000}
 
 
-def index_tar(path: Path) -> list[tuple[str, int, int]]:
-    """List name, offset and size of each file in an uncompressed tar file or in a tar inside it.
+class Member(NamedTuple):
+    """The image file `name`, which consists of the `size` bytes at `offset` of the file `path`."""
 
-    Raises:
-      UserError: the file is not a tar file, or is truncated.
+    path: str
+    offset: int
+    size: int
+    name: str
+    label: int
+
+    def read(self) -> bytes:
+        """Read the bytes of the image file; raise UserError if that fails."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}") from error
+        if len(data) != self.size:
+            raise UserError(f"{self.path} ends within {self.name}")
+        return data
+
+
+class Shard(NamedTuple):
+    """A shard to write to `file`, with `examples` records from `size` bytes of source data."""
+
+    split: str
+    file: str
+    examples: int
+    size: int
+    records: Callable[[], Iterable[bytes]]  # serialized examples
+
+
+def _shard_file(name: str, split: str, index: int, count: int) -> str:
+    """Return the file name that TFDS expects for a shard."""
+    return f"{name}-{split}.array_record-{index:05}-of-{count:05}"
+
+
+def plan_shards(name: str, features: Any, splits: Mapping[str, Sequence[Member]]) -> list[Shard]:
+    """Divide the image files of each split into shards.
+
+    The files are sorted by a hash of their names, which mixes the classes, so that a slice such as
+    'train[:1%]' has images of all classes. `features` has the TFDS features `image`, `label` and
+    `file_name`.
     """
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def serialize(members: Sequence[Member]) -> Iterator[bytes]:
+        for member in members:
+            image = io.BytesIO(member.read())
+            example = {"image": image, "label": member.label, "file_name": member.name}
+            yield serializer.serialize_example(features.encode_example(example))
+
+    shards = []
+    for split, members in splits.items():
+        shuffled = sorted(members, key=lambda member: hashlib.sha1(member.name.encode()).digest())
+        total = sum(member.size for member in members)
+        count = min(len(members), max(1, -(-total // SHARD_BYTES)))
+        bounds = np.linspace(0, len(members), count + 1).astype(int)
+        for index in range(count):
+            part = shuffled[bounds[index] : bounds[index + 1]]
+            file, size = _shard_file(name, split, index, count), sum(member.size for member in part)
+            shards.append(Shard(split, file, len(part), size, partial(serialize, part)))
+    return shards
+
+
+def _write_dataset(
+    data_dir: Path,
+    name: str,  # 'NAME' or 'NAME/CONFIG'
+    version: str,
+    features: Any,
+    shards: Sequence[Shard],
+    num_threads: int,
+    console: Console,
+) -> None:
+    """Write a dataset's missing or incomplete shards, then its metadata, and print the result."""
+    directory = data_dir / name / version
+    try:
+        _claim(directory, shards)
+        pool = ThreadPoolExecutor(num_threads)
+        try:
+            written = pool.map(partial(_write_shard, directory), shards)
+            hidden = not console.is_terminal
+            for _ in track(
+                written, f"writing {name}", len(shards), console=console, disable=hidden
+            ):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+        counts = _write_metadata(directory, name.partition("/")[0], version, features, shards)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror or error}") from error
+    _print_result(counts, name, data_dir, console)
+
+
+def _claim(directory: Path, shards: Sequence[Shard]) -> None:
+    """Reserve `directory` for these shards, or check that an earlier run reserved it for them."""
+    plan = {shard.file: [shard.examples, shard.size] for shard in shards}
+    path = directory / PLAN_FILE
+    if path.exists():
+        if read_json(path) != plan:
+            raise UserError(
+                f"{directory} was prepared from different files; remove it to start again"
+            )
+    elif directory.exists() and any(file != partial_path(path) for file in directory.iterdir()):
+        raise UserError(f"{directory} holds files of another origin; choose another --data-dir")
+    else:
+        with write_aside(path) as aside:
+            aside.write_text(json.dumps(plan) + "\n")
+
+
+def _write_shard(directory: Path, shard: Shard) -> None:
+    path = directory / shard.file
+    if path.exists() and _count(path) == shard.examples:
+        return
+    with write_aside(path) as aside:
+        try:
+            ArrayRecordFileAdapter.write_examples(aside, enumerate(shard.records()))
+        except RuntimeError as error:  # such as a full disk
+            raise UserError(f"{aside} cannot be written: {error}") from error
+        if (written := _count(aside)) != shard.examples:
+            raise UserError(f"{path} got {written} examples, expected {shard.examples}")
+
+
+def _count(path: Path) -> int:
+    """Count the examples in a file; 0 if it is truncated, for example by a power failure."""
+    try:
+        return ArrayRecordFileAdapter.num_examples(path)
+    except RuntimeError:
+        return 0
+
+
+def _write_metadata(
+    directory: Path, name: str, version: str, features: Any, shards: Sequence[Shard]
+) -> dict[str, int]:
+    """Write the metadata that TFDS needs to read the shards; return each split's example count."""
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=name, filetype_suffix="array_record"
+    )
+    splits = {split: [shard for shard in shards if shard.split == split] for split, *_ in shards}
+    infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard.examples for shard in parts],
+            num_bytes=sum(shard.size for shard in parts),
+            filename_template=template.replace(split=split),
+        )
+        for split, parts in splits.items()
+    ]
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=features,
+        split_infos=infos,
+        version=version,
+        filename_template=template,
+        check_data=False,  # the check needs TensorFlow
+    )
+    for path in directory.glob(".*.partial"):
+        path.unlink()  # left by a killed process
+    return {info.name: info.num_examples for info in infos}
+
+
+def _print_result(counts: Mapping[str, int], name: str, data_dir: Path, console: Console) -> None:
+    """Print how many examples each split has, and how to train on them."""
+    description = ", ".join(f"{count:,} of {split}" for split, count in counts.items())
+    message = (
+        f"{name}: {description}, counted; read it with TFDS_DATA_DIR={data_dir} "
+        f"and --config.data.name=tfds:{name}"
+    )
+    console.print(one_line(message), highlight=False, soft_wrap=True, markup=False)
+
+
+def _index_tar(path: Path) -> list[tuple[str, int, int]]:
+    """List name, offset and size of each file in an uncompressed tar file or in a tar inside it."""
     members: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(path, "r:") as outer:
@@ -77,9 +251,8 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
     builder = tfds.builder("imagenet2012", data_dir=data_dir, file_format="array_record")
     features = builder.info.features
     label_of = {name: index for index, name in enumerate(features["label"].names)}
-    validation_labels = (
-        tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
-    )
+    label_file = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
+    validation_labels = label_file.read_text().split()
 
     def label(name: str) -> int:
         if match := re.fullmatch(r"ILSVRC2012_val_(\d{8})\.JPEG", name):
@@ -90,7 +263,7 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
     for split, file in IMAGENET_TARS.items():
         path = tars / file
         with console.status(escape(one_line(f"looking through {path}"))):
-            members = index_tar(path)
+            members = _index_tar(path)
         if len(members) != IMAGENET_COUNTS[split]:
             raise UserError(
                 f"{path} holds {len(members):,} images, expected {IMAGENET_COUNTS[split]:,}: is it "
@@ -104,15 +277,13 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
             raise UserError(f"{path} holds an image of an unknown class: {error}") from error
     shards = plan_shards(builder.name, features, splits)
     version = str(builder.version)
-    write_dataset(data_dir, builder.name, version, features, shards, num_threads, console)
+    _write_dataset(data_dir, builder.name, version, features, shards, num_threads, console)
 
 
 def prepare_folder(
     folder: Path, name: str, data_dir: Path, num_threads: int, console: Console
 ) -> None:
-    """Build the dataset `name` from a folder with one folder of images per class.
-
-    It may instead have one such folder per split.
+    """Build the dataset `name` from a folder with one folder of images per class, or with splits.
 
     Raises:
       UserError: the name is invalid, the folder has another layout, or splits differ in their
@@ -143,7 +314,7 @@ def prepare_folder(
         }
     )
     shards = plan_shards(name, features, splits)
-    write_dataset(data_dir, name, "1.0.0", features, shards, num_threads, console)
+    _write_dataset(data_dir, name, "1.0.0", features, shards, num_threads, console)
 
 
 def _size(path: str) -> int:
@@ -199,18 +370,14 @@ def prepare_tfrecord(source: Path, data_dir: Path, num_threads: int, console: Co
     shards = []
     for split in info.splits.values():
         for index, path in enumerate(split.filepaths):
-            file = shard_file(info.name, split.name, index, split.num_shards)
+            file = _shard_file(info.name, split.name, index, split.num_shards)
             length, records = split.shard_lengths[index], partial(_tfrecords, str(path))
             shards.append(Shard(split.name, file, length, _size(str(path)), records))
-    write_dataset(data_dir, full_name, version, features, shards, num_threads, console)
+    _write_dataset(data_dir, full_name, version, features, shards, num_threads, console)
 
 
 def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
-    """Download and prepare the dataset `name` with tensorflow-datasets.
-
-    Raises:
-      UserError: the dataset cannot be prepared.
-    """
+    """Download and prepare the dataset `name` with TFDS; raise UserError if that fails."""
     if name.split(":")[0] == "imagenet2012":
         raise UserError("imagenet2012 is made of tar files; see prepare_data imagenet2012 --help")
     try:
@@ -226,4 +393,4 @@ def prepare_tfds(name: str, data_dir: Path, console: Console) -> None:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{name} cannot be prepared: {reason}") from error
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    print_result(counts, name, data_dir, console)
+    _print_result(counts, name, data_dir, console)

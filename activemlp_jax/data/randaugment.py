@@ -24,17 +24,8 @@ Enhancer = Callable[[Picture], ImageEnhance._Enhance]
 
 
 def _affine(picture: Picture, *matrix: float) -> Picture:
-    return picture.transform(
-        picture.size,
-        Image.Transform.AFFINE,
-        matrix,
-        Image.Resampling.BICUBIC,
-        fillcolor=FILL,
-    )
-
-
-def _rotate(picture: Picture, degrees: float) -> Picture:
-    return picture.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL)
+    transform, bicubic = Image.Transform.AFFINE, Image.Resampling.BICUBIC
+    return picture.transform(picture.size, transform, matrix, bicubic, fillcolor=FILL)
 
 
 def _posterize(picture: Picture, bits: float) -> Picture:
@@ -58,36 +49,33 @@ def _enhance(kind: Enhancer) -> Callable[[Picture, float], Picture]:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An image operation whose strength depends on a magnitude.
+    """An operation on a picture at a level, computed from the share of `MAX_MAGNITUDE`.
 
-    Args:
-      apply: the operation, as a function of a picture and a level.
-      level: maps magnitude / `MAX_MAGNITUDE` to the level; None if the operation has no level.
-      signed: whether the magnitude is negated with probability 1/2.
+    The magnitude of a `signed` operation is negated with probability 1/2.
     """
 
     apply: Callable[[Picture, float], Picture]
-    level: Callable[[float], float] | None = None
+    level: Callable[[float], float] = lambda share: share  # the operation may ignore it
     signed: bool = False
 
     def __call__(self, picture: Picture, magnitude: float) -> Picture:
         """Apply it to an RGB picture; `magnitude` is 0 to 10, or -10 to 10 if `signed`."""
-        return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE) if self.level else 0.0)
+        return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE))
 
 
 def _scaled(factor: float) -> Callable[[float], float]:
     return lambda share: share * factor
 
 
-def _around_one(share: float) -> float:
-    return 1.0 + share * 0.9
-
-
 SHARED: dict[str, Operation] = {
     "AutoContrast": Operation(lambda picture, _: ImageOps.autocontrast(picture)),
     "Equalize": Operation(lambda picture, _: ImageOps.equalize(picture)),
     "Invert": Operation(lambda picture, _: ImageOps.invert(picture)),
-    "Rotate": Operation(_rotate, _scaled(30.0), signed=True),
+    "Rotate": Operation(
+        lambda picture, degrees: picture.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=FILL),
+        _scaled(30.0),
+        signed=True,
+    ),
     "SolarizeAdd": Operation(_solarize_add, lambda share: min(128, int(share * 110))),
     "ShearX": Operation(
         lambda picture, slope: _affine(picture, 1, slope, 0, 0, 1, 0), _scaled(0.3), signed=True
@@ -120,7 +108,7 @@ INCREASING: dict[str, Operation] = {
     "Posterize": Operation(_posterize, lambda share: 4 - int(share * 4)),
     "Solarize": Operation(_solarize, lambda share: 256 - int(share * 256)),
     **{
-        name: Operation(_enhance(kind), _around_one, signed=True)
+        name: Operation(_enhance(kind), lambda share: 1.0 + share * 0.9, signed=True)
         for name, kind in ENHANCERS.items()
     },
 }
@@ -139,11 +127,11 @@ NOT_INCREASING: dict[str, Operation] = {
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """A policy that applies randomly drawn operations to each picture.
+    """A policy that applies `num_ops` randomly drawn operations to each picture, with replacement.
 
     Args:
       magnitude: mean of the magnitudes, 0 to 10.
-      num_ops: number of operations drawn for each picture, with replacement.
+      num_ops: number of operations.
       magnitude_std: standard deviation of the normally distributed magnitudes; if infinite,
         magnitudes are uniform from 0 to `magnitude`.
       max_magnitude: magnitudes are clipped to this maximum.
@@ -210,26 +198,27 @@ def parse_randaugment(policy: str) -> RandAugment:
     head, *sections = policy.split("-")
     if head != "rand":
         raise ValueError(f"{policy!r} is not a policy, expected rand-m9-mstd0.5-inc1 or the like")
-    values: dict[str, float] = {}
+    values = {"m": 10.0, "n": 2.0, "mstd": 0.0, "mmax": 10.0, "p": 0.5, "inc": 0.0}
+    given: set[str] = set()
     for section in sections:
         match = SECTION.fullmatch(section)
-        if match is None or match[1] in values:
+        if match is None or match[1] in given:
             raise ValueError(
                 f"{policy!r} has the section {section!r}, expected m, n, mstd, mmax, p or inc "
                 "with a number, each once"
             )
+        given.add(match[1])
         values[match[1]] = float(match[2])
-    for name, low, high in (("m", 0, 10), ("mmax", 0, 10), ("p", 0, 1), ("n", 0, 15)):
-        value = values.get(name, low)
-        if not low <= value <= high:
-            raise ValueError(f"{policy!r} has {name} {value:g}, expected {low} to {high}")
-    if not values.get("n", 0.0).is_integer() or values.get("inc", 0.0) not in (0, 1):
+    for name, high in (("m", 10), ("mmax", 10), ("p", 1), ("n", 15)):
+        if values[name] > high:
+            raise ValueError(f"{policy!r} has {name} {values[name]:g}, expected 0 to {high}")
+    if not values["n"].is_integer() or values["inc"] not in (0, 1):
         raise ValueError(f"{policy!r}: expected a whole n, and inc 0 or 1")
     return RandAugment(
-        magnitude=values.get("m", MAX_MAGNITUDE),
-        num_ops=int(values.get("n", 2)),
-        magnitude_std=values.get("mstd", 0.0),
-        max_magnitude=values.get("mmax", MAX_MAGNITUDE),
-        probability=values.get("p", 0.5),
-        increasing=values.get("inc", 0.0) == 1,
+        magnitude=values["m"],
+        num_ops=int(values["n"]),
+        magnitude_std=values["mstd"],
+        max_magnitude=values["mmax"],
+        probability=values["p"],
+        increasing=values["inc"] == 1,
     )

@@ -1,10 +1,11 @@
 """Transforms of images and segmentation masks on the host, with OpenCV, as in mmsegmentation.
 
 Images are `[H, W, 3]` uint8 RGB. Masks are `[H, W]` uint8, with a class index or `IGNORED` per
-pixel.
+pixel. All that resize or change colors raise UserError if OpenCV is not installed.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,49 @@ def load_opencv() -> Any:
     return cv2
 
 
+def labels_of_mask(
+    mask: np.ndarray, name: str, shape: tuple[int, ...], classes: int, reduce_zero_label: bool
+) -> np.ndarray:
+    """Convert the stored values of a mask to labels, `[H, W]` uint8: class indices or `IGNORED`.
+
+    Args:
+      mask: `[H, W]` uint8, as stored.
+      name: the name of the mask in error messages.
+      shape: the (height, width) of the image.
+      classes: the number of classes.
+      reduce_zero_label: whether stored values count classes from 1, and 0 means no class. Then 0
+        becomes `IGNORED`, and all values but `IGNORED` are reduced by 1.
+
+    Raises:
+      UserError: the mask and the image differ in size, or a value is not a label of a class.
+
+    Source: mmsegmentation's LoadAnnotations.
+    """
+    if mask.shape != shape:
+        raise UserError(
+            f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, expected those of its image, "
+            f"{shape[1]} x {shape[0]}"
+        )
+    first = int(reduce_zero_label)
+    present = np.bincount(mask.ravel(), minlength=256)
+    beyond = np.flatnonzero(present[first + classes : IGNORED])
+    if beyond.size:
+        unlabeled = f"0 or {IGNORED}" if reduce_zero_label else str(IGNORED)
+        raise UserError(
+            f"{name} has the label {first + classes + beyond[0]}, expected {first} to "
+            f"{first + classes - 1} for the {classes} classes, or {unlabeled} for none"
+        )
+    if not reduce_zero_label:
+        return mask
+    reduced = np.arange(-1, IGNORED)
+    reduced[[0, IGNORED]] = IGNORED
+    return reduced.astype(np.uint8)[mask]
+
+
 def resized_shape(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
     """Compute the largest (height, width) that fits into `scale` and keeps an image's aspect ratio.
 
-    Args:
-      height: height of the image, in pixels.
-      width: width of the image, in pixels.
-      scale: the maximum of the long side and of the short side, in pixels.
+    `scale` is the maximum of the long side and of the short side, in pixels.
 
     Source: mmcv's `rescale_size`.
     """
@@ -47,29 +84,19 @@ def resized_shape(height: int, width: int, scale: tuple[int, int]) -> tuple[int,
 
 
 def resize_image(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resize an image `[H, W, 3]` uint8 to (height, width), bilinear without antialiasing.
-
-    Source: mmsegmentation's Resize.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Resize an image to (height, width), bilinear without antialiasing, as mmsegmentation does."""
     cv2 = load_opencv()
     return cv2.resize(image, shape[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Resize a mask `[H, W]` uint8 to (height, width), by nearest neighbor.
-
-    Source: mmsegmentation's Resize.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Resize a mask to (height, width), by nearest neighbor, as mmsegmentation does."""
     cv2 = load_opencv()
     return cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST)
 
 
+# The four changes of color below are those of mmsegmentation's PhotoMetricDistortion, with OpenCV's
+# 8-bit HSV. They clip and truncate.
 LEVELS = np.arange(256, dtype=np.uint8)
 
 
@@ -87,46 +114,22 @@ def _change_hsv(image: np.ndarray, channel: int, table: np.ndarray) -> np.ndarra
 
 
 def change_brightness(image: np.ndarray, delta: float) -> np.ndarray:
-    """Add `delta` to an image `[H, W, 3]` uint8; clip and truncate the result.
-
-    Source: mmsegmentation's PhotoMetricDistortion.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Add `delta` to an image."""
     return load_opencv().LUT(image, _truncated(LEVELS + np.float32(delta)))
 
 
 def change_contrast(image: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply an image `[H, W, 3]` uint8 by `factor`; clip and truncate the result.
-
-    Source: mmsegmentation's PhotoMetricDistortion.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Multiply an image by `factor`."""
     return load_opencv().LUT(image, _truncated(LEVELS * np.float32(factor)))
 
 
 def change_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply the saturation of an image `[H, W, 3]` uint8 by `factor`; clip and truncate it.
-
-    Source: mmsegmentation's PhotoMetricDistortion, on OpenCV's 8-bit HSV.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Multiply the saturation of an image by `factor`."""
     return _change_hsv(image, 1, _truncated(LEVELS * np.float32(factor)))
 
 
 def change_hue(image: np.ndarray, shift: int) -> np.ndarray:
-    """Rotate the hue of an image `[H, W, 3]` uint8 by `shift` steps of two degrees.
-
-    Source: mmsegmentation's PhotoMetricDistortion, on OpenCV's 8-bit HSV.
-
-    Raises:
-      UserError: OpenCV is not installed.
-    """
+    """Rotate the hue of an image by `shift` steps of two degrees."""
     return _change_hsv(image, 0, ((LEVELS.astype(int) + shift) % HUES).astype(np.uint8))
 
 
@@ -135,17 +138,7 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
 
     Contrast is changed either before or after saturation and hue, with equal probability.
 
-    Args:
-      image: `[H, W, 3]` uint8.
-      rng: random generator.
-
-    Returns:
-      `[H, W, 3]` uint8.
-
     Source: mmsegmentation's PhotoMetricDistortion.
-
-    Raises:
-      UserError: OpenCV is not installed.
     """
     contrast_first = rng.random() < 0.5
     if rng.random() < 0.5:
@@ -167,13 +160,8 @@ def draw_crop_position(
     """Draw the (top, left) of a random crop of `size` by `size` pixels.
 
     A crop is drawn again, up to `CROP_TRIES` times, if it has fewer than two classes or if one
-    class covers at least `max_share` of its labeled pixels.
-
-    Args:
-      mask: `[H, W]` uint8; along a side shorter than `size`, the crop starts at 0.
-      size: side of the crop, in pixels.
-      rng: random generator.
-      max_share: limit on the share of one class; 1 accepts the first crop.
+    class covers at least `max_share` of its labeled pixels; 1 accepts the first crop. Along a side
+    of the mask that is shorter than `size`, the crop starts at 0.
 
     Source: mmsegmentation's RandomCrop.
     """
@@ -195,14 +183,10 @@ def draw_crop_position(
     return top, left
 
 
-def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
-    """Pad `array` `[H, W, ...]` with `value` at the bottom and right to `size` by `size`."""
-    height, width = array.shape[:2]
-    if (height, width) == (size, size):
-        return np.ascontiguousarray(array)
-    padded = np.full((size, size, *array.shape[2:]), value, array.dtype)
-    padded[:height, :width] = array
-    return padded
+def pad(array: np.ndarray, shape: Sequence[int], value: float = 0) -> np.ndarray:
+    """Pad the first axes of `array`, at their ends, to the lengths in `shape`."""
+    extra = [(0, side - present) for side, present in zip(shape, array.shape, strict=False)]
+    return np.pad(array, extra + [(0, 0)] * (array.ndim - len(extra)), constant_values=value)
 
 
 def scene_train_transform(
@@ -215,8 +199,8 @@ def scene_train_transform(
     `IGNORED`, the image with 0. After normalization, the task sets the padding to 0 again.
 
     Args:
-      image: `[H, W, 3]` uint8.
-      mask: `[H, W]` uint8.
+      image: the image.
+      mask: its mask.
       rng: random generator.
       config: the whole config. `data.image_size` is the side S of the crop. `data.scene` has
         `long_side` (0 for no resizing) and `short_side`. `augment.flip` is a probability.
@@ -228,9 +212,6 @@ def scene_train_transform(
       the part that is not padding.
 
     Source: mmsegmentation's training pipeline for ADE20K.
-
-    Raises:
-      UserError: OpenCV is not installed.
     """
     size, limit, augment = config.data.image_size, config.data.scene, config.augment
     if limit.long_side:
@@ -246,4 +227,4 @@ def scene_train_transform(
     if augment.scene.photometric:
         image = photometric_distortion(np.ascontiguousarray(image), rng)
     extent = np.array(mask.shape, np.int32)
-    return _padded(image, size, 0), _padded(mask, size, IGNORED), extent
+    return pad(image, (size, size)), pad(mask, (size, size), IGNORED), extent

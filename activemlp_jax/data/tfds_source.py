@@ -5,11 +5,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from activemlp_jax.data.base import EncodedExample, EncodedSource, evaluation_split, evenly_spaced
-from activemlp_jax.data.decoding import BrokenImageError, warn_of_orientation
+import numpy as np
+
+from activemlp_jax.data import ade20k
+from activemlp_jax.data.base import CHECKED_MASKS, Example, evaluation_split, evenly_spaced
+from activemlp_jax.data.decoding import (
+    BrokenImageError,
+    decode,
+    decode_mask,
+    read_shape,
+    warn_of_orientation,
+)
+from activemlp_jax.data.segmentation_transforms import labels_of_mask
 from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.json_files import read_json
 
+ADE20K_BUILDER = "scene_parse150"
 CHECKED_RECORDS = 256  # evenly spaced records that are checked before the first step
 PREPARE_COMMAND = "python -m activemlp_jax.prepare_data"
 DATA_DIR_HINT = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
@@ -133,18 +144,14 @@ class Records:
             yield index, record
 
 
-class TfdsSource(EncodedSource):
+class TfdsSource:
     """A split of an image classification dataset of TFDS, read from ArrayRecord files.
 
-    Args:
-      name: the name of the builder, optionally with a config and version, as `tfds.builder` takes
-        it.
-      split: a split or slice such as 'train' or 'validation[:10%]'; None for the evaluation split.
+    `name` and `split` are those of `Records`.
 
     Raises:
-      UserError: the dataset is unknown, is not prepared, is not in ArrayRecord files, is not for
-        image classification, or has a label out of range in one of the records that are checked
-        (see `CHECKED_RECORDS`).
+      UserError: see `Records`; or the dataset is not for image classification, or has a label out
+        of range in one of the records that are checked (see `CHECKED_RECORDS`).
     """
 
     def __init__(self, name: str, split: str | None):
@@ -159,23 +166,86 @@ class TfdsSource(EncodedSource):
             )
         self._records = Records(builder, name, split, ["image"])
         self.class_names = tuple(label.names)
-        checked = self._records.some(CHECKED_RECORDS)
-        images = (self._example(index, record).data for index, record in checked)
-        warn_of_orientation(images, self._records.name)
+
+        def checked() -> Iterator[bytes]:
+            for index, record in self._records.some(CHECKED_RECORDS):
+                self._label(index, record)
+                yield record["image"]
+
+        warn_of_orientation(checked(), self._records.name)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def encoded(self, index: int) -> EncodedExample:
-        """Read a record; raise BrokenImageError, or UserError if its label is out of range."""
-        return self._example(index, self._records[index])
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        label = self._label(index, record)
+        file = record.get("file_name", b"").decode("utf-8", "replace") or f"record {index}"
+        return Example(decode(record["image"], f"{self._records.name}: {file}"), label)
 
-    def _example(self, index: int, record: dict[str, Any]) -> EncodedExample:
-        name, label = self._records.name, int(record["label"])
-        if not 0 <= label < len(self.class_names):
+    def _label(self, index: int, record: dict[str, Any]) -> int:
+        label, classes = int(record["label"]), len(self.class_names)
+        if not 0 <= label < classes:
             raise UserError(
-                f"{name}: record {index} has the label {label}, expected 0 to "
-                f"{len(self.class_names) - 1}"
+                f"{self._records.name}: record {index} has the label {label}, expected 0 to "
+                f"{classes - 1}"
             )
-        file = record.get("file_name", b"").decode("utf-8", "replace")
-        return EncodedExample(record["image"], label, f"{name}: {file or f'record {index}'}")
+        return label
+
+
+class TfdsScenes:
+    """A split of the TFDS (tensorflow-datasets) dataset `scene_parse150`, in ArrayRecord files.
+
+    The masks must be those of the scene parsing benchmark, with one channel or three equal ones, as
+    TFDS writes them from arrays. The TFDS builder itself downloads the masks of the instance
+    benchmark; they have three channels and other classes, and this class rejects them.
+
+    Raises:
+      UserError: see `Records`; or `name` is another dataset, or one of the masks that are checked
+        (see `CHECKED_MASKS`) cannot be used.
+    """
+
+    class_names = ade20k.CLASS_NAMES
+
+    def __init__(self, name: str, split: str | None):
+        builder, features = open_builder(name)
+        if not {"image", "annotation"} <= features.keys():
+            raise UserError(
+                f"tfds:{name} is not for segmentation: expected the features 'image' and "
+                f"'annotation', found {', '.join(features) or 'neither'}"
+            )
+        if builder.name != ADE20K_BUILDER:
+            raise UserError(
+                f"tfds:{name} has classes that are not known here, expected tfds:{ADE20K_BUILDER}"
+            )
+        self._records = Records(builder, name, split, ["image", "annotation"])
+        for index, record in self._records.some(CHECKED_MASKS):
+            try:
+                self._mask(index, record)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; tensorflow-datasets itself fetches masks of instances, which have "
+                    "other classes: read ADEChallengeData2016 with ade20k:PATH"
+                ) from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """Read an image's (height, width) from its header."""
+        return read_shape(self._records[index]["image"], self._record_name(index))
+
+    def _record_name(self, index: int) -> str:
+        return f"{self._records.name}: record {index}"
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._records[index]
+        image = decode(record["image"], self._record_name(index))
+        mask, name = self._mask(index, record)
+        classes = len(self.class_names)
+        return Example(image, labels_of_mask(mask, name, image.shape[:2], classes, True))
+
+    def _mask(self, index: int, record: dict[str, Any]) -> tuple[np.ndarray, str]:
+        """Decode the stored values of a mask, and return them with its name."""
+        name = f"the mask of {self._record_name(index)}"
+        return decode_mask(record["annotation"], name, as_rgb=True), name

@@ -39,9 +39,6 @@ def random_warp(image: np.ndarray, rng: np.random.Generator, config: ConfigDict)
         draws in both directions. `bend` is the standard deviation of the noise, as a share of the
         side.
 
-    Returns:
-      `[H, W, 3]` uint8.
-
     Source: the distortions of Simard, Steinkraus and Platt, "Best practices for convolutional
     neural networks applied to visual document analysis" (2003), on a coarse mesh.
     """

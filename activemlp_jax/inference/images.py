@@ -18,6 +18,7 @@ from activemlp_jax.data.decoding import (
     BrokenImageError,
     check_pixels,
     decode,
+    describe_left_out,
     is_image_name,
     is_other_image_name,
     is_turned,
@@ -26,7 +27,7 @@ from activemlp_jax.data.decoding import (
     to_rgb,
     warn,
 )
-from activemlp_jax.data.sources import no_images, warn_of_left_out
+from activemlp_jax.data.folders import check_images
 from activemlp_jax.utils.errors import UserError
 
 EXPECTED = "a Pillow image, a uint8 array or the path of a file"
@@ -102,14 +103,10 @@ def pixels_of(image: Any, name: str) -> np.ndarray:
 
 
 class ImageFile(NamedTuple):
-    """An image file to read.
-
-    `path` is the path to open, or `STDIN`. `inside` is the path relative to the folder that was
-    searched, or only the file's name if no folder was searched.
-    """
+    """An image file to read: the path to open or `STDIN`, and its path inside a searched folder."""
 
     path: str
-    inside: Path
+    inside: Path  # only the file's name if no folder was searched
 
 
 def find_images(paths: Sequence[str], leave_out: tuple[str, ...] = ()) -> list[ImageFile]:
@@ -182,9 +179,9 @@ def _readable(candidates: Iterable[ImageFile], path: str) -> list[ImageFile]:
     all_files = list(candidates)
     files = [file for file in all_files if is_image_name(file.path)]
     left_out = [str(file.inside) for file in all_files if not is_image_name(file.path)]
-    if not files:
-        raise no_images(path, left_out)
-    warn_of_left_out(path, left_out)
+    check_images(files, left_out, path)
+    if left_out:
+        warn(f"{path}: {describe_left_out(left_out)}")
     return files
 
 
@@ -196,17 +193,9 @@ def read_images(
 ) -> Iterator[tuple[ImageFile, np.ndarray]]:
     """Read and prepare image files, in order, with a progress bar on a terminal.
 
-    Files that cannot be read are reported on standard error. So is, after the last image, the
-    number of images with an EXIF orientation, which is not applied.
-
-    Args:
-      files: files to read.
-      prepare: function applied to the pixels `[H, W, 3]` uint8 of each image.
-      num_threads: number of threads that read ahead; 0 reads in the caller's thread.
-      broken: list to which the files that cannot be read are added.
-
-    Yields:
-      Each file that can be read, with its prepared pixels.
+    Yield each file that can be read, with what `prepare` makes of its pixels `[H, W, 3]` uint8. The
+    others are added to `broken` and reported on standard error, as is the number of images with an
+    EXIF orientation, which is not applied. `num_threads` threads read ahead; 0 uses the caller's.
     """
     import grain  # slow to import
 

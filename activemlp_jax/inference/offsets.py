@@ -79,7 +79,7 @@ def inspect_offsets(
 
     Source: Active Token Mixer, section 3.
     """
-    if _is_floating(images):
+    if hasattr(images, "dtype") and jnp.issubdtype(images.dtype, jnp.floating):
         inputs = jnp.asarray(images)
         if inputs.ndim != 4 or inputs.shape[-1] != 3 or min(inputs.shape) < 1:
             raise UserError(
@@ -105,17 +105,10 @@ def inspect_offsets(
 def show_to_model(model: Model, images: Any, card: ModelCard | None = None) -> np.ndarray:
     """Prepare images as the model sees them: resized and cropped, but not normalized.
 
-    Args:
-      model: a classifier or a segmentation model.
-      images: as for `inspect_offsets`, but not floating-point arrays.
-      card: as for `inspect_offsets`.
+    The arguments and errors are those of `inspect_offsets`, but images are not floating-point.
 
     Returns:
       RGB pixels `[B, H, W, 3]` uint8; B is 1 for a single image.
-
-    Raises:
-      ValueError: if the card is required but missing or does not match the model, the images are
-        invalid or missing, or the model sees them at several sizes.
     """
     preprocessing = preprocessing_for(model, card)
     listed, _ = list_images(images)
@@ -144,10 +137,6 @@ def mean_reach(block: BlockOffsets) -> np.ndarray:
     weights = group_weights(block)[:, None, None, :, :2]
     distances = np.abs(np.stack((block.offset_w, block.offset_h), -1))
     return block.stride * (weights * distances).sum((-2, -1)) / weights.sum((-2, -1))
-
-
-def _is_floating(images: Any) -> bool:
-    return hasattr(images, "dtype") and jnp.issubdtype(images.dtype, jnp.floating)
 
 
 def _prepare(pixels: np.ndarray, preprocessing: Preprocessing | ScenePreprocessing) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 
 from activemlp_jax.data.batch_transforms import normalize
 from activemlp_jax.data.preprocessing import ScenePreprocessing
+from activemlp_jax.data.segmentation_transforms import pad
 from activemlp_jax.inference.images import all_pixels, list_images
 from activemlp_jax.inference.preprocessing import preprocessing_for
 from activemlp_jax.inference.tiling import (
@@ -39,13 +40,6 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def pad(array: np.ndarray, shape: Sequence[int], value: float = 0) -> np.ndarray:
-    """Pad `array` to `shape` with `value`, at the end of each axis."""
-    padded = np.full(shape, value, array.dtype)
-    padded[tuple(slice(side) for side in array.shape)] = array
-    return padded
-
-
 def view_logits(model: ActiveSegmentor, variables: Variables, images: jax.Array) -> jax.Array:
     """Compute zero-padded logits `[B, h, w, K]` of normalized `images` `[B, H, W, 3]`."""
     logits = jnp.asarray(model.apply(variables, images))
@@ -64,9 +58,8 @@ def merge_views(
 
     Args:
       logits: logits `[B, h, w, K]` of each view.
-      rows: matrix `[B, R, h]` of each view, which maps rows of its logits to rows of the result;
-        see `tiling.view_matrices`.
-      columns: matrix `[B, W, w]` of each view, which does the same for columns.
+      rows: matrix `[B, R, h]` of each view for the R rows to compute; see `tiling.view_matrices`.
+      columns: matrix `[B, W, w]` of each view.
       groups: index of the scale and flip of each view. Logits are summed within a group, and
         probabilities are averaged over groups.
 
@@ -83,15 +76,10 @@ def merge_views(
 
 
 def label_maps(batch: Batch, logits: Sequence[jax.Array], groups: Sequence[int]) -> jax.Array:
-    """Find the most probable class of each pixel, one block of rows at a time.
+    """Find the label maps `[B, H, W]` int32, one block of rows at a time.
 
-    Args:
-      batch: holds the matrices `rows_i` and `columns_i` of each view i.
-      logits: logits `[B, h, w, K]` of each view.
-      groups: index of the scale and flip of each view; see `merge_views`.
-
-    Returns:
-      Label maps `[B, H, W]` int32.
+    `batch` holds the matrices `rows_i` and `columns_i` of each view i; for the other arguments, see
+    `merge_views`.
     """
     rows = [batch[f"rows_{i}"] for i in range(len(logits))]
     columns = [batch[f"columns_{i}"] for i in range(len(logits))]
@@ -116,13 +104,7 @@ class BatchKey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Segmenter:
-    """A segmentation model with the preprocessing of its images and its inference protocol.
-
-    Args:
-      model: the model.
-      preprocessing: how to prepare its images.
-      protocol: scales, flips and windows to use.
-    """
+    """A segmentation model with the preprocessing of its images and its inference protocol."""
 
     model: ActiveSegmentor
     preprocessing: ScenePreprocessing

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from activemlp_jax.data.loader import iterate
-from activemlp_jax.data.segmentation_sources import SceneSource
-from activemlp_jax.data.segmentation_transforms import IGNORED
+from activemlp_jax.data.base import SceneSource
+from activemlp_jax.data.loader import iterate, stack
+from activemlp_jax.data.segmentation_transforms import IGNORED, pad
 from activemlp_jax.distributed import sharding
-from activemlp_jax.inference.segment import BatchKey, Segmenter, label_maps, pad
+from activemlp_jax.inference.segment import BatchKey, Segmenter, label_maps
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Variables
 
@@ -80,11 +80,8 @@ def _load_parts(
         is_padding = position >= len(indices)
         example = source[indices[0 if is_padding else position]]
         label = np.full_like(example.label, IGNORED) if is_padding else example.label
-        padded_label = pad(label, parts[part].key.result, IGNORED)
-        return {**segmenter.prepare(example.image), "label": padded_label}
-
-    def stack(scenes: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return {name: np.stack([scene[name] for scene in scenes]) for name in scenes[0]}
+        label = pad(label, parts[part].key.result, IGNORED)
+        return {**segmenter.prepare(example.image), "label": label}
 
     elements = grain.MapDataset.range(len(parts) * local).map(scene)
     return iterate(elements, local, stack, num_threads)
@@ -109,10 +106,9 @@ def make_evaluation(
       watch: returns an iterator over the given parts, which may show progress.
 
     Returns:
-      A function of two arguments: the sets of variables, keyed by name and on the devices, and the
-      labeled scenes. For each name it returns `confusion` `[K, K]` int64: pixels by label and
-      prediction, counting each scene once. It raises BrokenImageError or another UserError if a
-      scene cannot be read, and UserError if no pixel has a label.
+      A function of the sets of variables, keyed by name and on the devices, and the labeled scenes.
+      For each name it returns `confusion` `[K, K]` int64: pixels by label and prediction, counting
+      each scene once. It raises UserError if a scene cannot be read, or if no pixel has a label.
     """
     classes = segmenter.model.num_classes
 

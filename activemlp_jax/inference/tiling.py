@@ -124,10 +124,8 @@ def plan_views(
             tall, wide = resized_shape(height, width, limits)
         else:
             tall, wide = int(height * scale + 0.5), int(width * scale + 0.5)
-        resized = (
-            _round_side(tall, protocol.size_multiple),
-            _round_side(wide, protocol.size_multiple),
-        )
+        multiple = protocol.size_multiple
+        resized = _round_side(tall, multiple), _round_side(wide, multiple)
         side = preprocessing.window if stride else max(resized)
         window = min(resized[0], side), min(resized[1], side)
         for flipped in (False, True) if protocol.flip else (False,):
@@ -178,28 +176,10 @@ def logits_side(side: int) -> int:
     return (side + 2 * 2 - 7) // 4 + 1
 
 
-def _axis_matrix(
-    size: int, resized: int, start: int, window: int, starts: list[int], flipped: bool
-) -> np.ndarray:
-    """Build the matrix `[size, logits_side(window)]` of a view along one axis of the scene."""
-    placed = np.zeros((resized, logits_side(window)))
-    placed[start : start + window] = bilinear_matrix(window, logits_side(window))
-    coverage = np.zeros(resized)
-    for other in starts:
-        coverage[other : other + window] += 1
-    matrix = bilinear_matrix(size, resized) @ (placed / coverage[:, None])
-    return matrix[::-1] if flipped else matrix
-
-
 def view_matrices(
     height: int, width: int, views: list[View]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Build the two matrices of each view that the module's docstring explains.
-
-    Args:
-      height: height of the scene, in pixels.
-      width: width of the scene, in pixels.
-      views: all views of the scene.
+    """Build the two matrices of each of a scene's views; see the module's docstring.
 
     Returns:
       `rows` `[height, h]` and `columns` `[width, w]` for each view, float64.
@@ -207,8 +187,13 @@ def view_matrices(
 
     @functools.cache
     def matrix(axis: int, resized: int, start: int, window: int, flipped: bool) -> np.ndarray:
-        starts = sorted({view.start[axis] for view in views if view.resized[axis] == resized})
-        return _axis_matrix((height, width)[axis], resized, start, window, starts, flipped)
+        placed = np.zeros((resized, logits_side(window)))
+        placed[start : start + window] = bilinear_matrix(window, logits_side(window))
+        coverage = np.zeros(resized)
+        for other in {view.start[axis] for view in views if view.resized[axis] == resized}:
+            coverage[other : other + window] += 1
+        whole = bilinear_matrix((height, width)[axis], resized) @ (placed / coverage[:, None])
+        return whole[::-1] if flipped else whole
 
     return [
         (

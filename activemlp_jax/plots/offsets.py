@@ -47,8 +47,8 @@ class Statistics(NamedTuple):
     outside the map.
     """
 
-    reach: tuple[float, float]
-    shares: tuple[float, float, float]
+    reach: np.ndarray  # [2]
+    shares: np.ndarray  # [3]
     outside: float
 
 
@@ -59,15 +59,8 @@ def stage_statistics(blocks: Sequence[BlockOffsets]) -> Statistics:
     distance = np.array([[np.abs(o).mean((0, 1, 2)) for o in pair] for pair in offsets])
     read_weights = weights[..., :2].swapaxes(1, 2)  # [blocks, 2, G], like `distance`
     reach = blocks[0].stride * (read_weights * distance).sum((0, 2)) / read_weights.sum((0, 2))
-    outside = [
-        is_outside(pair[0], 2).mean() / 2 + is_outside(pair[1], 1).mean() / 2 for pair in offsets
-    ]
-    w, h, own = weights.mean((0, 1))
-    return Statistics(
-        (float(reach[0]), float(reach[1])),
-        (float(w), float(h), float(own)),
-        float(np.mean(outside)),
-    )
+    outside = np.mean([[is_outside(w, 2).mean(), is_outside(h, 1).mean()] for w, h in offsets])
+    return Statistics(reach, weights.mean((0, 1)), float(outside))
 
 
 def is_outside(offset: np.ndarray, axis: int) -> np.ndarray:
@@ -112,13 +105,10 @@ def draw_offsets(
     for number, stage in enumerate(stages):
         in_stage = [block for block in blocks if block.stage == stage]
         top = HEADER + number * row_height
-        panels = [
-            add_axes(figure, MARGIN + column * (PANEL + MARGIN), top, width, height)
-            for column in (0, 1)
-        ]
-        draw_reads(panels[0], photo, _last_with_own_offsets(in_stage), tokens)
+        reads = add_axes(figure, MARGIN, top, width, height)
+        draw_reads(reads, photo, _last_with_own_offsets(in_stage), tokens)
         reach = np.mean([mean_reach(block)[0] for block in in_stage], axis=0)
-        heat = draw_reach(panels[1], photo, reach)
+        heat = draw_reach(add_axes(figure, 2 * MARGIN + PANEL, top, width, height), photo, reach)
         _draw_statistics(figure, top, in_stage, heat)
     return render(figure)
 
@@ -161,10 +151,8 @@ def _last_with_own_offsets(blocks: Sequence[BlockOffsets]) -> BlockOffsets:
     """Find the last block whose offsets are not those of the block before it."""
     chosen = blocks[0]
     for block in blocks:
-        if not (
-            np.array_equal(block.offset_w, chosen.offset_w)
-            and np.array_equal(block.offset_h, chosen.offset_h)
-        ):
+        same_w = np.array_equal(block.offset_w, chosen.offset_w)
+        if not (same_w and np.array_equal(block.offset_h, chosen.offset_h)):
             chosen = block
     return chosen
 
@@ -193,9 +181,7 @@ def draw_reads(
     ):
         axes.axhline(row, color=INK, alpha=0.27, linewidth=1)
         axes.axvline(column, color=INK, alpha=0.27, linewidth=1)
-        for number, (source, offset) in enumerate(
-            (("row", block.offset_w), ("column", block.offset_h))
-        ):
+        for number, source, offset in ((0, "row", block.offset_w), (1, "column", block.offset_h)):
             points = np.full((groups, 2), (column, row), float)
             points[:, number] += offset[0, row, column]
             outside = is_outside(offset, 2 - number)[0, row, column]
@@ -209,7 +195,7 @@ def draw_reads(
                 s=DOT_SIZE**2 * counts,
                 color=[to_rgba(COLORS[source], min(alpha, 1)) for alpha in opacity],
                 edgecolors=[to_rgba(COLORS[source] if out else "white", 0.7) for out in outside],
-                linewidths=[1.2 if out else 0.6 for out in outside],
+                linewidths=np.where(outside, 1.2, 0.6).tolist(),
                 clip_on=False,
                 zorder=2,
             )
@@ -303,15 +289,14 @@ def _draw_statistics(
     write(30, f"{columns} by {rows} tokens, {dots.stride} pixels apart", FAINT)
     write(50, f"{len(blocks)} blocks; dots: block {dots.block}", FAINT)
     write(84, "Mean reach", size=16)
-    for y, source, reach in zip((106, 126), COLORS, statistics.reach, strict=False):
-        write(y, f"{source} {reach:.1f} pixels", COLORS[source])
+    write(106, f"row {statistics.reach[0]:.1f} pixels", COLORS["row"])
+    write(126, f"column {statistics.reach[1]:.1f} pixels", COLORS["column"])
     write(160, "Share in the mix", size=16)
-    start = 0.0
-    for source, share in zip(COLORS, statistics.shares, strict=True):
+    start, shares = 0.0, dict(zip(COLORS, statistics.shares, strict=True))
+    for source, share in shares.items():
         axes.barh(191, share * width, 16, start, color=COLORS[source], edgecolor=INK, clip_on=False)
         start += share * width
-    shares = zip(COLORS, statistics.shares, strict=True)
-    write(206, ", ".join(f"{source} {100 * share:.0f}%" for source, share in shares))
+    write(206, ", ".join(f"{source} {100 * share:.0f}%" for source, share in shares.items()))
     write(226, f"{100 * statistics.outside:.0f}% of the reads are outside", FAINT)
     write(258, "Colors of the map, in pixels", size=16)
     scale = figure.colorbar(

@@ -65,11 +65,7 @@ def draw_overlay(
 ) -> Image.Image:
     """Draw the colors of labels over an image, with a legend of the most frequent classes.
 
-    Args:
-      image: `[H, W, 3]` uint8.
-      labels: class of each pixel, `[H, W]`.
-      class_names: names by label.
-      opacity: opacity of the colors, 0 to 1.
+    `image` is `[H, W, 3]` uint8, `labels` `[H, W]`, and `opacity` 0 to 1.
     """
     colors, shares = class_colors(len(class_names)), class_shares(labels)
     picture = Image.fromarray(blend(image, labels, colors, opacity))
@@ -92,9 +88,7 @@ def draw_comparison(
 ) -> Image.Image:
     """Draw one column per scene, with its image, true labels and predicted labels, and a legend.
 
-    Args:
-      scenes: for each, image `[H, W, 3]` uint8, true labels `[H, W]` and predicted labels `[H, W]`.
-      class_names: names by label.
+    `scenes` has for each the image `[H, W, 3]` uint8, true labels and predicted labels `[H, W]`.
     """
     colors, side = class_colors(len(class_names)), 128
     left, step = 60, side + MARGIN

@@ -50,11 +50,7 @@ def shortened(name: str, length: int) -> str:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture, marked as ours, in the format that the extension of `path` names.
-
-    Raises:
-      UserError: if the file cannot be written.
-    """
+    """Write a picture, marked as ours, in the format that the extension of `path` names."""
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = SOFTWARE
     picture_format = Image.registered_extensions()[path.suffix.lower()]
@@ -66,25 +62,19 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def check_picture(path: Path, overwrite: bool) -> str:
-    """Check that a picture may be written to `path`.
-
-    Args:
-      path: file to write.
-      overwrite: whether to replace a link, or a file that `save_picture` did not write.
-
-    Returns:
-      The verb for the report of the result: 'wrote', or 'replaced' if `path` exists.
+    """Check that a picture may be written to `path`; return 'wrote', or 'replaced' if it exists.
 
     Raises:
-      UserError: if `path` cannot be written, or must not be replaced.
+      UserError: if `path` cannot be written; or, unless `overwrite`, if it is a link or a file that
+        `save_picture` did not write.
     """
     done = check_output_file(path)
     if path.is_symlink():
         done, obstacle = "replaced", "is a link"
-    elif done == "wrote" or _is_ours(path):
-        return done
-    else:
+    elif done == "replaced" and not _is_ours(path):
         obstacle = "is already there, and not known to be by this command"
+    else:
+        return done
     if not overwrite:
         raise UserError(f"{path} {obstacle}; give another place, or --overwrite to replace it")
     return done

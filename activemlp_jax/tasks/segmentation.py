@@ -18,12 +18,12 @@ from rich.progress import track
 from activemlp_jax.data.base import Example, Source
 from activemlp_jax.data.batch_transforms import normalize
 from activemlp_jax.data.preprocessing import ScenePreprocessing
-from activemlp_jax.data.segmentation_sources import open_scenes
 from activemlp_jax.data.segmentation_transforms import (
     IGNORED,
     load_opencv,
     scene_train_transform,
 )
+from activemlp_jax.data.sources import open_scenes
 from activemlp_jax.distributed import hosts
 from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.inference.segment import Segmenter, segment_image

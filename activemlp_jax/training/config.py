@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "digits"  # or folder:PATH, or tfds:NAME; see sources.open_source
-    # For segmentation: digit_scenes, ade20k:PATH, folder:PATH; see segmentation_sources.open_scenes
+    # For segmentation: digit_scenes, ade20k:PATH, folder:PATH; see sources.open_scenes
     config.data.train_split = "train"
     config.data.test_split = "test"
     config.data.image_size = 32

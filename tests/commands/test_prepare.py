@@ -21,8 +21,9 @@ from PIL import Image
 from rich.console import Console
 
 from activemlp_jax import prepare_data
-from activemlp_jax.data import array_records, preparation
-from activemlp_jax.data.sources import FolderSource, open_source
+from activemlp_jax.data import preparation
+from activemlp_jax.data.folders import FolderSource
+from activemlp_jax.data.sources import open_source
 from activemlp_jax.utils.errors import UserError
 
 WNIDS = ("n01440764", "n01443537", "n15075141")
@@ -318,9 +319,9 @@ def test_a_full_disk_is_said_to_be_full(
     tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_photos(tmp_path / "photos", ["a", "b"], 2, (40, 40))
-    write = array_records.ArrayRecordFileAdapter.write_examples
+    write = preparation.ArrayRecordFileAdapter.write_examples
     monkeypatch.setattr(
-        array_records.ArrayRecordFileAdapter,
+        preparation.ArrayRecordFileAdapter,
         "write_examples",
         lambda _, records: write("/dev/full", records),
     )
@@ -332,17 +333,17 @@ def test_work_that_was_interrupted_goes_on_with_the_shards_that_are_missing(
     tmp_path: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_photos(tmp_path / "photos", ["a", "b"], 20, (60, 60))
-    monkeypatch.setattr(array_records, "SHARD_BYTES", 20_000)
-    read = array_records.Member.read
+    monkeypatch.setattr(preparation, "SHARD_BYTES", 20_000)
+    read = preparation.Member.read
     reads: list[str] = []
 
-    def failing_read(member: array_records.Member) -> bytes:
+    def failing_read(member: preparation.Member) -> bytes:
         reads.append(member.name)
         if len(reads) > 25:
             raise KeyboardInterrupt
         return read(member)
 
-    monkeypatch.setattr(array_records.Member, "read", failing_read)
+    monkeypatch.setattr(preparation.Member, "read", failing_read)
     with pytest.raises(KeyboardInterrupt):
         preparation.prepare_folder(tmp_path / "photos", "halved", data_dir, 1, CONSOLE)
     directory = data_dir / "halved" / "1.0.0"
@@ -354,7 +355,7 @@ def test_work_that_was_interrupted_goes_on_with_the_shards_that_are_missing(
 
     reads.clear()
     monkeypatch.setattr(
-        array_records.Member, "read", lambda self: reads.append(self.name) or read(self)
+        preparation.Member, "read", lambda self: reads.append(self.name) or read(self)
     )
     preparation.prepare_folder(tmp_path / "photos", "halved", data_dir, 1, CONSOLE)
     assert 0 < len(reads) < 40, "what was there is not read again"

@@ -21,11 +21,11 @@ from activemlp_jax.data.decoding import (
     MOST_PIXELS,
     BrokenImageError,
     decode,
+    decode_mask,
     decode_with_pillow,
     is_turned,
     read_image_file,
 )
-from activemlp_jax.data.segmentation_sources import decode_mask
 from activemlp_jax.inference.images import pixels_of
 from activemlp_jax.utils.errors import UserError
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from activemlp_jax.data.digit_scenes import DigitScenes
+from activemlp_jax.data.digits import DigitScenes
 from activemlp_jax.utils.errors import UserError
 
 SOME = 120

@@ -20,9 +20,9 @@ from processes import free_address
 from activemlp_jax.data import loader
 from activemlp_jax.data.base import Example
 from activemlp_jax.data.decoding import BrokenImageError
+from activemlp_jax.data.digits import ArraySource
 from activemlp_jax.data.loader import Batch, Skipped, eval_batches, train_batches
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.data.sources import ArraySource
 from activemlp_jax.tasks.classification import Classification
 from activemlp_jax.training.config import FREE_TO_CHANGE, default_config
 from activemlp_jax.utils.errors import UserError

@@ -15,9 +15,9 @@ from scenes import mask, mocked_records, prepare_scene_parse150, save_ade20k, sa
 
 from activemlp_jax.data.ade20k import CLASS_NAMES
 from activemlp_jax.data.decoding import BrokenImageError
-from activemlp_jax.data.digit_scenes import DigitScenes
+from activemlp_jax.data.digits import DigitScenes
 from activemlp_jax.data.loader import read_unbroken
-from activemlp_jax.data.segmentation_sources import open_scenes
+from activemlp_jax.data.sources import open_scenes
 from activemlp_jax.utils.errors import UserError
 
 CLASSES = ("sky", "sea", "sand")

@@ -14,7 +14,7 @@ from processes import ROOT
 from small_models import BACKBONE
 
 import activemlp_jax as am
-from activemlp_jax.data.segmentation_sources import open_scenes
+from activemlp_jax.data.sources import open_scenes
 from activemlp_jax.training.config import default_config, flatten
 
 

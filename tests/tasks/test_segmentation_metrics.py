@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from activemlp_jax.data.segmentation_sources import labels_of_mask
+from activemlp_jax.data.segmentation_transforms import labels_of_mask
 from activemlp_jax.inference.segmentation_evaluation import count_pixels
 from activemlp_jax.tasks.segmentation_metrics import class_metrics, scene_metrics
 

@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits: a segmentation task that needs no download."""
+"""Handwritten digits, alone or in scenes with a mask: datasets that need no download."""
 
 import functools
 import math
@@ -6,8 +6,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from activemlp_jax.data.base import Example, choose_split
-from activemlp_jax.data.sources import open_digits
+from activemlp_jax.data.base import Example, Source, choose_split
 
 SIDE = 64
 SCENES = {"train": 10_000, "test": 500}
@@ -22,6 +21,41 @@ BACKGROUND_LEVELS, INK_LEVELS = (0, 110), (90, 255)  # ranges of each color chan
 COLOR_CANDIDATES = 12
 # A digit gets, out of this many random centers, the one farthest from earlier digits.
 CENTER_CANDIDATES = 20
+
+
+class ArraySource:
+    """A dataset split in memory: `images` `[N, H, W, 3]` uint8 and `labels` `[N]`."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]):
+        self._images = images
+        self._labels = labels
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(self._images[index], int(self._labels[index]))
+
+
+def open_digits(split: str | None) -> Source:
+    """Open the 1,797 handwritten digits that come with scikit-learn, upscaled to 32 x 32 pixels.
+
+    The split 'train' has the first 1,437 digits in the dataset's order. The split 'test', the
+    default, has the last 360, which were written by other people. Any other raises UserError.
+
+    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
+    learning repository; the copy in `sklearn.datasets.load_digits`.
+    """
+    from sklearn.datasets import load_digits  # slow to import, and only this dataset needs it
+
+    parts = {"train": slice(0, 1437), "test": slice(1437, 1797)}
+    part = parts[choose_split(split, list(parts), "digits")]
+    digits = load_digits()
+    gray = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)
+    upscaled = [Image.fromarray(g).resize((32, 32), Image.Resampling.BICUBIC) for g in gray]
+    images = np.stack([np.asarray(image.convert("RGB")) for image in upscaled])
+    return ArraySource(images, digits.target[part], tuple("0123456789"))
 
 
 @functools.cache
@@ -114,14 +148,8 @@ class DigitScenes:
     depends only on its split and index. The digits come from scikit-learn; those of 'train' and
     'test' were written by different people.
 
-    Args:
-      split: 'train' (10,000 scenes) or 'test' (500 scenes); None for 'test'.
-
-    Raises:
-      UserError: the split does not exist.
-
-    Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
-    learning repository; the copy in `sklearn.datasets.load_digits`.
+    `split` is 'train' (10,000 scenes) or 'test' (500 scenes), the default; any other raises
+    UserError. For the source, see `open_digits`.
     """
 
     class_names = CLASS_NAMES
