@@ -53,7 +53,6 @@ def write_onnx(
     """
     import torch
 
-    from activemlp_jax.torch_reference.segmentor import TorchSegmentor
     from activemlp_jax.weights.verify import torch_model
 
     with _quiet():
@@ -61,8 +60,7 @@ def write_onnx(
         network.load_state_dict(
             {name: as_tensor(value) for name, value in to_torch(variables).items()}
         )
-        if isinstance(network, TorchSegmentor):
-            network.auxiliary_head = None  # only for training
+        network.register_module("auxiliary_head", None)  # only for training
         program = torch.onnx.export(
             network,
             (torch.zeros(2, image_size, image_size, 3),),

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from activemlp_jax.data.preprocessing import Preprocessing
-from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.tasks.registry import TASKS
 from activemlp_jax.utils.errors import one_line
 from activemlp_jax.weights.convert import NAMES
@@ -212,8 +211,8 @@ def write_readme(path: Path, card: ModelCard, config: Mapping[str, Any]) -> None
     """
     prep, files, names = card.preprocessing, config["files"], config["classes"]["names"]
     title = card.name or "ActiveMLP"
-    if isinstance(card.model, ActiveSegmentor):
-        title += f" with {card.model.head}"
+    if head := config["architecture"].get("head"):
+        title += f" with {head}"
     if not names:
         classes = ", without names"
     elif len(names) > MAX_LISTED_CLASSES:

@@ -1,8 +1,9 @@
 """Find the preprocessing of a model's images, with or without a model card."""
 
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.models.segmentor import ActiveSegmentor, Model
+from activemlp_jax.models.segmentor import Model
 from activemlp_jax.weights.model_card import ModelCard, check_card
+from activemlp_jax.weights.model_types import model_type
 
 
 def preprocessing_for(model: Model, card: ModelCard | None) -> Preprocessing | ScenePreprocessing:
@@ -19,11 +20,12 @@ def preprocessing_for(model: Model, card: ModelCard | None) -> Preprocessing | S
     if card is not None:
         check_card(card, model)
         return card.preprocessing
-    is_segmentor = isinstance(model, ActiveSegmentor)
-    classes, data = (150, "ADE20K") if is_segmentor else (1000, "ImageNet")
-    if model.num_classes != classes:
+    published = model_type(model)
+    if model.num_classes != published.num_classes:
         raise ValueError(
-            f"the model has {model.num_classes} classes, not {data}'s {classes}, so how to prepare "
-            "its images has to be said: pass card=am.read_card(MODEL_DIR)"
+            f"the model has {model.num_classes} classes, not {published.dataset}'s "
+            f"{published.num_classes}, so how to prepare its images has to be said: pass "
+            "card=am.read_card(MODEL_DIR)"
         )
-    return ScenePreprocessing() if is_segmentor else Preprocessing()
+    preprocessing: Preprocessing | ScenePreprocessing = published.preprocessing()
+    return preprocessing

@@ -19,7 +19,8 @@ from activemlp_jax.inference.images import ImageFile
 from activemlp_jax.models.segmentor import Model, backbone
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Batch, Record, Variables
-from activemlp_jax.weights.model_card import ARCHITECTURE, ModelCard
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_types import ARCHITECTURE
 
 Sums = dict[str, np.ndarray]  # totals over a dataset, from which metrics are computed
 Shapes = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of each array of a batch

@@ -47,7 +47,8 @@ from activemlp_jax.tasks.base import (
 from activemlp_jax.tasks.segmentation_metrics import class_metrics, class_table, scene_metrics
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.types import Batch, Record, Variables
-from activemlp_jax.weights.model_card import HEAD, ModelCard
+from activemlp_jax.weights.model_card import ModelCard
+from activemlp_jax.weights.model_types import HEAD
 from activemlp_jax.weights.torch_names import BACKBONE, variable_shapes
 
 AUXILIARY_WEIGHT = 0.4

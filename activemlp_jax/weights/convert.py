@@ -13,8 +13,8 @@ from pathlib import Path
 
 from activemlp_jax.command_line import Parser
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.models.active_mlp import VARIANTS, list_models
-from activemlp_jax.models.segmentor import ActiveSegmentor, Model, backbone
+from activemlp_jax.models.active_mlp import create_model, list_models
+from activemlp_jax.models.segmentor import Model, backbone, variant_name
 from activemlp_jax.utils.digests import sha256
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.files import check_output, write_directory_aside
@@ -22,6 +22,12 @@ from activemlp_jax.utils.json_files import expect
 from activemlp_jax.utils.runtime import collect_garbage_rarely
 from activemlp_jax.weights.model_card import CARD_ERRORS, ModelCard
 from activemlp_jax.weights.model_directory import read_card, read_weights, write_model
+from activemlp_jax.weights.model_types import (
+    MAX_ROWS,
+    architecture,
+    describe_architecture,
+    model_type,
+)
 from activemlp_jax.weights.torch_files import (
     KINDS,
     TorchCheckpoint,
@@ -31,7 +37,6 @@ from activemlp_jax.weights.torch_files import (
 )
 from activemlp_jax.weights.torch_names import (
     BATCH_COUNT,
-    MAX_ROWS,
     from_torch,
     infer_model,
     to_torch,
@@ -103,15 +108,17 @@ def main() -> None:
             _from_torch(source, target, arguments)
 
 
-def _expected_model(arguments: argparse.Namespace, inferred: Model) -> Model:
-    """Return the `inferred` model with the fields that the command line asks for."""
-    fields = VARIANTS[arguments.model] if arguments.model else {}
-    if fields and isinstance(inferred, ActiveSegmentor):
-        fields = {"backbone": fields}
-    if arguments.num_classes is not None:
-        classes = expect(arguments.num_classes, "num_classes", int, 1, MAX_ROWS)
-        fields = {**fields, "num_classes": classes}
-    return inferred.clone(**fields)
+def _check_expected(arguments: argparse.Namespace, inferred: Model) -> Model:
+    """Return the `inferred` model with the number of classes that the command line asks for."""
+    if arguments.model not in (None, variant_name(inferred)):
+        expected = describe_architecture(create_model(arguments.model))
+        raise ValueError(
+            f"the weights are of {describe_architecture(inferred)}, expected {expected}"
+        )
+    if arguments.num_classes is None:
+        return inferred
+    classes = expect(arguments.num_classes, "num_classes", int, 1, MAX_ROWS)
+    return inferred.clone(num_classes=classes)
 
 
 def _preprocessing(
@@ -120,18 +127,17 @@ def _preprocessing(
     """Choose the preprocessing from the image sizes of the file and of --image-size, if given."""
     if embedded and type(embedded.model) is not type(model):
         raise ValueError("the description of its model is for another task than its weights")
-    if isinstance(model, ActiveSegmentor):
-        if wanted is not None:
-            raise ValueError(
-                "--image-size does not go with a segmentation model, which takes scenes of any "
-                "size: leave it out"
-            )
-        return embedded.preprocessing if embedded else ScenePreprocessing()
-    fields = dataclasses.asdict(embedded.preprocessing) if embedded else {}
-    size = recorded if wanted is None else wanted
-    if size is not None:
-        fields["image_size"] = size
-    return Preprocessing(**fields)
+    preprocessing: Preprocessing | ScenePreprocessing
+    preprocessing = embedded.preprocessing if embedded else model_type(model).preprocessing()
+    if not model_type(model).uses_mmsegmentation:
+        size = recorded if wanted is None else wanted
+        return preprocessing if size is None else preprocessing.with_side(size)
+    if wanted is not None:
+        raise ValueError(
+            "--image-size does not go with a segmentation model, which takes scenes of any size: "
+            "leave it out"
+        )
+    return preprocessing
 
 
 def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:
@@ -144,7 +150,7 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
             raise UserError(f"{source} has a broken description of its model: {error}") from error
     default = choose_kind(checkpoint.weights, arguments.weights or "auto", source)
     try:
-        model = _expected_model(arguments, infer_model(checkpoint.weights[default]))
+        model = _check_expected(arguments, infer_model(checkpoint.weights[default]))
         sizes = checkpoint.image_size, arguments.image_size
         preprocessing = _preprocessing(model, embedded, *sizes)
         variables = {
@@ -179,24 +185,19 @@ def _print_summary(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
     types = ", ".join(sorted({str(array.dtype) for array in arrays}))
     name = card.name or f"of no published variant, depths {backbone(card.model).depths}"
     classes = card.describe_classes()
-    preprocessing = card.preprocessing
-    if isinstance(card.model, ActiveSegmentor):
-        name += f", under the head {card.model.head!r}"
+    if head := architecture(card.model).get("head"):
+        name += f", under the head {head!r}"
     if checkpoint.class_names and not card.class_names:
         classes += f"; the file names {len(checkpoint.class_names)}, which are left out"
     iteration, epoch = card.source.get("iteration"), card.source.get("epoch")
     progress = f"epoch {'unknown' if epoch is None else epoch}"
     if iteration is not None:
         progress = f"iteration {iteration}"
-    if isinstance(preprocessing, ScenePreprocessing):
-        images = f"resized into {preprocessing.long_side} x {preprocessing.short_side} pixels"
-    else:
-        images = f"{preprocessing.image_size} pixels"
     kinds = " and ".join(NAMES[kind] for kind in card.kinds)
     # Names and the epoch come from the file, which may hold control characters.
     print("  model:  ", one_line(f"{name}, {parameters:,} parameters, {classes}"))
     print("  weights:", one_line(f"{kinds}, {types}; {progress}"))
-    print("  images: ", images)
+    print("  images: ", card.preprocessing.describe().removeprefix("images "))
 
 
 def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
@@ -213,7 +214,7 @@ def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
 
 def _to_torch(source: Path, target: Path, chosen: str | None) -> None:
     card = read_card(source)
-    holds_one_kind = target.suffix == ".safetensors" or isinstance(card.model, ActiveSegmentor)
+    holds_one_kind = target.suffix == ".safetensors" or model_type(card.model).uses_mmsegmentation
     if chosen:
         keys = {choose_kind(card.kinds, chosen, source): "model"}
     elif holds_one_kind:

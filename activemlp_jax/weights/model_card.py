@@ -1,22 +1,28 @@
 """The model card: the content of a `model.json`, which describes a model directory's weights."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from activemlp_jax.data.base import check_same_classes
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.models.active_mlp import ActiveMLP
-from activemlp_jax.models.segmentor import ActiveSegmentor, Model, backbone, variant_name
+from activemlp_jax.models.segmentor import Model, variant_name
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.json_files import expect, short
+from activemlp_jax.weights.model_types import (
+    MAX_ROWS,
+    architecture,
+    build_model,
+    check,
+    check_keys,
+    model_type,
+    title,
+    tuples,
+)
 from activemlp_jax.weights.torch_files import KINDS
-from activemlp_jax.weights.torch_names import MAX_BLOCKS, MAX_ROWS, list_keys, title
+from activemlp_jax.weights.torch_names import list_keys
 
 FORMAT = 2
-ARCHITECTURE = ("depths", "embed_dims", "mlp_ratios", "share_dims", "offset_interval")
-HEAD = ("head", "channels", "aux_channels", "neck_channels")
-
 # The objects that a model.json must have, and the keys that each must have at least. 'it' is the
 # whole file.
 KEYS: dict[str, tuple[str, ...]] = {
@@ -27,22 +33,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "weights": ("kinds", "default"),
     "source": (),
 }
-# Type and range of each number of an architecture: STAGES for fields with four numbers, one per
-# stage, and NUMBERS for fields with one. The limits are above what any model needs, and low enough
-# that a file cannot demand much memory.
-STAGES: dict[str, tuple[Any, int, int]] = {
-    "depths": (int, 0, MAX_BLOCKS),
-    "embed_dims": (int, 0, 2**16),
-    "share_dims": (int, 0, 2**16),
-    "mlp_ratios": (int | float, 0, 64),
-}
-NUMBERS: dict[str, tuple[Any, int, int]] = {
-    "offset_interval": (int, 1, 2**31),
-    "channels": (int, 1, 2**16),
-    "aux_channels": (int, 1, 2**16),
-    "neck_channels": (int, 1, 2**16),
-}
-
 # Errors that `ModelCard.from_json` raises for content that is not a valid model.json.
 CARD_ERRORS = (AttributeError, KeyError, TypeError, ValueError)
 
@@ -61,8 +51,7 @@ class ModelCard:
       source: the origin of the weights, as JSON values. Training records the dataset, the recipe,
         and the metrics, in percent, with the number of images; conversion records the file, its
         SHA-256 and the epoch.
-      task: the task that the model was trained for; by default 'segmentation' for a segmentor and
-        'classification' otherwise.
+      task: the task that the model was trained for; by default, that of the model's type.
     """
 
     model: Model
@@ -76,8 +65,7 @@ class ModelCard:
     def __post_init__(self) -> None:
         """Fill in the default task of the model."""
         if not self.task:
-            is_segmentor = isinstance(self.model, ActiveSegmentor)
-            object.__setattr__(self, "task", "segmentation" if is_segmentor else "classification")
+            object.__setattr__(self, "task", model_type(self.model).task)
 
     @property
     def name(self) -> str | None:
@@ -131,88 +119,29 @@ class ModelCard:
           ValueError: the content is not in this format, exceeds a limit, or contradicts itself.
         """
         for name, keys in KEYS.items():
-            _expect_keys(content if name == "it" else content[name], name, keys)
-        version, task = content["format"], content["task"]
+            check_keys(content if name == "it" else content[name], name, keys)
+        version, task, source = (content[name] for name in ("format", "task", "source"))
         number, names = content["classes"]["number"], content["classes"]["names"] or ()
         kinds, default = content["weights"]["kinds"], content["weights"]["default"]
-        _expect(version == FORMAT, "format", version, FORMAT)
-        _expect(isinstance(task, str) and task.isidentifier(), "task", task, "a name")
-        expect(number, "classes.number", int, 1, MAX_ROWS)
         are_names = isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)
-        _expect(are_names, "classes.names", names, "a list of names")
         are_kinds = isinstance(kinds, list | tuple) and all(kind in [*KINDS] for kind in kinds)
-        _expect(are_kinds, "weights.kinds", kinds, f"a list out of {[*KINDS]}")
+        check(version == FORMAT, "format", version, FORMAT)
+        check(isinstance(task, str) and task.isidentifier(), "task", task, "a name")
+        expect(number, "classes.number", int, 1, MAX_ROWS)
+        check(are_names, "classes.names", names, "a list of names")
+        check(are_kinds, "weights.kinds", kinds, f"a list out of {[*KINDS]}")
         if names and len(names) != number:
             raise ValueError(f"{len(names)} names for {number} classes")
         if default not in kinds:
             raise ValueError(
                 f"weights {short(default)} are the default, but there are only {tuple(kinds)}"
             )
-        model: Model
-        preprocessing: type[Any]
-        if "backbone" in content["architecture"]:
-            fields = _architecture(content["architecture"], "architecture", ("backbone", *HEAD))
-            network = _architecture(fields["backbone"], "architecture.backbone", ARCHITECTURE)
-            model = ActiveSegmentor(**{**fields, "backbone": network}, num_classes=number)
-            preprocessing = ScenePreprocessing
-        else:
-            fields = _architecture(content["architecture"], "architecture", ARCHITECTURE)
-            model = ActiveMLP(**fields, num_classes=number)
-            preprocessing = Preprocessing
-        known = [field.name for field in dataclasses.fields(preprocessing)]
-        _expect_keys(content["preprocessing"], "preprocessing", (), known)
-        prepared = preprocessing(**_tuples(content["preprocessing"]))  # checks the values
-        source = content["source"]
-        return cls(model, prepared, tuple(kinds), default, tuple(names) or None, source, task)
-
-
-def _expect(is_valid: bool, name: str, value: object, expected: object) -> None:
-    if not is_valid:
-        raise ValueError(f"{name} is {short(value)}, expected {expected}")
-
-
-def _expect_keys(
-    content: Any, name: str, keys: Collection[str], known: Collection[str] | None = None
-) -> None:
-    """Raise ValueError if `content` is not a mapping, lacks a key, or has one not in `known`."""
-    _expect(isinstance(content, Mapping), name, content, "an object")
-    missing = [key for key in keys if key not in content]
-    if missing:
-        raise ValueError(f"{name} has no {', '.join(missing)}")
-    unknown = [key for key in content if known is not None and key not in known]
-    if unknown:
-        raise ValueError(f"{name} has {short(unknown[0])}, which is unknown")
-
-
-def _architecture(fields: Any, name: str, keys: Collection[str]) -> dict[str, Any]:
-    """Check the keys and numbers of a card's architecture; return it with lists as tuples."""
-    _expect_keys(fields, name, keys, keys)
-    for field in keys:
-        value, path = fields[field], f"{name}.{field}"
-        if field in STAGES:
-            are_four = isinstance(value, list | tuple) and len(value) == 4
-            _expect(are_four, path, value, "four numbers")
-            for number in value:
-                expect(number, path, *STAGES[field])
-        elif field in NUMBERS:
-            expect(value, path, *NUMBERS[field])
-    expect(sum(fields.get("depths", ())), f"the sum of {name}.depths", int, 0, MAX_BLOCKS)
-    return _tuples(fields)
-
-
-def architecture(model: Model) -> dict[str, Any]:
-    """Return the fields that define a model's architecture, without the number of classes."""
-    fields = {field: getattr(backbone(model), field) for field in ARCHITECTURE}
-    if isinstance(model, ActiveSegmentor):
-        return {"backbone": fields} | {field: getattr(model, field) for field in HEAD}
-    return fields
-
-
-def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of parsed JSON with its lists converted to tuples."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
-    }
+        model = build_model(content["architecture"], number)
+        make_preprocessing = model_type(model).preprocessing
+        known = [field.name for field in dataclasses.fields(make_preprocessing)]
+        check_keys(content["preprocessing"], "preprocessing", (), known)
+        preprocessing = make_preprocessing(**tuples(content["preprocessing"]))  # checks the values
+        return cls(model, preprocessing, tuple(kinds), default, tuple(names) or None, source, task)
 
 
 def check_classes(card: ModelCard, class_names: tuple[str, ...], data: str) -> None:

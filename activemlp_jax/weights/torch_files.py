@@ -23,7 +23,7 @@ from activemlp_jax.utils.errors import UserError, install_command
 from activemlp_jax.utils.files import KINDS as FILE_KINDS
 from activemlp_jax.utils.files import write_aside
 from activemlp_jax.utils.json_files import parse_json
-from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch, is_segmentor, list_keys
+from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch, is_mmsegmentation, list_keys
 from activemlp_jax.weights.torch_pickle import Opaque, Tensor, TorchFile
 
 StateDict = dict[str, np.ndarray]
@@ -335,7 +335,7 @@ def write_checkpoint(
                 KINDS[kind]: {name: as_tensor(value) for name, value in state_dict.items()}
                 for kind, state_dict in weights.items()
             }
-            if any(map(is_segmentor, weights.values())):
+            if any(map(is_mmsegmentation, weights.values())):
                 (tensors,) = content.values()
                 meta = {"CLASSES": tuple(class_names)} if class_names else {}
                 content = {"meta": meta, "state_dict": tensors}

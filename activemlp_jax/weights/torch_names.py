@@ -17,7 +17,8 @@ import numpy as np
 from flax import traverse_util
 
 from activemlp_jax.models.active_mlp import ActiveMLP
-from activemlp_jax.models.segmentor import ActiveSegmentor, Model, backbone, variant_name
+from activemlp_jax.models.segmentor import ActiveSegmentor, Model, backbone
+from activemlp_jax.weights.model_types import MAX_BLOCKS, MAX_ROWS, describe_architecture
 
 # (pattern of a module's flax path, PyTorch name); LAST stands for the stage's last block.
 MODULE_NAMES = (
@@ -58,8 +59,6 @@ LEAF_NAMES = {
 }
 BATCH_COUNT = "num_batches_tracked"  # the only integer variable: int64 in PyTorch, int32 in flax
 
-MAX_BLOCKS = 500  # in all stages together; published variants have up to 41
-MAX_ROWS = 2**20  # first dimension of a weight: features, hidden features or classes
 MAX_KEY_LENGTH = 100  # characters of a key in an error
 
 Shapes = Mapping[str, Any]  # PyTorch names to objects with a `shape`
@@ -72,20 +71,8 @@ def list_keys(keys: list[str], limit: int = 3) -> str:
     return f"{text} and {len(keys) - limit} more" if len(keys) > limit else text
 
 
-def title(model: Model) -> str:
-    """Name the variant and the head of a model, as in 'active_large under upernet'."""
-    name = variant_name(model) or "an ActiveMLP of no published variant"
-    return f"{name} under {model.head}" if isinstance(model, ActiveSegmentor) else name
-
-
-def describe_architecture(model: Model) -> str:
-    """Describe the variant, the head and the size of a model, for errors."""
-    network = backbone(model)
-    return f"{title(model)} (depths {network.depths}, embed_dims {network.embed_dims})"
-
-
-def is_segmentor(state_dict: Shapes) -> bool:
-    """Return whether the state dict is from a segmentation model."""
+def is_mmsegmentation(state_dict: Shapes) -> bool:
+    """Return whether the keys are those of mmsegmentation, with a backbone and a head."""
     return any(key.startswith(("backbone.", "decode_head.")) for key in state_dict)
 
 
@@ -95,7 +82,7 @@ def infer_model(state_dict: Shapes) -> Model:
     Raises:
       ValueError: a required key is missing or has an impossible shape; the message names it.
     """
-    if not is_segmentor(state_dict):
+    if not is_mmsegmentation(state_dict):
         fields = infer_architecture(state_dict)
         return ActiveMLP(**fields, num_classes=_rows(state_dict, "head.weight"))
     network = infer_architecture(state_dict, "backbone.")

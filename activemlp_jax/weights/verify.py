@@ -12,18 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from activemlp_jax.data.preprocessing import Preprocessing
+from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.segmentor import ActiveSegmentor, Model
 from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
 from activemlp_jax.torch_reference.segmentor import TorchSegmentor
-from activemlp_jax.weights.model_card import ModelCard, architecture
+from activemlp_jax.weights.model_card import ModelCard
 from activemlp_jax.weights.model_directory import read_card, read_weights
+from activemlp_jax.weights.model_types import architecture, model_type
 from activemlp_jax.weights.torch_files import StateDict, as_tensor
 
 MAX_DIFFERENCE = 1e-9  # relative; rounding in float64 leaves about 1e-15
 # Height and width for segmentation models, which take any size. They are small, because the heads
 # are wide, and odd at stride 8 (9 x 13), so that maps are resized by ratios other than two.
 SCENE_SIZE = (72, 104)
+
+NETWORKS: dict[type[Model], type[torch.nn.Module]] = {
+    ActiveMLP: TorchActiveMLP,
+    ActiveSegmentor: TorchSegmentor,
+}
 
 Logits = list[np.ndarray]  # the head's, then the auxiliary head's if there is one
 
@@ -43,10 +49,10 @@ def largest_difference(directory: Path, state_dicts: Mapping[str, StateDict]) ->
       model with an auxiliary head, the larger value of the two heads.
     """
     card = read_card(directory)
-    shape = (1, *SCENE_SIZE, 3)
-    if isinstance(card.preprocessing, Preprocessing):
-        shape = (2, card.preprocessing.image_size, card.preprocessing.image_size, 3)
-    inputs = np.random.default_rng(0).standard_normal(shape)
+    side = card.preprocessing.side
+    takes_scenes = model_type(card.model).uses_mmsegmentation
+    shape = (1, *SCENE_SIZE) if takes_scenes else (2, side, side)
+    inputs = np.random.default_rng(0).standard_normal((*shape, 3))
     # One framework at a time, so that memory holds a large model's weights only once.
     flax_logits = _flax_logits(directory, card, inputs)
     torch_logits = _torch_logits(state_dicts, card, inputs)
@@ -60,7 +66,7 @@ def largest_difference(directory: Path, state_dicts: Mapping[str, StateDict]) ->
 
 
 def _flax_logits(directory: Path, card: ModelCard, inputs: np.ndarray) -> dict[str, Logits]:
-    has_aux = isinstance(card.model, ActiveSegmentor) and card.model.head == "upernet"
+    has_aux = architecture(card.model).get("head") == "upernet"
     options: dict[str, Any] = {"return_aux": True} if has_aux else {}
     logits = {}
     with jax.enable_x64(True):
@@ -98,5 +104,4 @@ def _torch_logits(
 
 def torch_model(model: Model) -> torch.nn.Module:
     """Build the PyTorch reference implementation of a flax `model`, with initial weights."""
-    network_class = TorchSegmentor if isinstance(model, ActiveSegmentor) else TorchActiveMLP
-    return network_class(**architecture(model), num_classes=model.num_classes)
+    return NETWORKS[type(model)](**architecture(model), num_classes=model.num_classes)

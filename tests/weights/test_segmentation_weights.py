@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import activemlp_jax as am
 from activemlp_jax.models.segmentor import backbone
 from activemlp_jax.utils.errors import UserError
-from activemlp_jax.weights.model_card import HEAD
+from activemlp_jax.weights.model_types import HEAD
 from activemlp_jax.weights.torch_files import read_checkpoint, write_checkpoint
 from activemlp_jax.weights.torch_names import infer_model
 from activemlp_jax.weights.verify import torch_model
