@@ -26,10 +26,8 @@ from activemlp_jax.command_line import Parser, check_numbers
 from activemlp_jax.export.onnx import write_onnx
 from activemlp_jax.export.readme import write_readme
 from activemlp_jax.export.stablehlo import write_stablehlo
-from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
-from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.models.flops import count_cost
-from activemlp_jax.tasks.registry import task_type
+from activemlp_jax.tasks.registry import TASKS, task_type
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
 from activemlp_jax.utils.files import check_output, write_directory_aside
 from activemlp_jax.utils.runtime import collect_garbage_rarely
@@ -67,12 +65,12 @@ def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
     Returns:
       The content of `config.json`, without entries in `files`.
     """
-    content, side, count = card.to_json(), card.preprocessing.side, card.model.num_classes
+    content, side = card.to_json(), card.preprocessing.side
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     logits = jax.eval_shape(card.model.apply, variables, images)
     cost = count_cost(card.model, side, side)
-    if isinstance(card.model, ActiveMLP) and (card.class_names or count == len(imagenet_names())):
-        content["classes"]["names"] = readable_names(card.class_names, count)
+    if names := TASKS[card.task].class_names(card):
+        content["classes"]["names"] = names
     copied_keys = ("task", "name", "architecture", "classes", "preprocessing", "source")
     return {
         **{key: content[key] for key in copied_keys},

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from activemlp_jax.data.preprocessing import Preprocessing
 from activemlp_jax.tasks.registry import TASKS
 from activemlp_jax.utils.errors import one_line
 from activemlp_jax.weights.convert import NAMES
@@ -161,43 +160,6 @@ PROGRAMS = {
         '(logits,) = session.run(["logits"], {"images": images})',
     ),
 }
-# The texts that differ between classifiers and segmentation models.
-CLASSIFIER = {
-    "preparation": (
-        "The short side of an image is resized to {short} pixels (bicubic), and of that the "
-        "center, {side} by {side}, is cut out."
-    ),
-    "crop": """\
-side = prep["image_size"]
-short = int(prep["resize_factor"] * side)
-width, height = (int(short * length / min(photo.size)) for length in photo.size)
-photo = photo.resize((width, height), Image.Resampling.BICUBIC)
-left, top = round((width - side) / 2), round((height - side) / 2)""",
-    "answer": """\
-scores = np.exp(logits[0] - np.max(logits[0]))
-for label in np.argsort(-scores)[:5]:
-    print({name}, f"{{scores[label] / scores.sum():.1%}}")""",
-}
-SEGMENTOR = {
-    "preparation": (
-        "Windows of {side} by {side} pixels are cut out of an image{resized}. There is a label for "
-        "each fourth pixel along the height and the width."
-    ),
-    "crop": """\
-side = prep["window"]
-{resize}left, top = ((length - side) // 2 for length in photo.size)  # one window of many""",
-    "answer": """\
-labels, counts = np.unique(np.argmax(logits[0], axis=-1), return_counts=True)
-for label, count in zip(labels, counts):
-    print({name}, f"{{count / counts.sum():.1%}}")""",
-}
-RESIZED = ", which is first resized to fit into {prep.long_side} by {prep.short_side} (bilinear)"
-RESIZE = """\
-factor = min(prep["long_side"] / max(photo.size), prep["short_side"] / min(photo.size))
-width, height = (round(factor * length) for length in photo.size)
-photo = photo.resize((width, height), Image.Resampling.BILINEAR)
-"""
-
 MAX_LISTED_CLASSES = 20
 
 
@@ -221,12 +183,16 @@ def write_readme(path: Path, card: ModelCard, config: Mapping[str, Any]) -> None
         classes = f": {', '.join(map(_code, names))}"
     architecture = dict(config["architecture"])
     architecture |= architecture.pop("backbone", {})
-    side = config["input"]["shape"][1]
+    side, task = config["input"]["shape"][1], TASKS[card.task]
+    usage = task.usage(prep)
     fields = {
         "card": card,
         "config": config,
-        "task": TASKS[card.task],
+        "task": task,
         "prep": prep,
+        "preparation": usage.preparation,
+        "crop": usage.crop,
+        "answer": usage.answer.replace("label_name", "names[label]" if names else "label"),
         "title": title,
         "classes": classes,
         "architecture": _rows(architecture),
@@ -234,17 +200,8 @@ def write_readme(path: Path, card: ModelCard, config: Mapping[str, Any]) -> None
         "weights": NAMES[card.default_kind],
         "side": side,
         "output": ", ".join(map(str, config["output"]["shape"])),
-        "name": "names[label]" if names else "label",
         "tags": "\n".join(f"- {Path(file).suffix[1:]}" for file in files),
     }
-    if isinstance(prep, Preprocessing):
-        texts = CLASSIFIER
-        fields["short"] = int(prep.resize_factor * side)
-    else:
-        texts = SEGMENTOR
-        fields["resized"] = RESIZED.format(prep=prep) if prep.long_side else ""
-        fields["resize"] = RESIZE if prep.long_side else ""
-    fields |= {key: text.format(**fields) for key, text in texts.items()}
     fields |= _origin_and_quality(card, title)
     fields["use"] = "\n\n".join(_use(file, facts, fields) for file, facts in files.items())
     path.write_text(CARD.format(**fields), encoding="utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +27,16 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]  # shape and dtype of each array
 Draw = Callable[[Sequence[tuple[str, ...]]], list[Any]]  # paths -> random subtrees of variables
 Options = Mapping[str, Any]  # command-line options by name
 Test = Callable[[Mapping[str, Variables], Any], dict[str, Sums]]
+
+
+class Usage(NamedTuple):
+    """How to use an exported model, for its README: a sentence and two pieces of Python code."""
+
+    preparation: str  # how an image becomes a model's input
+    crop: str  # from `photo` and `prep`, find `left`, `top` and `side` of the input
+    answer: str  # print the meaning of `logits`, with `label_name` in place of a label's name
+
+
 T = TypeVar("T")
 
 
@@ -211,6 +221,18 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def print_records(records: Iterator[Record]) -> None:
         """Print the records of `predict` in readable form."""
+
+    # The command `export`
+
+    @staticmethod
+    def class_names(card: ModelCard) -> tuple[str, ...] | None:
+        """Class names by label, to show to people; None if unknown."""
+        return card.class_names
+
+    @staticmethod
+    @abc.abstractmethod
+    def usage(preprocessing: Any) -> Usage:
+        """Describe how to use an exported model."""
 
 
 def build(make: Callable[..., T], prefix: str, /, *args: Any, **fields: Any) -> T:

@@ -39,7 +39,7 @@ from activemlp_jax.inference.classify import (
     most_probable,
     probabilities,
 )
-from activemlp_jax.inference.imagenet_names import readable_names
+from activemlp_jax.inference.imagenet_names import imagenet_names, readable_names
 from activemlp_jax.inference.images import ImageFile, read_images
 from activemlp_jax.models.active_mlp import ActiveMLP
 from activemlp_jax.tasks.base import (
@@ -49,6 +49,7 @@ from activemlp_jax.tasks.base import (
     Sums,
     Task,
     Test,
+    Usage,
     build,
     redraw_heads,
 )
@@ -63,6 +64,19 @@ TOP_CLASSES = 5  # per image, by `predict`
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Compute the mean cross entropy of `logits` `[B, K]` with probabilities `targets` `[B, K]`."""
     return optax.losses.softmax_cross_entropy(logits, targets).mean()
+
+
+# Code for the README of an export; see `Usage`.
+CROP = """\
+side = prep["image_size"]
+short = int(prep["resize_factor"] * side)
+width, height = (int(short * length / min(photo.size)) for length in photo.size)
+photo = photo.resize((width, height), Image.Resampling.BICUBIC)
+left, top = round((width - side) / 2), round((height - side) / 2)"""
+ANSWER = """\
+scores = np.exp(logits[0] - np.max(logits[0]))
+for label in np.argsort(-scores)[:5]:
+    print(label_name, f"{scores[label] / scores.sum():.1%}")"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +326,25 @@ class Classification(Task):
             table.add_section()
         if table.row_count:
             Console().print(table)
+
+    @staticmethod
+    def class_names(card: ModelCard) -> tuple[str, ...] | None:
+        """Class names by label, readable for ImageNet's classes; None if unknown."""
+        count = card.model.num_classes
+        is_known = card.class_names or count == len(imagenet_names())
+        return readable_names(card.class_names, count) if is_known else None
+
+    @staticmethod
+    def usage(preprocessing: Preprocessing) -> Usage:
+        """Describe how to use an exported model."""
+        side = preprocessing.image_size
+        short = int(preprocessing.resize_factor * side)
+        return Usage(
+            f"The short side of an image is resized to {short} pixels (bicubic), and of that the "
+            f"center, {side} by {side}, is cut out.",
+            CROP,
+            ANSWER,
+        )
 
 
 def hardest_classes(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:

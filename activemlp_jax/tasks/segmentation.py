@@ -41,6 +41,7 @@ from activemlp_jax.tasks.base import (
     Sums,
     Task,
     Test,
+    Usage,
     build,
     redraw_heads,
 )
@@ -70,6 +71,19 @@ def pixel_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
         logits, jnp.where(known, labels, 0).astype(jnp.int32)
     )
     return jnp.where(known, loss, 0).mean()
+
+
+# Code for the README of an export; see `Usage`.
+RESIZE = """\
+factor = min(prep["long_side"] / max(photo.size), prep["short_side"] / min(photo.size))
+width, height = (round(factor * length) for length in photo.size)
+photo = photo.resize((width, height), Image.Resampling.BILINEAR)
+"""
+CROP = "left, top = ((length - side) // 2 for length in photo.size)  # one window of many"
+ANSWER = """\
+labels, counts = np.unique(np.argmax(logits[0], axis=-1), return_counts=True)
+for label, count in zip(labels, counts):
+    print(label_name, f"{count / counts.sum():.1%}")"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +349,23 @@ class Segmentation(Task):
         """Print a line for each image, as soon as it is done."""
         for record in records:
             print(segmentation_predict.describe(record), flush=True)
+
+    @staticmethod
+    def usage(preprocessing: ScenePreprocessing) -> Usage:
+        """Describe how to use an exported model."""
+        prep, resized, resize = preprocessing, "", ""
+        if prep.long_side:
+            resized = (
+                f", which is first resized to fit into {prep.long_side} by {prep.short_side} "
+                "(bilinear)"
+            )
+            resize = RESIZE
+        return Usage(
+            f"Windows of {prep.window} by {prep.window} pixels are cut out of an image{resized}. "
+            "There is a label for each fourth pixel along the height and the width.",
+            'side = prep["window"]\n' + resize + CROP,
+            ANSWER,
+        )
 
 
 def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
