@@ -280,7 +280,8 @@ def test_a_test_loss_that_is_not_finite_stops_the_run(
     config = load_config(str(ROOT / "configs" / "digits.py"))
     for flag in SMALL:
         key, _, value = flag.removeprefix("--config.").partition("=")
-        config.update_from_flattened_dict({key: ast.literal_eval(value)})
+        is_text = key == "data.train_split"
+        config.update_from_flattened_dict({key: value if is_text else ast.literal_eval(value)})
     config.tensorboard, config.profile = True, 2
     test = Trainer.test
 

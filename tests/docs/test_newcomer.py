@@ -120,7 +120,7 @@ def test_what_the_pages_write_is_complete(place: Path):
     names = {file.name for file in exported.iterdir()}
     assert names == {"README.md", "config.json", "model.safetensors", "model.stablehlo"}
     text = (exported / "README.md").read_text()
-    recipe = "Trained by the config `digits` on 1,437 images of `digits` for 4 epochs"
+    recipe = "Trained by the config `digits` on 360 images of `digits` for 4 epochs"
     assert recipe in text
     assert "on the 360 test images of `digits`, measured after 4 epochs." in text
 
