@@ -228,7 +228,7 @@ def print_operator(options: Namespace) -> None:
 
 
 def make_parser() -> Parser:
-    """Make the parser; it stores the function that runs the command as `run` in the options."""
+    """Make the parser; in the parsed options, `run` is the function of the chosen command."""
     parser = Parser(
         prog="python -m activemlp_jax.benchmark",
         description=__doc__,

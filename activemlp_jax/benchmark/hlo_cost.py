@@ -62,7 +62,7 @@ def _group_size(attributes: str, devices: int) -> int:
 
 
 def count_collectives(text: str, devices: int) -> dict[str, Traffic]:
-    """Count the collective operations of a program, as HLO text, for that many devices, by kind."""
+    """Count collective operations by kind in `text`, the HLO of a program for `devices` devices."""
     counts: dict[str, Traffic] = {}
     for match in COLLECTIVE.finditer(text):
         kind, number = match["kind"], match["arguments"].count("%")

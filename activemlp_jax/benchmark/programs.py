@@ -58,7 +58,7 @@ def draw_inputs(workload: Workload) -> Inputs:
 
 
 def as_images(pixels: np.ndarray) -> np.ndarray:
-    """Convert bytes to float32 with about the mean and deviation of normalized images."""
+    """Convert uint8 pixels to float32 with roughly the mean and deviation of normalized images."""
     return (pixels.astype(np.float32) - 127.5) / 73.9
 
 

@@ -74,7 +74,7 @@ def scan_images(folder: Path, what: str) -> tuple[list[str], list[str]]:
 
 
 def check_images(files: Sequence[object], left_out: Sequence[str], what: object) -> None:
-    """Raise UserError if `what` has no `files`, images in formats that we read."""
+    """Raise UserError, which names `what`, if there are no `files` in a format that we read."""
     if not files:
         others = f"; {describe_left_out(left_out)}" if left_out else ""
         raise UserError(f"{what} has no images, expected {', '.join(IMAGE_SUFFIXES)}{others}")
@@ -125,9 +125,9 @@ class FolderSource:
 
 
 def open_folder(path: str, split: str | None) -> Source:
-    """Open a folder of class folders, or `split` of a folder that has one such folder per split.
+    """Open a folder that has a folder for each class, or for each split with such a folder in each.
 
-    The second layout is that of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`.
+    With splits, the layout is that of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`.
     """
     root = Path(path).expanduser()
     present = subfolders(root)

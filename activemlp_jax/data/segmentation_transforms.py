@@ -160,8 +160,8 @@ def draw_crop_position(
     """Draw the (top, left) of a random crop of `size` by `size` pixels.
 
     A crop is drawn again, up to `CROP_TRIES` times, if it has fewer than two classes or if one
-    class covers at least `max_share` of its labeled pixels; 1 accepts the first crop. Along a side
-    of the mask that is shorter than `size`, the crop starts at 0.
+    class covers at least `max_share` of its labeled pixels. If `max_share` is 1, the first crop is
+    accepted. Along a side of the mask that is shorter than `size`, the crop starts at 0.
 
     Source: mmsegmentation's RandomCrop.
     """

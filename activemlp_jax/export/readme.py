@@ -221,7 +221,7 @@ def _origin_and_quality(card: ModelCard, title: str) -> dict[str, str]:
     source, task = card.source, TASKS[card.task]
 
     def known(key: str, text: str) -> str:
-        """Fill the value of `key` into `text`, at `{}`; '' if the source has no such key."""
+        """Return `text` with `{}` replaced by the value of `key`, or '' if there is no such key."""
         return text.format(_count(source[key])) if key in source else ""
 
     length, data = _length(source), known("trained_on", "{}")

@@ -38,8 +38,8 @@ class Protocol:
       flip: whether each scale also has views of the image flipped left to right.
       size_multiple: the resized sides are rounded to multiples of this number of pixels, so that
         fewer shapes are compiled; 1 is exact.
-      stride_share: distance between windows that slide over the resized image, as a fraction of
-        their side; 0 uses whole images.
+      stride_share: distance between the starts of neighboring windows on the resized image, as a
+        fraction of their side; 0 uses whole images.
 
     Raises:
       ValueError: if a value is invalid; the message names it.

@@ -27,7 +27,7 @@ def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Resize `x` `[B, H, W, C]` to `height` by `width`, where pixel i of n reads floor(i * N / n).
+    """Resize `x` `[B, H, W, C]`; if N pixels become n, pixel i reads pixel floor(i * N / n).
 
     Source: `torch.nn.functional.interpolate` with `mode='nearest'`, which differs from
     `jax.image.resize` if the new size is not a multiple of the old.

@@ -40,7 +40,7 @@ def _forward(x: jax.Array, kernel: jax.Array) -> Any:
 
 
 def _backward(residuals: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The barrier keeps XLA from padding the map before the gradient is there. The cast loses
+    # The barrier keeps XLA from padding the map before the gradient is available. The cast loses
     # nothing, because the layer rounds its output to the dtype of x.
     x, grad = jax.lax.optimization_barrier((residuals[0], grad.astype(residuals[0].dtype)))
     kernel = residuals[1]

@@ -8,7 +8,7 @@ import jax
 
 
 def recompute(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `function(module, *arrays)` like `nn.remat`, but also compute its gradients at once.
+    """Wrap `function(module, *arrays)` like `nn.remat`, and do not let XLA defer its gradients.
 
     XLA would defer weight-gradient matmuls to the end of the step, which keeps the activations of
     every recomputed part alive.

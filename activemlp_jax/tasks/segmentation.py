@@ -298,7 +298,7 @@ class Segmentation(Task):
     def report(
         self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Report metrics of each kind of weights, and a table of the classes for the first."""
+        """Report the metrics of each kind of weights, after a table of classes for one kind."""
         protocol = self.protocol.describe(self.preprocessing)
         lines, record = list[Any](), Record(protocol=protocol)
         for kind, sums in results.items():

@@ -75,7 +75,7 @@ def parse_arguments(
       default_path: config file to use without --config; None if --config is required.
 
     Returns:
-      The options, with the path of the config as `config`, and the config.
+      The parsed options, whose `config` is the path of the config file, and the config itself.
     """
     parser.add_argument(
         "--config",

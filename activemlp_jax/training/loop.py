@@ -180,7 +180,8 @@ def _run_steps(
     if first_step < last_step:
         log.info("compiling, which can take minutes for a large model")
     if first_step == last_step or config.test.every_epochs == 1:
-        # Testing now compiles the evaluation before training; a finished run needs only this test.
+        # If every epoch is tested, test once before the first step, so that the evaluation is
+        # compiled before training starts. A finished run needs only this test.
         test_metrics, sums = trainer.test(state, run.test_source)
     if first_step == last_step:
         return state, test_metrics, sums, 0.0

@@ -79,7 +79,7 @@ OPTIMIZERS = {"adamw": adamw}  # the values of `config.optimizer.name`
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, model: Model
 ) -> optax.GradientTransformation:
-    """Make the optimizer that `config.optimizer`, given as `config`, describes."""
+    """Make the optimizer that `config`, the section `optimizer` of a config, describes."""
     mask = partial(decay_mask, not_decayed=config.not_decayed)
     transforms = [OPTIMIZERS[config.name](config, schedule, mask)]
     if config.clip_norm:

@@ -26,7 +26,7 @@ def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 def learning_rate_schedule(
     config: ConfigDict, steps_per_epoch: int, steps: int, batch_size: int
 ) -> optax.Schedule:
-    """Make the schedule that `config.optimizer`, given as `config`, names: step to learning rate.
+    """Make the learning rate schedule that `config`, the section `optimizer` of a config, names.
 
     `steps` counts those of the whole run, and `batch_size` the images on all devices.
     """

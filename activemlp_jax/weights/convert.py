@@ -124,7 +124,7 @@ def _check_expected(arguments: argparse.Namespace, inferred: Model) -> Model:
 def _preprocessing(
     model: Model, embedded: ModelCard | None, recorded: int | None, wanted: int | None
 ) -> Preprocessing | ScenePreprocessing:
-    """Choose the preprocessing from the image sizes of the file and of --image-size, if given."""
+    """Choose the file's own preprocessing or the default, with the image size of --image-size."""
     if embedded and type(embedded.model) is not type(model):
         raise ValueError("the description of its model is for another task than its weights")
     preprocessing: Preprocessing | ScenePreprocessing

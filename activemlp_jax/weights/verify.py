@@ -22,8 +22,9 @@ from activemlp_jax.weights.model_types import architecture, model_type
 from activemlp_jax.weights.torch_files import StateDict, as_tensor
 
 MAX_DIFFERENCE = 1e-9  # relative; rounding in float64 leaves about 1e-15
-# Height and width for segmentation models, which take any size. They are small, because the heads
-# are wide, and odd at stride 8 (9 x 13), so that maps are resized by ratios other than two.
+# Height and width for segmentation models, which take any size. They are small because the heads
+# are wide. At stride 8 the sides are odd (9 x 13), so that maps are resized by ratios other than
+# two.
 SCENE_SIZE = (72, 104)
 
 NETWORKS: dict[type[Model], type[torch.nn.Module]] = {
