@@ -70,7 +70,8 @@ def parse_size(text: str) -> tuple[int, int]:
     if not match:
         raise UserError(f"--image-size is {text!r}, expected a side, or HEIGHTxWIDTH as 512x2048")
     height, width = int(match[1]), int(match[2] or match[1])
-    check_numbers({"image_size": (height, width)})
+    for side in (height, width):
+        check_numbers({"image_size": side})
     return height, width
 
 

@@ -255,6 +255,8 @@ class Checkpoints:
         """Turn errors into a UserError that names the directory and the newest whole checkpoint."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:  # such as a host that is gone; the disk is not to blame
+            raise
         except Exception as error:  # Orbax and its dependencies raise many types
             steps = self._steps()
             kept = f"the newest whole one is {self.path(max(steps))}" if steps else "there is none"

@@ -1,4 +1,4 @@
-"""From letters to digits, by way of PyTorch: what was learnt survives, and shortens training."""
+"""Weights learned on letters survive a conversion to PyTorch and back, and help with digits."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def last_accuracy(workdir: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("recipe")  # groups come first, and this would keep one process waiting
-def test_fine_tuning_from_converted_letters_needs_fewer_epochs(tmp_path: Path):
+def test_fine_tuning_from_converted_letters_beats_random_weights(tmp_path: Path):
     folder, letters = tmp_path / "images", tmp_path / "letters"
     short = "--config.optimizer.warmup_epochs=1"
     run("examples/draw_letters.py", str(folder))
@@ -41,12 +41,11 @@ def test_fine_tuning_from_converted_letters_needs_fewer_epochs(tmp_path: Path):
     run("convert_torch_weights.py", str(tmp_path / "l.pth"), str(converted))
 
     tuned, scratch = tmp_path / "tuned", tmp_path / "scratch"
-    output = run(
-        "train.py", "--config=configs/digits_fine_tune.py", f"--workdir={tuned}",
-        f"--config.init_from={converted}", "--config.epochs=3", short,
-    )  # fmt: skip
+    # The same program, which is compiled once.
+    fine_tune = ("train.py", "--config=configs/digits_fine_tune.py", "--config.epochs=3", short)
+    output = run(*fine_tune, f"--workdir={tuned}", f"--config.init_from={converted}")
     assert "head re-initialized, 26 classes there and 10 here" in output
-    run("train.py", f"--workdir={scratch}", "--config.epochs=6", short)
+    run(*fine_tune, f"--workdir={scratch}")
     ours, theirs = last_accuracy(tuned), last_accuracy(scratch)
-    assert ours > theirs, f"{ours:.2f}% after 3 epochs, {theirs:.2f}% after 6 from scratch"
+    assert ours > theirs + 2, f"{ours:.2f}% from letters, {theirs:.2f}% from random weights"
     assert ours > 93, f"{ours:.2f}%"
