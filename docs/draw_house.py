@@ -19,14 +19,14 @@ WIDTH, LINE, MARGIN, GAP = 120.0, 2.0, 1.0, 1.2  # in units of about one charact
 
 
 def read_layers() -> list[list[str]]:
-    """Names of the rooms of each layer, top layer first."""
+    """Names of the packages of each layer, top layer first."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (contract,) = settings["tool"]["importlinter"]["contracts"]
     return [[name.strip() for name in layer.split("|")] for layer in contract["layers"]]
 
 
 def describe(name: str, width: int) -> tuple[str, list[str], list[str]]:
-    """Name of a room or file, and the wrapped lines of its summary and of its files."""
+    """Name of a package or file, and the wrapped lines of its summary and of its files."""
     path = PACKAGE / name
     is_room = path.is_dir()
     source = path / "__init__.py" if is_room else path.with_suffix(".py")
@@ -47,17 +47,17 @@ def draw() -> None:
     rows = []
     for layer in read_layers():
         box = (WIDTH - GAP * (len(layer) - 1)) / len(layer)
-        rooms = [describe(name, int(box * 1.25)) for name in layer]
-        lines = max(1 + len(summary) + len(files) for _, summary, files in rooms)
-        rows.append((box, rooms, lines * LINE + 2 * MARGIN))
+        packages = [describe(name, int(box * 1.25)) for name in layer]
+        lines = max(1 + len(summary) + len(files) for _, summary, files in packages)
+        rows.append((box, packages, lines * LINE + 2 * MARGIN))
     height = sum(row[2] for row in rows) + GAP * (len(rows) - 1)
     figure = Figure(figsize=(12, 12 * height / WIDTH), dpi=80)
     axes = figure.add_axes((0.01, 0.01, 0.98, 0.98))
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     axes.axis("off")
     top = 0.0
-    for box, rooms, row_height in rows:
-        for i, (name, summary, files) in enumerate(rooms):
+    for box, packages, row_height in rows:
+        for i, (name, summary, files) in enumerate(packages):
             left = i * (box + GAP)
             axes.add_patch(
                 FancyBboxPatch(
