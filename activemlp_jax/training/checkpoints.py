@@ -186,7 +186,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Turn errors into a UserError: `step` cannot be read, and which checkpoint is good."""
+        """Turn errors into a UserError about checkpoint `step` that also names a good one."""
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):

@@ -141,7 +141,7 @@ def default_config() -> ConfigDict:
     config.optimizer.name = "adamw"
     config.optimizer.schedule = "steps"  # or epochs, or poly; see schedules.learning_rate_schedule
     config.optimizer.learning_rate = 5e-4  # peak, after the warm-up
-    config.optimizer.reference_batch_size = 0  # that learning_rate is for; 0: do not scale it
+    config.optimizer.reference_batch_size = 0  # batch size for learning_rate; 0: do not scale it
     config.optimizer.warmup_learning_rate = 1e-6
     config.optimizer.final_learning_rate = 1e-5
     config.optimizer.warmup_epochs = 5

@@ -20,7 +20,7 @@ def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
 
     With 'vectors', vectors, biases and positional convolutions (PEG) do not decay, as in the
     original for classification. With 'norms', the LayerNorms of the blocks and of the maps that the
-    head reads do not decay, as in the original for segmentation. Everything else decays there:
+    head reads do not decay, as in the original for segmentation. All other parameters then decay:
     also the norms of offset layers, batch norms, biases and positional convolutions.
 
     Source: the original's parameter groups; for segmentation, those exclude names with 'norm'.
