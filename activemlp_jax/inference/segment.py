@@ -31,7 +31,7 @@ from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.utils.types import Batch, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
-LOGITS_MULTIPLE, RESULT_MULTIPLE = 16, 64  # the sides of logits and results are rounded up to these
+LOGITS_MULTIPLE, RESULT_MULTIPLE = 16, 64  # sides of logits and results are rounded up to these
 BLOCK_ROWS = 32  # rows computed at a time: probabilities of all pixels would not fit in memory
 
 

@@ -176,7 +176,7 @@ class Segmentation(Task):
     def transform(
         example: Example, rng: np.random.Generator, config: ConfigDict
     ) -> dict[str, np.ndarray]:
-        """Make uint8 `image` `[S, S, 3]` and `label` `[S, S]`, and `extent`, their unpadded size."""
+        """Make uint8 `image` `[S, S, 3]` and `label` `[S, S]`, and `extent`, the unpadded size."""
         image, label, extent = scene_train_transform(example.image, example.label, rng, config)
         return {"image": image, "label": label, "extent": extent}
 

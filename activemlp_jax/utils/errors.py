@@ -25,7 +25,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs optional dependencies, `extra`, in the project folder."""
+    """Return the command, for the project folder, that installs optional dependencies `extra`."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
 
 
