@@ -36,13 +36,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_numbers(options: Mapping[str, Any]) -> None:
-    """Raise UserError if an option, by its name in `LIMITS`, is not within its limits."""
+    """Raise UserError if an option that is listed in `LIMITS` is not within its limits."""
     for name, limits in LIMITS.items():
         check_range(f"--{name.replace('_', '-')}", options.get(name), *limits)
 
 
 def check_range(name: str, value: Any, low: float, high: float) -> None:
-    """Raise UserError, naming `name`, if a number or any in a tuple is not from `low` to `high`."""
+    """Raise UserError about `name` unless each number in `value` is from `low` to `high`."""
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not low <= number <= high:
             if number > high:
@@ -53,7 +53,7 @@ def check_range(name: str, value: Any, low: float, high: float) -> None:
 
 
 def add_host_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `hosts.Hosts`; underscores in the names can also be hyphens."""
+    """Add an option for each field of `hosts.Hosts`, spelled with underscores or with hyphens."""
     group = parser.add_argument_group(
         "several processes", "SLURM, Open MPI and TPU pods need none of these options."
     )

@@ -42,7 +42,7 @@ LESS_MEMORY = (
 
 
 def open_topology(name: str) -> list[Any]:
-    """List the devices of a slice such as v5e:4x4 or cpu:8, which need not exist."""
+    """List the devices of a topology such as v5e:4x4 or cpu:8; this machine may lack them."""
     # Do not use a TPU of this machine, as other processes may need it.
     jax.config.update("jax_platforms", "cpu")
     kind, _, size = name.partition(":")
@@ -78,7 +78,7 @@ def open_topology(name: str) -> list[Any]:
 
 
 def data_size(config: ConfigDict, images: int | None, classes: int | None) -> tuple[int, int, str]:
-    """Return numbers of images and classes, by default the training set's, and say where from."""
+    """Return the numbers of images and classes (default: the training set's) and their origin."""
     if images and classes:
         return images, classes, "as given"
     try:
@@ -94,7 +94,7 @@ def data_size(config: ConfigDict, images: int | None, classes: int | None) -> tu
 
 
 def rounded(value: float) -> str:
-    """Format with three digits, or as a whole number from 100 up."""
+    """Format `value` with three significant digits, or as a whole number if it is at least 100."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -202,7 +202,7 @@ def check(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Parse the command line and run the command."""
     parser = Parser(
         prog="python -m activemlp_jax.compile_check",
         description=__doc__,

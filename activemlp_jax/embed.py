@@ -67,7 +67,7 @@ def find_writer(output: Path) -> Write:
 
 
 def name_images(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
-    """Name files by their path inside the only folder of `paths`, or else by their own path."""
+    """Name each file by its path inside the folder if `paths` is one folder, else by its path."""
     is_one_folder = len(paths) == 1 and os.path.isdir(os.path.expanduser(paths[0]))
     names = (file.inside.as_posix() if is_one_folder else file.path for file in files)
     # File names can be arbitrary bytes, but the output needs valid text.
@@ -109,7 +109,7 @@ def embed(arguments: dict[str, Any]) -> list[ImageFile]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Parse the command line and run the command."""
     parser = Parser(
         prog="python -m activemlp_jax.embed",
         description=__doc__,

@@ -66,7 +66,7 @@ def evaluate(arguments: dict[str, Any]) -> list[Any]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Parse the command line and run the command."""
     parser = Parser(
         prog="python -m activemlp_jax.evaluate",
         description=__doc__,

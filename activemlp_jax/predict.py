@@ -35,7 +35,7 @@ from activemlp_jax.weights.model_directory import load_pretrained, read_card
 
 
 def fractions(text: str) -> tuple[float, float]:
-    """Parse `X,Y`, a position in a picture, for use as an argparse type."""
+    """Parse `X,Y` as two numbers, a position in a picture; this is an argparse type."""
     try:
         x, y = map(float, text.split(","))
         if not (math.isfinite(x) and math.isfinite(y)):
@@ -46,7 +46,7 @@ def fractions(text: str) -> tuple[float, float]:
 
 
 def check_offsets(files: Sequence[ImageFile], output: str, overwrite: bool) -> str:
-    """Check that `--show-offsets` can work; return 'wrote' or 'replaced', for the message after."""
+    """Check that `--show-offsets` can work; return 'wrote' or 'replaced' for the final message."""
     if len(files) > 1:
         raise UserError(f"--show-offsets is for one image, but there are {len(files)}")
     if files[0].path == STDIN:
@@ -95,7 +95,7 @@ def predict(arguments: dict[str, Any]) -> list[ImageFile]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Parse the command line and run the command."""
     parser = Parser(
         prog="python -m activemlp_jax.predict",
         description=__doc__,

@@ -27,7 +27,7 @@ def _absolute(path: str) -> Path:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Parse the command line and run the command."""
     parser = Parser(
         prog="python -m activemlp_jax.prepare_data",
         description=__doc__,

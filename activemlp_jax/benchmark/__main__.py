@@ -76,7 +76,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def print_costs(options: Namespace) -> None:
-    """Run `table`: print parameters and multiply-adds of models for one image."""
+    """Run the command `table`: print parameters and multiply-adds of models for one image."""
     height, width = parse_size(options.size)
     head = options.head
     classes = f"{head}, 150" if head else "1000"
@@ -95,7 +95,7 @@ def print_costs(options: Namespace) -> None:
 
 
 def print_data_rate(options: Namespace) -> None:
-    """Run `data`: print images per second of the loader."""
+    """Run the command `data`: print how many images per second the loader delivers."""
     config = load_config(options.config)
     changes = {
         "data.name": options.data,
@@ -129,7 +129,7 @@ def print_data_rate(options: Namespace) -> None:
 
 
 def load_torch_peer() -> ModuleType:
-    """Import PyTorch's side of the benchmarks; raise UserError if something for it is missing."""
+    """Import and return `PEER`, PyTorch's side of the benchmarks; raise UserError if it cannot."""
     # By default JAX reserves three quarters of a GPU's memory, which PyTorch needs too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     places = (Path(__file__).parents[2], Path.cwd())
@@ -154,7 +154,8 @@ def measure_all(
 ) -> None:
     """Time groups of contenders, print their figures, and update the CSV file after every group.
 
-    Each group has a title; iterating over it compiles its contenders, which then take turns.
+    Each group is a title and contenders. Iterating over the contenders compiles them; after that,
+    they are timed in turns.
     """
     machine = this_machine(options.compare)
     file = Path(options.csv) if options.csv else None
@@ -187,7 +188,7 @@ def measure_all(
 
 
 def print_models(options: Namespace) -> None:
-    """Run `model` or `train`: print images per second of classifiers."""
+    """Run the command `model` or `train`: print images per second of classifiers."""
     peer = load_torch_peer() if options.compare else None
     images, size, dtype = options.batch_size, options.image_size, options.dtype
     names = options.model or list_models()
@@ -214,7 +215,7 @@ def print_models(options: Namespace) -> None:
 
 
 def print_operator(options: Namespace) -> None:
-    """Run `op`: print milliseconds of each implementation of `sample_axis`."""
+    """Run the command `op`: print milliseconds of each implementation of `sample_axis`."""
     peer = load_torch_peer() if options.compare else None
 
     def contenders(case: Case) -> Iterator[Contender]:
@@ -296,7 +297,7 @@ def make_parser() -> Parser:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Parse the command line and run the command."""
     options = make_parser().parse_args()
     keep_freed_memory()  # as train.py does
     collect_garbage_rarely()

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from activemlp_jax.utils.hardware import Chip
 
-# A collective operation in a line of HLO text, with its result, kind, arguments and attributes, as
-# in `%s = f32[8]{0} all-reduce-start(%a), replica_groups={{0,1},{2,3}}`
+# Finds a collective operation in HLO text, with its result, kind, arguments and attributes, as in
+# `%s = f32[8]{0} all-reduce-start(%a), replica_groups={{0,1},{2,3}}`
 COLLECTIVE = re.compile(
     r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
     r"collective-permute)(?P<start>-start)?\((?P<arguments>.*?)\)(?P<attributes>.*)"
 )
-ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # such as bf16[64,56] or pred[8]
+ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # a type: bf16[64,56] or pred[8]
 # The replica groups of a collective operation. HLO has three notations for them; all of these mean
 # groups of 4 devices: [2,4]<=[8], {{0,1,2,3},{4,5,6,7}}, mesh['a'=2,'b'=4] {'b'}
 GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
@@ -22,22 +22,22 @@ class Traffic(NamedTuple):
     """Collective operations of one kind: their number, and the bytes that they move."""
 
     number: int
-    size: int  # of their results on a device
-    sent: float  # by a device, if data is passed around a ring of the devices in a replica group
+    size: int  # bytes of their results on a device
+    sent: float  # bytes that a device sends if data goes around a ring of its replica group
 
 
 class Resources(NamedTuple):
     """Resources that one device needs per call of a program.
 
-    The first four are bytes that are held at the same time. Except for these, the body of a loop
+    The first four are bytes that are held at the same time. In the other counts, the body of a loop
     counts once, however often it runs, and a kernel counts only by its arguments and results.
     """
 
     arguments: int
-    results: int  # without those in the buffers of arguments
+    results: int  # without results that reuse the buffers of arguments
     temporary: int
-    program: int
-    flops: float
+    program: int  # the machine code
+    flops: float  # floating-point operations
     accessed: float  # bytes read and written
     collectives: dict[str, Traffic]  # by kind
     gathers: int  # reads by index
@@ -45,7 +45,7 @@ class Resources(NamedTuple):
 
     @property
     def memory(self) -> int:
-        """Return the bytes that are held, in total."""
+        """Return the total number of bytes that are held at the same time."""
         return self.arguments + self.results + self.temporary + self.program
 
 
@@ -111,7 +111,7 @@ class Bounds(NamedTuple):
 
     @property
     def step(self) -> float:
-        """Return the bound on the whole step, as if all three ran at the same time."""
+        """Return the bound on the whole step if computing, memory and interconnect overlap."""
         return max(self)
 
 

@@ -24,7 +24,7 @@ from activemlp_jax.utils.types import Params, Variables
 
 CLASSES = 1000
 TRAINING = ("gradient", "step")
-OPERATOR_MODEL = "active_tiny"  # has the shapes that the operator is timed at
+OPERATOR_MODEL = "active_tiny"  # the operator is timed at the shapes of this model's stages
 
 
 class Inputs(NamedTuple):
@@ -153,13 +153,13 @@ def compile_training(
 
 
 class Case(NamedTuple):
-    """Inputs of the operator at one stage along one axis."""
+    """Inputs of the operator in one stage of the model, along one axis."""
 
     workload: Workload  # its `model` is the name of the stage
     axis: str  # 'h' or 'w'
     features: jax.Array  # [B, H, W, C], in the workload's dtype
     offset: jax.Array  # [B, H, W, G], float32, pixels
-    cotangent: jax.Array  # as `features`; input of the backward pass
+    cotangent: jax.Array  # shape and dtype of `features`; input of the backward pass
 
     def title(self) -> str:
         """Describe the stage, its shape and the axis."""
@@ -179,7 +179,7 @@ class Case(NamedTuple):
 
 
 def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -> Iterator[Case]:
-    """Draw inputs for each stage and axis; offsets deviate by `deviation` pixels."""
+    """Draw inputs by stage and axis; `deviation` is the offsets' standard deviation in pixels."""
     images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.float32)
     init = partial(create_model(OPERATOR_MODEL).init_with_output, method="features")
     maps, _ = jax.eval_shape(init, jax.random.key(0), images)
@@ -195,7 +195,7 @@ def draw_cases(batch_size: int, image_size: int, dtype: str, deviation: float) -
 
 
 def compile_operator(case: Case) -> Iterator[Contender]:
-    """Compile the JAX implementations for this backend, forward and with gradients."""
+    """Compile each JAX implementation for this backend, without and with the backward pass."""
     for name in NAMES:
         kind, _, platform = name.partition("_")
         if kind == "pallas" and platform != jax.default_backend():

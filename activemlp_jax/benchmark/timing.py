@@ -1,4 +1,4 @@
-"""Timing of functions in turns, and the results as rates, ratios, a table and a CSV file."""
+"""Time functions in turns, and report the results as rates, ratios, a table and a CSV file."""
 
 import csv
 import datetime
@@ -18,8 +18,8 @@ import jax
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import write_aside
 
-MATMUL, COPY = "matmul", "copy"  # contenders whose rates the other rates are divided by
-JAX = "jax"  # first word of JAX's implementations, which the others are compared with
+MATMUL, COPY = "matmul", "copy"  # contenders whose rates are the reference for the other rates
+JAX = "jax"  # first word of the names of JAX's implementations, the reference for the others
 MIB = 2**20
 
 say: Callable[[str], None] = partial(print, flush=True)  # compiling and timing take long
@@ -37,12 +37,12 @@ class Workload(NamedTuple):
 class Contender(NamedTuple):
     """A compiled function to time. Numbers that are not counted or not meaningful are None."""
 
-    what: str  # contenders that do the same are compared
-    implementation: str  # `JAX` is the first word for those of JAX
+    what: str  # what it computes; contenders with the same value are compared
+    implementation: str  # begins with the word `JAX` if it is JAX's
     workload: Workload
-    call: Callable[[int], None]  # runs it so many times, and waits for the last run
-    flops: float | None  # of a run, from the model's multiply-adds
-    memory: int | None  # bytes
+    call: Callable[[int], None]  # runs it the given number of times, and waits for the last run
+    flops: float | None  # floating-point operations of a run, from the model's multiply-adds
+    memory: int | None  # bytes that it needs
     compile_seconds: float
     traffic: float | None = None  # bytes that a run moves if each array is read or written once
 
@@ -120,7 +120,7 @@ def time_in_turns(contenders: Sequence[Contender], steps: int, rounds: int) -> l
 def summarize(
     contenders: Sequence[Contender], seconds: Sequence[Sequence[float]]
 ) -> list[Measurement]:
-    """Compute rates from the `seconds` of `time_in_turns`; JAX must be one contender of each."""
+    """Compute rates from the `seconds` of `time_in_turns`; each `what` must have one by JAX."""
     timed = list(zip(contenders, seconds, map(median, seconds), strict=True))
     fastest: dict[str, float] = {}
     matmul_rate = copy_rate = None

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start together, agree, and end together.
+"""Functions with which the processes of a run start together, agree, and end together.
 
 A host means a process here, as in JAX: one per machine on TPUs, one per task under SLURM.
 """
@@ -27,7 +27,7 @@ from activemlp_jax.utils.errors import Interrupted, UserError, command_name, one
 
 # Keys in the key-value store that JAX's coordination service keeps for all hosts.
 FACTS, STOP, END = "activemlp/facts/", "activemlp/stop/", "activemlp/end"
-LONGEST_WAIT = 3600  # seconds, for work that one host may have to do while the others do not
+LONGEST_WAIT = 3600  # seconds to wait for work that only some of the hosts have to do
 LONGEST_TIMEOUT = 7 * 24 * 3600  # seconds
 STOPPED_BY_SIGTERM = 128 + signal.SIGTERM  # exit status
 
@@ -37,7 +37,7 @@ _ending = threading.Lock()
 
 
 class Hosts(NamedTuple):
-    """How to find the other processes; SLURM, Open MPI or the TPU fills in what is None or ''."""
+    """Options to find the other processes; the launcher or TPU supplies those left None or ''."""
 
     coordinator: str = ""  # HOST:PORT of the first process
     num_processes: int | None = None
@@ -65,7 +65,7 @@ def _has_tpu() -> bool:
 
 
 def _find_place(hosts: Hosts) -> tuple[str, int, int, list[int] | None] | None:
-    """Find coordinator, number of processes, process id and local devices; None if alone."""
+    """Return coordinator, process count, process id and local devices; None for one process."""
     if not 1 <= hosts.timeout <= LONGEST_TIMEOUT:
         raise UserError(f"timeout is {hosts.timeout}, expected 1 to {LONGEST_TIMEOUT} seconds")
     number, process, local = hosts.num_processes, hosts.process_id, None
@@ -105,7 +105,7 @@ def _find_place(hosts: Hosts) -> tuple[str, int, int, list[int] | None] | None:
 def _connect(
     coordinator: str, processes: int, process: int, devices: list[int] | None, timeout: int
 ) -> Rendezvous:
-    """Connect to the other processes and initialize JAX; call before any computation."""
+    """Connect to the other processes and initialize JAX; call this before any JAX computation."""
     group = join(coordinator, processes, process, timeout, _exit_at_once)
     # JAX's client connects only to this machine, but gRPC would use a proxy if one is configured.
     no_proxy = os.environ.get("no_grpc_proxy", os.environ.get("no_proxy", ""))  # noqa: SIM112
@@ -142,9 +142,10 @@ def _exit_at_once(message: str, status: int = 2) -> None:
 def connected(hosts: Hosts) -> Iterator[None]:
     """Connect to the run's other processes inside this context, if there are any.
 
-    The options, the launcher or the TPU tell whether there are any. If a process fails, all others
-    end with its message within seconds instead of waiting for it. If one is killed, their message
-    names it. Raises UserError if the options do not fit together or an address cannot be used.
+    The fields of `hosts`, the launcher or the TPU tell whether there are any. If a process fails,
+    all others end with its message within seconds instead of waiting for it. If one is killed, the
+    message of the others names it. Raises UserError if the fields do not fit together or an address
+    cannot be used.
     """
     global _timeout
     place = _find_place(hosts)
@@ -189,15 +190,16 @@ def shared_store() -> Any:
 
 
 def is_first() -> bool:
-    """Whether this host is the one that writes files and prints for all."""
+    """Return whether this host is the one that writes files and prints for all."""
     return jax.process_index() == 0
 
 
 def check_same(what: str, facts: Mapping[str, Any], timeout: float | None = None) -> None:
     """Check that all hosts have the same facts.
 
-    Every host must call this, in the same order as other checks; hosts wait for each other here,
-    for `timeout` seconds, or those of `connected`. `facts` are JSON values keyed by display name.
+    Every host must call this, and all hosts must make their checks in the same order. The hosts
+    wait for each other here for `timeout` seconds, by default the timeout given to `connected`.
+    `facts` are JSON values, keyed by the names that the message gives them.
 
     Raises:
       UserError: a host differs from host 0 or has not arrived in time; the message names it.
@@ -230,25 +232,26 @@ def check_same(what: str, facts: Mapping[str, Any], timeout: float | None = None
 
 
 def wait_for_all(what: str) -> None:
-    """Wait for the slowest host before a collective operation, which would wait only 30 seconds."""
+    """Wait for the slowest host; a collective operation after this would wait only 30 seconds."""
     check_same(what, {}, LONGEST_WAIT)
 
 
 def first_host_says(value: bool) -> bool:
-    """Return host 0's `value`; with several hosts, this waits until the devices are free."""
+    """Return host 0's `value` on every host; if there are several, wait until devices are free."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def sum_over_hosts(value: int) -> int:
-    """Sum `value` over all hosts; with several hosts, this waits until the devices are free."""
+    """Sum `value` over all hosts; if there are several, wait until the devices are free."""
     return int(multihost_utils.process_allgather(np.asarray(value)).sum())
 
 
 def stop_is_agreed(wanted: bool, step: int) -> bool:
-    """Whether all hosts stop after `step`; a host that wants to stop schedules it two steps later.
+    """Return whether all hosts stop after `step`; if `wanted`, schedule that for `step + 2`.
 
     Every host calls this after every step, once it has waited for the previous step. So no host
-    asks about `step + 2` before all have asked about `step`, and all see a stop scheduled then.
+    asks about `step + 2` before all have asked about `step`, and all see in time a stop that was
+    scheduled at `step`.
     """
     if wanted:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host has scheduled it

@@ -1,4 +1,4 @@
-"""How the processes of a run meet, and how all of them learn at once which one has failed.
+"""Connections between the processes of a run, through which all learn when one of them fails.
 
 JAX's coordination service identifies processes only by number. If two processes have the same
 number, or the first one dies, the service ends others with a C++ stack trace. So the first process
@@ -78,7 +78,7 @@ class Rendezvous:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def report(self, message: str, certain: bool) -> None:
-        """Tell all other processes that this one fails and why; return when it may end.
+        """Tell all other processes that this one fails and why; return when this one may end.
 
         If not `certain`, the cause may be in another process, as when a collective operation fails.
         If another process then turns out to have failed, this one ends with that one's message.
@@ -109,7 +109,7 @@ class Rendezvous:
         return reader, writer
 
     async def _say_hello(self) -> tuple[Message, asyncio.StreamReader, asyncio.StreamWriter]:
-        """Introduce this process at the address; the answer is {} if no run's process is there."""
+        """Introduce this process at the address; return the answer ({} if none) and the streams."""
         reader, writer = await self._reach_first()
         try:
             await _send(writer, self.me._asdict())
@@ -164,7 +164,7 @@ class _FirstProcess(Rendezvous):
             search.cancel()
 
     async def _find_another_first(self) -> None:
-        """Fail if the address leads to another first process, which then answers `failed`."""
+        """Fail if another process that calls itself the first listens and answers `failed`."""
         while True:
             with contextlib.suppress(OSError):
                 answer, _, writer = await self._say_hello()
@@ -371,7 +371,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def _connect(near: Streams, far: Streams) -> bool:
-    """Copy both ways until a connection ends, then close `far`; return whether `far` had ended."""
+    """Copy both ways until one side ends, then close `far`; return whether `far` ended first."""
     answers = asyncio.create_task(_copy(far[0], near[1]))
     requests = asyncio.create_task(_copy(near[0], far[1]))
     await asyncio.wait([requests, answers], return_when=asyncio.FIRST_COMPLETED)

@@ -27,8 +27,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
 
     By default, JAX orders the devices of a TPU slice by their position in it, which interleaves
     hosts. In this mesh, host p of P holds rows p * B / P to (p + 1) * B / P - 1 of a batch of B.
-    `data` and `fsdp` are the sizes of the axes; -1 fills the mesh. Raises UserError if the devices
-    do not fill it.
+    `data` and `fsdp` are the sizes of the axes; -1 for `data` uses all devices. Raises UserError if
+    the devices do not fill the mesh.
     """
     devices = jax.devices() if devices is None else devices
     total = len(devices)
@@ -73,7 +73,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split_over_fsdp(tree: Any, mesh: Mesh) -> Any:
-    """Make shardings for a tree that split each array along its longest axis divisible by `fsdp`.
+    """Make shardings for `tree`: each array is split along its longest axis divisible by `fsdp`.
 
     Arrays without such an axis, or with fewer than `SMALLEST_SPLIT` elements, are replicated. The
     leaves may be anything with a shape and a size, such as `jax.ShapeDtypeStruct`.
@@ -102,7 +102,7 @@ def scatter(tree: Any, mesh: Mesh) -> Any:
 
 
 def put_everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Replicate a tree of arrays to all devices; every host must have all of the same values."""
+    """Replicate a tree of arrays to all devices; every host must pass the same whole tree."""
     # Wait, as one host may have to compile the initialization that another found in a cache.
     hosts.wait_for_all("the initial variables")
     sharding = replicated(mesh)
@@ -143,7 +143,7 @@ def prefetch(
 def place_rows(
     shapes: Mapping[str, tuple[tuple[int, ...], str]], mesh: Mesh
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Describe a batch after `put_batch`, shardings included, given the shapes and dtypes."""
+    """Describe what `put_batch` makes of arrays with the given shapes and dtypes, by name."""
     rows = NamedSharding(mesh, ROWS)
     return {
         name: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=rows)

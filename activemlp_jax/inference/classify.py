@@ -54,7 +54,7 @@ class Classifier:
         return jax.nn.softmax(logits)
 
     def embeddings(self, variables: Any, images: jax.Array) -> jax.Array:
-        """Compute the features `[B, C]` that the head gets for prepared `images` `[B, S, S, 3]`."""
+        """Compute the head's input features `[B, C]` for prepared `images` `[B, S, S, 3]`."""
         images = self._normalized(images)
         return jnp.asarray(self.model.apply(variables, images, method="pooled_features"))
 
@@ -150,7 +150,9 @@ def classify(
 def embed_images(
     model: ActiveMLP, variables: Any, images: Any, card: ModelCard | None = None
 ) -> np.ndarray:
-    """Compute the features that a classifier's head receives: last map, normalized and averaged.
+    """Compute the features that a classifier's head receives for one image or several.
+
+    The features are the last feature map, normalized and averaged over positions.
 
     Args:
       model: a classifier.

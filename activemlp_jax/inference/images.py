@@ -165,7 +165,7 @@ def _walk(folder: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
 
 
 def _match(pattern: str, leave_out: tuple[str, ...]) -> Iterator[ImageFile]:
-    """Yield matching images, and images in matching folders unless `**` already covers those."""
+    """Yield images that match `pattern`, and, unless it has `**`, images in matching folders."""
     for path in sorted(glob.glob(pattern, recursive=True)):
         if not os.path.isdir(path):
             if _looks_like_image(os.path.basename(path), leave_out):
@@ -193,9 +193,10 @@ def read_images(
 ) -> Iterator[tuple[ImageFile, np.ndarray]]:
     """Read and prepare image files, in order, with a progress bar on a terminal.
 
-    Yield each file that can be read, with what `prepare` makes of its pixels `[H, W, 3]` uint8. The
-    others are added to `broken` and reported on standard error, as is the number of images with an
-    EXIF orientation, which is not applied. `num_threads` threads read ahead; 0 uses the caller's.
+    Yield each file that can be read, with the result of `prepare` on its pixels `[H, W, 3]` uint8.
+    Files that cannot be read are added to `broken` and reported on standard error. The number of
+    images with an EXIF orientation is reported there too; the orientation is not applied.
+    `num_threads` threads read ahead; with 0, the caller's thread reads.
     """
     import grain  # slow to import
 

@@ -123,7 +123,7 @@ def show_to_model(model: Model, images: Any, card: ModelCard | None = None) -> n
 
 
 def group_weights(block: BlockOffsets) -> np.ndarray:
-    """Average the mixing weights over each group's channels: `[B, G, 3]` for row, column, token."""
+    """Average mixing weights over each group's channels to `[B, G, 3]` (row, column, token)."""
     images, channels, _ = block.weights.shape
     groups = block.offset_w.shape[-1]
     return block.weights.reshape(images, groups, channels // groups, 3).mean(2)

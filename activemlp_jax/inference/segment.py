@@ -31,7 +31,7 @@ from activemlp_jax.models.segmentor import ActiveSegmentor
 from activemlp_jax.utils.types import Batch, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
-LOGITS_MULTIPLE, RESULT_MULTIPLE = 16, 64  # sides after the network are made multiples of these
+LOGITS_MULTIPLE, RESULT_MULTIPLE = 16, 64  # sides of logits and results are rounded up to these
 BLOCK_ROWS = 32  # rows computed at a time: probabilities of all pixels would not fit in memory
 
 
@@ -117,7 +117,7 @@ class Segmenter:
         return BatchKey(tuple((view.shape, view.group) for view in views), (height, width))
 
     def prepare(self, image: np.ndarray) -> dict[str, np.ndarray]:
-        """Compute the arrays of `image` `[H, W, 3]` uint8 in a batch: its views and matrices."""
+        """Compute the views and matrices of `image` `[H, W, 3]` uint8, as arrays for a batch."""
         height, width = image.shape[:2]
         views = plan_views(height, width, self.preprocessing, self.protocol)
         result = self.key((height, width)).result

@@ -106,7 +106,7 @@ def make_evaluation(
       watch: returns an iterator over the given parts, which may show progress.
 
     Returns:
-      A function of the sets of variables, keyed by name and on the devices, and the labeled scenes.
+      A function that takes sets of variables on the devices, keyed by name, and the labeled scenes.
       For each name it returns `confusion` `[K, K]` int64: pixels by label and prediction, counting
       each scene once. It raises UserError if a scene cannot be read, or if no pixel has a label.
     """

@@ -107,7 +107,7 @@ class View(NamedTuple):
 
 
 def _window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Compute where windows start along an axis; the last is shifted back inside."""
+    """Compute where windows start along an axis; the last one is shifted back to fit inside."""
     number = max(length - window + stride - 1, 0) // stride + 1
     return [max(min(i * stride, length - window), 0) for i in range(number)]
 
@@ -172,7 +172,7 @@ def bilinear_matrix(size: int, length: int) -> np.ndarray:
 
 
 def logits_side(side: int) -> int:
-    """Compute the side of a view's logits after the stem, with kernel 7, stride 4 and padding 2."""
+    """Compute the logits' side for a view's `side`; the stem has kernel 7, stride 4, padding 2."""
     return (side + 2 * 2 - 7) // 4 + 1
 
 

@@ -33,8 +33,8 @@ class Usage(NamedTuple):
     """How to use an exported model, for its README: a sentence and two pieces of Python code."""
 
     preparation: str  # how an image becomes a model's input
-    crop: str  # from `photo` and `prep`, find `left`, `top` and `side` of the input
-    answer: str  # print the meaning of `logits`, with `label_name` in place of a label's name
+    crop: str  # code that computes `left`, `top` and `side` of the input from `photo` and `prep`
+    answer: str  # code that prints what `logits` mean, with `label_name` where a label's name goes
 
 
 T = TypeVar("T")
@@ -49,21 +49,21 @@ class Task(abc.ABC):
 
     name: ClassVar[str]  # value of `config.task`, and of `task` in model directories
     score: ClassVar[str]  # metric, in percent, that compares the states of a run; higher is better
-    score_name: ClassVar[str]  # of that metric in messages and plots
-    counted: ClassVar[str]  # by the confusion matrix, such as 'images'
+    score_name: ClassVar[str]  # name of that metric in messages and plots
+    counted: ClassVar[str]  # what the confusion matrix counts, such as 'images'
     model_type: ClassVar[type]
     dataset: ClassVar[tuple[int, int, str]]  # images, classes and name of the original's data
-    hub_name: ClassVar[str]  # of the task on model hubs
+    hub_name: ClassVar[str]  # name of the task on model hubs
     does: ClassVar[str]  # what a model does with images, as a phrase for model cards
-    noun: ClassVar[str]  # for a model in messages
-    evaluate_options: ClassVar[tuple[str, ...]] = ()  # of the command, for this task only
+    noun: ClassVar[str]  # what messages call a model of this task
+    evaluate_options: ClassVar[tuple[str, ...]] = ()  # options of the command for this task only
     predict_options: ClassVar[tuple[str, ...]] = ()
     default_batch_size: ClassVar[int] = 128  # of `evaluate`
-    written: ClassVar[tuple[str, ...]] = ()  # endings of `predict`'s files, which it never reads
+    written: ClassVar[tuple[str, ...]] = ()  # endings of files that `predict` writes, never reads
 
     model: Any  # returns logits
     preprocessing: Any  # for evaluation
-    config: ConfigDict | None  # of a run; None if the task is not for training
+    config: ConfigDict | None  # config of the run; None if the task is not for training
 
     @property
     def settings(self) -> ConfigDict:
@@ -109,7 +109,7 @@ class Task(abc.ABC):
 
     @staticmethod
     def adopt(config: ConfigDict, card: ModelCard) -> None:
-        """Copy into `config` the architecture in `card`, of the model directory to start from."""
+        """Copy the architecture in `card`, which describes the model to start from, to `config`."""
         for field in ARCHITECTURE:
             value = getattr(backbone(card.model), field)
             is_ratio = field == "mlp_ratios"
@@ -130,7 +130,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def batch_shapes(self) -> Shapes:
-        """Shapes and dtypes of a training batch."""
+        """Return the shape and dtype of each array of a training batch."""
 
     @abc.abstractmethod
     def inputs(self, batch: Batch, key: jax.Array) -> Any:
@@ -148,7 +148,7 @@ class Task(abc.ABC):
     def make_test(
         self, mesh: Mesh, batch_size: int, num_threads: int, show_progress: bool = False
     ) -> Test:
-        """Make the function from named variables and a dataset to the sums of each, by name.
+        """Make a function that takes variables by name and a dataset, and returns sums by name.
 
         Args:
           mesh: mesh of all devices, over which the variables may be split.
@@ -192,7 +192,7 @@ class Task(abc.ABC):
     def report(
         self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Describe the results of `evaluate`, sums by kind of weights, on that many images.
+        """Describe the `results` of `evaluate`: the sums of each kind of weights over all `images`.
 
         Returns a list of what to print, each a line of text or a `rich` renderable, and the record
         for JSON.
@@ -226,7 +226,7 @@ class Task(abc.ABC):
 
     @staticmethod
     def class_names(card: ModelCard) -> tuple[str, ...] | None:
-        """Class names by label, to show to people; None if unknown."""
+        """Return the class names to show to people, in label order; None if unknown."""
         return card.class_names
 
     @staticmethod
@@ -236,7 +236,7 @@ class Task(abc.ABC):
 
 
 def build(make: Callable[..., T], prefix: str, /, *args: Any, **fields: Any) -> T:
-    """Call `make`; raise UserError for invalid values, with `prefix` before the message."""
+    """Call `make` and return its result; turn a ValueError into a UserError after `prefix`."""
     try:
         return make(*args, **fields)
     except ValueError as error:

@@ -58,7 +58,7 @@ from activemlp_jax.utils.types import Batch, Record, Variables
 from activemlp_jax.weights.model_card import ModelCard
 
 NUM_HARDEST = 5
-TOP_CLASSES = 5  # per image, by `predict`
+TOP_CLASSES = 5  # listed for each image by `predict`
 
 
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -191,9 +191,9 @@ class Classification(Task):
     def count(self, variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         """Sum losses, top-5 hits and the confusion matrix over a batch, leaving out its padding.
 
-        The batch has `image` `[B, S, S, 3]` uint8, `label` `[B]` int32 and `mask` `[B]` float32,
-        the result the scalars `loss`, `top5` and `examples`, and `confusion` `[K, K]`, label by
-        prediction.
+        The batch has `image` `[B, S, S, 3]` uint8, `label` `[B]` int32, and `mask` `[B]` float32,
+        which is 0 for padding. The result has the scalars `loss`, `top5` and `examples`, and
+        `confusion` `[K, K]`, label by prediction.
         """
         logits = self._logits(variables, self._normalize(batch["image"]))
         labels, mask, classes = batch["label"], batch["mask"], self.model.num_classes
@@ -266,7 +266,7 @@ class Classification(Task):
     def report(
         self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Report the accuracy of each kind of weights, and the hardest classes of the first one."""
+        """Report the accuracy of each kind of weights, and the first kind's hardest classes."""
         lines, record = list[Any](), Record()
         for kind, sums in results.items():
             values = self.metrics(sums)
@@ -290,9 +290,10 @@ class Classification(Task):
     def plan_predict(
         self, card: ModelCard, files: Sequence[ImageFile], options: Options
     ) -> Callable[[Variables, list[ImageFile]], Iterator[Record]]:
-        """Make the function that yields the most probable `classes` of each `image`.
+        """Make the function that yields a record of each image with its most probable classes.
 
-        It raises UserError for probabilities that are not finite.
+        A record has the path `image` and the list `classes`. The function raises UserError for
+        probabilities that are not finite.
         """
         del options
         classifier = make_classifier(card.model, card)
@@ -329,7 +330,7 @@ class Classification(Task):
 
     @staticmethod
     def class_names(card: ModelCard) -> tuple[str, ...] | None:
-        """Class names by label, readable for ImageNet's classes; None if unknown."""
+        """Return the class names in label order, ImageNet's made readable; None if unknown."""
         count = card.model.num_classes
         is_known = card.class_names or count == len(imagenet_names())
         return readable_names(card.class_names, count) if is_known else None

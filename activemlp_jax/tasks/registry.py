@@ -25,7 +25,7 @@ def open_data(config: ConfigDict, split: str) -> Source:
 
 
 def task_type(card: ModelCard, directory: object) -> type[Task]:
-    """Find the task of a model directory; raise UserError if it is unknown or not the model's."""
+    """Return the task that `card` names; raise UserError if it is unknown or not for the model."""
     task = TASKS.get(card.task)
     if task is None:
         raise UserError(f"{directory} is for the task {card.task!r}, expected {', '.join(TASKS)}")
@@ -38,7 +38,7 @@ def task_type(card: ModelCard, directory: object) -> type[Task]:
 
 
 def check_options(task: type[Task], directory: object, command: str, options: Options) -> None:
-    """Raise UserError if an option of `command` is set that is only for another task."""
+    """Raise UserError if `options` sets an option of `command` that is only for another task."""
     own_options = getattr(task, f"{command}_options")
     for other in TASKS.values():
         for name in getattr(other, f"{command}_options"):

@@ -88,7 +88,7 @@ for label, count in zip(labels, counts):
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation(Task):
-    """The task of predicting a class for every pixel; `protocol` is that of evaluation."""
+    """The task of predicting a class for every pixel; `protocol` holds the inference settings."""
 
     model: ActiveSegmentor
     preprocessing: ScenePreprocessing
@@ -298,7 +298,7 @@ class Segmentation(Task):
     def report(
         self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Report the metrics of each kind of weights, after a table of classes for one kind."""
+        """Report the metrics of each kind of weights, after a table of the first kind's classes."""
         protocol = self.protocol.describe(self.preprocessing)
         lines, record = list[Any](), Record(protocol=protocol)
         for kind, sums in results.items():
@@ -369,7 +369,7 @@ class Segmentation(Task):
 
 
 def watch_parts(parts: Sequence[Part]) -> Iterator[Part]:
-    """Iterate over batches with a progress bar, and print how many sizes are compiled."""
+    """Print the number of images and of sizes to compile, and yield `parts` with a progress bar."""
     console = Console(stderr=True)
     images = sum(len(part.indices) for part in parts)
     sizes = len({shape for part in parts for shape, _ in part.key.views})

@@ -30,7 +30,7 @@ def class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
 def scene_metrics(confusion: np.ndarray) -> dict[str, float]:
     """Compute `mean_iou`, `mean_accuracy` and `pixel_accuracy` of a dataset, in percent.
 
-    The means skip classes whose value is NaN; they are NaN if all are.
+    The means skip classes whose value is NaN. A mean is NaN if the values of all classes are NaN.
     """
     per_class = class_metrics(confusion)
     total = np.asarray(confusion).sum()

@@ -38,8 +38,8 @@ NONE_COMPLETE = ".none_complete"  # the marker file
 class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """Checkpoint directory that writes the digests of its files before taking its final name.
 
-    Orbax calls `finalize` for a checkpoint and for each of its items, once all hosts have written,
-    only on the first host, in the thread that writes.
+    Once all hosts have written, Orbax calls `finalize` for the checkpoint and for each of its
+    items, only on the first host, in the thread that writes.
     """
 
     _final_path: Any
@@ -62,7 +62,7 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class Restored(NamedTuple):
-    """A restored state, with the losses of the steps already done in its epoch."""
+    """A restored state, and the losses of the steps already done in the current epoch."""
 
     state: TrainState
     losses: list[float]
@@ -125,13 +125,13 @@ class Checkpoints:
         return self.path(max(steps)) if steps else None
 
     def best(self) -> Best | None:
-        """Return the best of the checkpoints that were evaluated, or None if there is none."""
+        """Return the evaluated checkpoint with the highest score, or None if none was evaluated."""
         step = self._manager.best_step()
         score = NOT_EVALUATED if step is None else self._manager.metrics(step)["score"]
         return None if score == NOT_EVALUATED else Best(step, score)
 
     def path(self, step: int) -> Path:
-        """Return the directory of the checkpoint of a step."""
+        """Return the directory of the checkpoint of `step`."""
         return self._directory / str(step)
 
     def _steps(self) -> set[int]:
@@ -140,9 +140,10 @@ class Checkpoints:
         return {int(name) for name in names if name.isascii() and name.isdecimal()}
 
     def begin(self, has_records: bool) -> None:
-        """Write the marker that says that no checkpoint is complete yet; for the first host only.
+        """Write the marker of a run without a complete checkpoint; call it on the first host only.
 
-        Raises UserError if the run has records of steps but no marker: its checkpoints are lost.
+        Raises UserError if the run has records of steps but no marker, since it must have lost its
+        checkpoints.
         """
         marker = self._directory / NONE_COMPLETE
         if has_records and not marker.exists():
@@ -154,7 +155,7 @@ class Checkpoints:
         replace_file(marker, "no checkpoint has been complete here yet\n")
 
     def restore(self, like: TrainState, step: int | None = None) -> Restored | None:
-        """Restore the checkpoint of `step`, or the newest one after a check of all others.
+        """Restore the checkpoint of `step`; if it is None, check all and restore the newest one.
 
         `like` has the state's shapes and shardings. Returns None if there is no checkpoint. Raises
         UserError if a checkpoint is damaged, has weights that are not finite, or belongs to a run
@@ -185,7 +186,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Turn errors into a UserError that calls the checkpoint damaged and names a good one."""
+        """Turn errors into a UserError about checkpoint `step` that also names a good one."""
         try:
             yield
         except (MemoryError, jax.errors.JaxRuntimeError):
@@ -197,7 +198,7 @@ class Checkpoints:
             ) from error
 
     def _newest_good(self, without: int) -> str:
-        """Name the newest undamaged checkpoint other than `without`, for messages."""
+        """Return a phrase that names the newest undamaged checkpoint not of step `without`."""
         for step in sorted(self._steps() - {without}, reverse=True):
             with contextlib.suppress(UserError):
                 _read(self.path(step), share=False)
@@ -276,7 +277,7 @@ def _check_score(checkpoint: Path) -> None:
 
 
 def _read(checkpoint: Path, share: bool = True, may_lack_files: bool = False) -> dict[str, Any]:
-    """Check the digests of a checkpoint's files, and read the config and losses.
+    """Check the digests of a checkpoint's files, and return its config and losses as a dict.
 
     Checkpoints of earlier versions have no digests. With `share`, each host checks its share of the
     files. With `may_lack_files`, missing files are accepted.

@@ -57,7 +57,7 @@ def load_config(path: str) -> ConfigDict:
 
 
 def config_name(path: str) -> str:
-    """Name a config after its file, without the ending, and its variant if there is one."""
+    """Return a config's name from its path: the file's stem and, after '_', the variant if any."""
     file, *variant = path.split(":", 1)
     return "_".join([Path(file).stem, *variant])
 
@@ -67,7 +67,7 @@ def parse_arguments(
 ) -> tuple[argparse.Namespace, ConfigDict]:
     """Parse the command line of a command that takes a config.
 
-    ml_collections parses the options that set keys of the config, by the type of each key's current
+    ml_collections parses the options --config.KEY=VALUE, each to the type of the key's current
     value. With --help, the keys of the config are printed as well, and the process exits.
 
     Args:
@@ -100,7 +100,7 @@ def parse_arguments(
 
 
 def _set_keys(config: ConfigDict, words: Sequence[str], path: str) -> None:
-    """Set the config keys that the command-line words name; raise UserError for other words."""
+    """Set keys of `config` from `words` such as --config.KEY=VALUE; refuse other words."""
     keys = flatten(config)
     for word in words:
         match = re.match(r"--?(?:no)?config\.([\w.]+)", word)
@@ -121,7 +121,7 @@ def _set_keys(config: ConfigDict, words: Sequence[str], path: str) -> None:
 
 
 def run(description: str | None, default_path: Path) -> None:
-    """Run the command line of `train.py`."""
+    """Run `train.py`: parse its command line, then train."""
     parser = Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -159,7 +159,7 @@ def _train(arguments: argparse.Namespace, config: ConfigDict) -> None:
 
 
 def _interrupted(reason: str, workdir: Path) -> str:
-    """Say what an interrupted run has saved and how to continue it."""
+    """Return a message that says what an interrupted run has saved and how to continue it."""
     reason, checkpoints = reason or "interrupted", workdir / "checkpoints"
     saved = checkpoints.is_dir() and any(name.isdigit() for name in os.listdir(checkpoints))
     if saved:

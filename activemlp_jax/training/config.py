@@ -21,8 +21,8 @@ from activemlp_jax.training.schedules import SCHEDULES
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.json_files import short
 
-# Keys that may change when a run is resumed. They do not change what it computes, apart from
-# rounding and, for `accumulation`, the samples that drop path drops.
+# Keys that may change when a run is resumed. They do not change what the run computes, apart from
+# rounding. `accumulation` also changes which samples drop path drops.
 FREE_TO_CHANGE = (
     "tensorboard",
     "log_every_steps",
@@ -44,7 +44,7 @@ FREE_TO_CHANGE = (
 
 
 def default_config() -> ConfigDict:
-    """Return the default settings, for a run on the digits, locked so that no keys can be added."""
+    """Return the default config, which trains on digits; it is locked: no keys can be added."""
     config = ConfigDict()
     config.task = "classification"  # or segmentation
     config.seed = 0
@@ -82,7 +82,7 @@ def default_config() -> ConfigDict:
     config.head.dropout_rate = 0.1
 
     config.mesh = ConfigDict()  # devices along each axis; see sharding.make_mesh
-    config.mesh.data = -1  # devices that split the batch and copy the state; -1: all / fsdp
+    config.mesh.data = -1  # devices that split the batch and replicate the state; -1: all / fsdp
     config.mesh.fsdp = 1  # devices that split both the batch and the state
 
     config.data = ConfigDict()
@@ -125,7 +125,7 @@ def default_config() -> ConfigDict:
     config.augment.mixup_alpha = 0.0  # 0: no mixup; see batch_transforms.draw_mixing
     config.augment.cutmix_alpha = 0.0  # 0: no cutmix
     config.augment.cutmix_probability = 0.5  # of cutmix rather than mixup, if both are on
-    # Size of a mixing group, images that share one mixup or cutmix draw; a smaller batch is one.
+    # Number of images that share one mixup or cutmix draw; a smaller batch shares one as a whole.
     config.augment.mix_group_size = 128
     config.augment.scene = ConfigDict()  # for segmentation; see segmentation_transforms
     config.augment.scene.min_scale = 0.5  # random scale of the resized image, if data.scene resizes
@@ -182,8 +182,8 @@ CHOICES: dict[str, Iterable[str]] = {
     "optimizer.not_decayed": NOT_DECAYED,
 }
 
-# Lowest and highest value of each setting, or of each number in a tuple; `MOST` is far above what
-# any run needs. All other numbers are limited to 0 to `MOST`.
+# Lowest and highest value of each setting, or of each number in a tuple. Numbers that are not
+# listed here must be from 0 to `MOST`, which is far above what any run needs.
 MOST = 10**7
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),  # JAX's random keys use 32 bits of it
@@ -294,7 +294,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flatten_dict(config.to_dict(), sep=".")
 
 
-# Old names of keys and groups of keys, as in configs that earlier versions saved, to new names.
+# Current names of keys and of groups of keys, by their names in configs from earlier versions.
 RENAMED = {
     "data.augmentation": "augment.policy",
     "data.repeats": "augment.repeats",
@@ -324,10 +324,10 @@ def current_name(key: str) -> str:
 
 
 def differing_keys(config: ConfigDict, theirs: dict[str, Any]) -> list[str]:
-    """List the settings that differ from those of a saved config, `theirs`, each with both values.
+    """List the settings that differ between `config` and a saved config `theirs`, with both values.
 
-    `FREE_TO_CHANGE` are left out. Configs saved by earlier versions may use old names of keys,
-    which are replaced by the current ones, and may lack some keys, which then have their defaults.
+    Keys in `FREE_TO_CHANGE` are left out. If earlier versions saved `theirs`, old names of keys are
+    replaced by the current ones, and missing keys have their defaults.
     """
     defaults, here = (
         flatten_dict(json.loads(each.to_json()), sep=".") for each in (default_config(), config)

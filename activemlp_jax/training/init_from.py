@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def adopt_architecture(config: ConfigDict) -> ConfigDict:
     """Return a copy of `config` with the architecture of the model directory `config.init_from`.
 
-    The head of a segmentation model replaces the config's; for a classifier, the config's stays.
+    A segmentation model there also sets the head in the config; a classifier leaves it unchanged.
 
     Raises:
       UserError: `init_from` is not a model directory, or the task cannot start from its model.
@@ -48,11 +48,11 @@ def initial_variables(config: ConfigDict, task: Task) -> Variables:
     Random initialization runs on one device, so that one program in JAX's compilation cache serves
     any number of devices.
 
-    If the loaded model has a different number of classes, the layers that depend on it are
-    initialized randomly. A segmentation model takes only the backbone of a classifier.
+    If the loaded model has a different number of classes, the layers that depend on that number are
+    initialized randomly. From a classifier, a segmentation model takes only the backbone.
 
     Returns:
-      The variables as numpy arrays; loaded ones are float32, apart from integers.
+      The variables as numpy arrays; loaded ones become float32, apart from integers.
 
     Raises:
       UserError: the directory is incomplete or has no weights of kind `config.init_weights`.
@@ -62,7 +62,7 @@ def initial_variables(config: ConfigDict, task: Task) -> Variables:
         return jax.device_get(jax.jit(partial(draw_variables, config, model))())
 
     def draw(paths: Sequence[tuple[str, ...]]) -> list[Any]:
-        """Initialize only some subtrees; XLA eliminates the code for the others."""
+        """Initialize only the subtrees at `paths`; XLA eliminates the code for the others."""
 
         def subtrees() -> list[Any]:
             variables = draw_variables(config, model)

@@ -172,7 +172,7 @@ def _log_start(run: Run, state: TrainState) -> None:
 def _run_steps(
     run: Run, restored: Restored, checkpoints: Checkpoints, reporter: Reporter
 ) -> tuple[TrainState, Record, Sums, float]:
-    """Train to the last step; return the state, its test metrics and sums, and the seconds."""
+    """Train to the last step; return the state, its test metrics and sums, and the time taken."""
     config, trainer, (state, losses) = run.config, run.trainer, restored
     epoch_steps, last_step = trainer.steps_per_epoch, trainer.steps
     first_step = int(state.step)
@@ -205,7 +205,8 @@ def _run_steps(
         broken = non_finite(metrics)
         if broken:
             batch = sample_order(config, len(run.train_source)).batch(step)
-            # The loss is of the weights before the update, so checkpoint `step` is bad as well.
+            # The loss is computed before the update, with the weights that checkpoint `step` has,
+            # so that checkpoint is bad as well.
             last_good = checkpoints.newest(below=step if "loss" in broken else step + 1)
             raise stop_at_non_finite(run.workdir, step, metrics, batch, last_good)
 

@@ -16,12 +16,12 @@ NOT_DECAYED = ("vectors", "norms")  # the values of `config.optimizer.not_decaye
 
 
 def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
-    """Make a mask of the parameters that weight decay applies to, a tree of bools like `params`.
+    """Make a tree of bools like `params` that tells whether weight decay applies to each leaf.
 
     With 'vectors', vectors, biases and positional convolutions (PEG) do not decay, as in the
     original for classification. With 'norms', the LayerNorms of the blocks and of the maps that the
-    head reads do not decay, as in the original for segmentation; the norms of offset layers, batch
-    norms, biases and positional convolutions do.
+    head reads do not decay, as in the original for segmentation. All other parameters then decay:
+    also the norms of offset layers, batch norms, biases and positional convolutions.
 
     Source: the original's parameter groups; for segmentation, those exclude names with 'norm'.
     """
@@ -36,7 +36,7 @@ def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
 
 
 def layer_scales(params: Any, model: Model, decay: float) -> Any:
-    """Compute factors for the learning rates under layer-wise decay, a tree like `params`.
+    """Compute a tree like `params` of learning rate factors, for layer-wise decay.
 
     The factor is 1 for the head and its norm, `decay` for the last block, `decay ** 2` for the
     block before it, and so on down to the stem. The positional convolution (PEG) of a stage has the
@@ -79,7 +79,7 @@ OPTIMIZERS = {"adamw": adamw}  # the values of `config.optimizer.name`
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, model: Model
 ) -> optax.GradientTransformation:
-    """Make the optimizer that `config`, the section `optimizer` of a config, describes."""
+    """Make the optimizer that `config` describes; `config` is the section `optimizer`."""
     mask = partial(decay_mask, not_decayed=config.not_decayed)
     transforms = [OPTIMIZERS[config.name](config, schedule, mask)]
     if config.clip_norm:

@@ -57,8 +57,8 @@ def describe_length(config: ConfigDict, steps_per_epoch: int, steps: int) -> str
 def lagging_average(config: ConfigDict, record: Record, score: str, images: int) -> str | None:
     """Return a one-line warning if the averaged weights are far worse than those of the last step.
 
-    It compares the metric `score`, in percent, in the `record` of the last test, and ignores a
-    difference of one of the `images`.
+    `record` is that of the last test, with the metric `score` of both in percent. A difference of
+    one image out of `images` is ignored.
     """
     raw, averaged = record[f"test_{score}"], record.get(f"ema_test_{score}", math.inf)
     if raw - averaged <= max(MAX_LAG, 100 / images):
@@ -85,8 +85,8 @@ class Reporter:
     """Context manager that reports the steps and epochs of a run.
 
     Writes `metrics.jsonl`, `steps.jsonl` and, if configured, `tensorboard/` to `workdir`, which is
-    None on hosts that do not report. Calls `trackers` with the record of each logged step and of
-    each epoch, a dict from names to numbers that includes `step`.
+    None on hosts that do not report. After each logged step and each epoch, calls each of
+    `trackers` with the record, a dict from names to numbers that includes `step`.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Reporter:
         return self._steps * self._work.batch_size / (time.perf_counter() - self._started)
 
     def step(self, step: int, metrics: Record) -> None:
-        """Report the metrics of a finished step, `loss` among them; `step` counts it as done."""
+        """Report the `metrics` of a step, with its `loss`; `step` is the number of steps done."""
         self._steps += 1
         rate, work = self.images_per_second(), self._work
         record = {"step": step, **metrics, "images_per_second": round(rate, 1)}

@@ -18,7 +18,7 @@ CURVES, CONFUSION, EXAMPLES = "curves.png", "confusion_matrix.png", "scenes.png"
 
 
 def describe_source(run: Run, step: int, score: float) -> dict[str, Any]:
-    """Describe how the weights after `step` steps were trained, as the `source` of a `ModelCard`.
+    """Make the `source` of a `ModelCard`, which says how the weights at `step` were trained.
 
     `score` is the task's score on the test images, in percent. A score that is not finite and
     settings that do not apply are left out.

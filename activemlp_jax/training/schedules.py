@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 
 
 def peak_learning_rate(config: ConfigDict, batch_size: int) -> float:
-    """Compute the peak learning rate, scaled with `batch_size` if there is a reference size."""
+    """Compute the peak learning rate; if there is a reference batch size, scale by the ratio."""
     reference = config.reference_batch_size
     return config.learning_rate * (batch_size / reference if reference else 1.0)
 
 
 def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-    """Return the number of warm-up steps; `config` is `config.optimizer`."""
+    """Return the number of warm-up steps; `config` is the section `optimizer` of a config."""
     if config.schedule == "poly":
         return config.warmup_steps
     return config.warmup_epochs * steps_per_epoch
@@ -26,9 +26,9 @@ def warmup_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 def learning_rate_schedule(
     config: ConfigDict, steps_per_epoch: int, steps: int, batch_size: int
 ) -> optax.Schedule:
-    """Make the learning rate schedule that `config`, the section `optimizer` of a config, names.
+    """Make the learning rate schedule that `config` names; `config` is the section `optimizer`.
 
-    `steps` counts those of the whole run, and `batch_size` the images on all devices.
+    `steps` is the length of the whole run, and `batch_size` counts the images on all devices.
     """
     peak = peak_learning_rate(config, batch_size)
     return SCHEDULES[config.schedule](config, peak, steps_per_epoch, steps)
@@ -37,7 +37,7 @@ def learning_rate_schedule(
 def _cosine_by_step(
     config: ConfigDict, peak: float, steps_per_epoch: int, steps: int
 ) -> optax.Schedule:
-    """Make a linear warm-up, then a cosine decay that counts from the start of the run."""
+    """Make a linear warm-up, then a cosine decay whose steps count from the start of the run."""
     warmup_length = warmup_steps(config, steps_per_epoch)
     warmup = optax.linear_schedule(config.warmup_learning_rate, peak, max(warmup_length, 1))
     cosine = optax.cosine_decay_schedule(peak, steps, alpha=config.final_learning_rate / peak)
@@ -49,8 +49,9 @@ def _cosine_by_epoch(
 ) -> optax.Schedule:
     """Make the schedule of `_cosine_by_step` with one rate per epoch, exactly as the original.
 
-    The original steps its scheduler after each epoch with that epoch's number, so epoch e has the
-    rate for e - 1, and the first two epochs both have the lowest rate of the warm-up.
+    The original steps its scheduler after each epoch with the number of that epoch, from 0. So
+    epoch e trains at the rate for e - 1, and the first two epochs both train at the lowest rate of
+    the warm-up.
     """
     epochs, warmup = -(-steps // steps_per_epoch), config.warmup_epochs
     lowest, final = config.warmup_learning_rate, config.final_learning_rate
@@ -78,8 +79,8 @@ def _linear(config: ConfigDict, peak: float, steps_per_epoch: int, steps: int) -
     return rate
 
 
-# By value of `config.optimizer.schedule`. Each function takes `config.optimizer`, the peak learning
-# rate, the steps per epoch and the steps of the run.
+# The keys are the values of `config.optimizer.schedule`. Each function takes `config.optimizer`,
+# the peak learning rate, the steps per epoch and the steps of the run.
 SCHEDULES: dict[str, Callable[[ConfigDict, float, int, int], optax.Schedule]] = {
     "steps": _cosine_by_step,
     "epochs": _cosine_by_epoch,

@@ -35,7 +35,7 @@ class TrainState(struct.PyTreeNode):
         return cls(jnp.zeros((), jnp.int32), variables, ema, optimizer.init(variables["params"]))
 
     def weights(self) -> dict[str, Variables]:
-        """Return the variables as 'model' and, if the run keeps their average, that as 'ema'."""
+        """Return the variables, keyed 'model', and their average, keyed 'ema', if there is one."""
         return {"model": self.variables} | ({} if self.ema is None else {"ema": self.ema})
 
 
@@ -46,14 +46,14 @@ def make_train_step(
     config: ConfigDict,
     mesh: Mesh,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Make the function of one training step, for a state and a batch split over `mesh`.
+    """Make the function that runs one training step; state and batch are split over `mesh`.
 
     The optimizer already applies `schedule`; it is given only to report the learning rate.
 
     Returns:
-      A function from a state and a batch to the next state and the metrics of the step: `loss`
-      before the update, `learning_rate`, and the norms over all parameters: `gradient_norm`, and
-      `parameter_norm` after the update.
+      A function from a state and a batch to the next state and the metrics of the step. The metrics
+      are `loss` before the update, `learning_rate`, `gradient_norm`, and `parameter_norm` after the
+      update; both norms are over all parameters.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -109,7 +109,7 @@ def make_train_step(
 
 
 def update_average(average: Variables, variables: Variables, decay: float | jax.Array) -> Variables:
-    """Compute `decay * average + (1 - decay) * variables`, in the dtypes of `average`."""
+    """Compute `decay * average + (1 - decay) * variables` in `average`'s dtypes; copy integers."""
 
     def update(new: jax.Array, old: jax.Array) -> jax.Array:
         if jnp.issubdtype(new.dtype, jnp.integer):  # a count

@@ -23,7 +23,7 @@ class Interruption:
     """Context manager that notices when the run should save its state and stop.
 
     Ctrl-C or SIGTERM on any host, or a notice from JAX's preemption service, stops all hosts after
-    the same step. A second signal stops at once.
+    the same step. A second signal raises KeyboardInterrupt immediately.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Interruption:
         log.info("stopping after this step; again stops at once")
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; the same on all hosts, which must all ask at every step."""
+        """Return whether all hosts stop after `step`; every host must call this at every step."""
         signaled = self._signal is not None
         if jax.process_count() == 1:
             return signaled
@@ -70,8 +70,8 @@ def stop_at_non_finite(
 ) -> UserError:
     """Record a step with non-finite metrics in `non_finite.json`, and return the error to raise.
 
-    The first host writes the file. `examples` are the indices, in the training set, of the images
-    in the batch of `step`, counted from 0; `checkpoint` is the newest one that is still good.
+    The first host writes the file. `step` is counted from 0. `examples` are the training set's
+    indices of the images in the batch. `checkpoint` is the newest good one, or None.
     """
     broken = non_finite(metrics)
     values = {name: str(metrics[name]) if name in broken else metrics[name] for name in metrics}

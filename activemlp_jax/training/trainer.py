@@ -64,8 +64,8 @@ class Trainer:
     def test(self, state: TrainState, source: Source) -> tuple[Record, Sums]:
         """Evaluate a state's variables and, if the run keeps one, their average.
 
-        Returns the metrics, with keys such as 'test_loss' and 'ema_test_loss', and the sums of the
-        average, or of the variables if there is no average.
+        Returns the metrics, with keys such as 'test_loss' and 'ema_test_loss', and the sums for the
+        average if there is one, else for the variables.
         """
         names = {"model": "test", "ema": "ema_test"}
         weights = {names[kind]: variables for kind, variables in state.weights().items()}
@@ -78,7 +78,7 @@ class Trainer:
         return record, sums[list(weights)[-1]]
 
     def score(self, sums: Sums) -> float:
-        """Return the metric that ranks the states of a run, in percent."""
+        """Compute from `sums` the metric that ranks the states of a run, in percent."""
         return self.task.metrics(sums)[self.task.score]
 
 

@@ -31,7 +31,7 @@ MAX_TRUNCATED_BYTES = 2**16  # longest last line that counts as cut off by a kil
 
 @contextlib.contextmanager
 def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Claim `workdir`, created if needed, for this run while the context is open.
+    """Claim `workdir` for this run while the context is open; create it if needed.
 
     Writes the whole `config` to `config.json`, and does not touch the files of another run.
 
@@ -76,7 +76,7 @@ def _check_owner(workdir: Path, config: ConfigDict) -> None:
                 "give another --workdir"
             )
         return
-    # Left by a run that was killed as it started; in earlier versions without the leading dot.
+    # A run killed while it starts leaves these; earlier versions named them without leading dots.
     leftovers = {partial_path(path).name, f"{path.name}.partial", LOCK}
     if any(other.name not in leftovers for other in workdir.iterdir()):
         raise UserError(
@@ -107,14 +107,14 @@ def read_records(path: Path) -> list[Record]:
 
 
 def _is_truncated(rest: bytes) -> bool:
-    """Whether the text after the last newline is empty or only the beginning of a record."""
+    """Return whether `rest`, after the last newline, is empty or only the beginning of a record."""
     rest = rest.rstrip(b"\0")  # zeros that some file systems leave after a power cut
     begins = rest.startswith(b"{") and rest.isascii() and len(rest) <= MAX_TRUNCATED_BYTES
     return not rest or (begins and not rest.endswith(b"}"))
 
 
 def _parse(path: Path, number: int, line: bytes) -> Record:
-    """Parse a line as a record, a dict from names to numbers."""
+    """Parse `line` as a record, a dict from names to numbers; raise UserError if it is not one."""
     name = f"{path}, line {number}"
     record = parse_json(line, name)
     try:
@@ -134,8 +134,8 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
 def rewind_records(path: Path, step: int) -> list[Record]:
     """Remove the records after `step`, since a resumed run repeats those steps; return the others.
 
-    A missing file is created. Raises UserError as `read_records`, with the file unchanged, or if it
-    cannot be written.
+    A missing file is created. If `read_records` raises UserError, the file stays unchanged. Also
+    raises UserError if the file cannot be written.
     """
     records = [record for record in read_records(path) if record["step"] <= step]
     replace_file(path, "".join(json.dumps(record) + "\n" for record in records))

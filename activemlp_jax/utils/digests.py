@@ -49,7 +49,7 @@ def read_digests(directory: Path) -> dict[str, str]:
 
 
 def check_digests(directory: Path, digests: Mapping[str, str]) -> None:
-    """Raise UserError if a listed file is missing, unreadable or changed."""
+    """Raise UserError unless each file in `digests` is in `directory`, readable and unchanged."""
     for name, digest in digests.items():
         path = directory / name
         if not path.is_file():

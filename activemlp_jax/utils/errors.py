@@ -25,12 +25,12 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 
 
 def install_command(extra: str) -> str:
-    """Return the command that installs an extra, as in the docs; run it in the project's folder."""
+    """Return the command, for the project folder, that installs optional dependencies `extra`."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
 
 
 def one_line(message: object) -> str:
-    """Make a message one line; unprintable characters, as in file names, become question marks."""
+    """Return `message` as one line; unprintable characters become question marks."""
     line = " ".join(str(message).split())
     return "".join(character if character.isprintable() else "?" for character in line)
 
@@ -80,7 +80,7 @@ def errors_in_one_line(output: object = "") -> Iterator[None]:
 
 
 def describe_os_error(error: OSError, path: object = "") -> str:
-    """Say what failed and why in one line; `path` is used if the error names no file."""
+    """Return one line that says what failed and why; `path` is used if `error` names no file."""
     path = error.filename or path
     reason = error.strerror or str(error) or type(error).__name__
     return f"{path}: {reason}" if path else reason

@@ -114,7 +114,7 @@ def write_directory_aside(directory: Path) -> Iterator[Path]:
 
 
 def _recover_directory(directory: Path) -> None:
-    """Restore the old `directory` if its replacement was interrupted; remove it if not."""
+    """Restore the previous directory if its replacement was interrupted, else remove it."""
     previous = previous_path(directory)
     if os.path.lexists(previous):
         if os.path.lexists(directory):

@@ -26,7 +26,8 @@ def without_tracebacks() -> Iterator[None]:
     sys.unraisablehook = ignore_late_results
     try:
         yield
-        # Only on success: after a failure, results of other arrays still arrive at a closed loop.
+        # Restore the hook only on success: after a failure, results of other arrays still arrive at
+        # a closed loop.
         sys.unraisablehook = hook
     finally:
         logger.removeFilter(keep)
