@@ -24,7 +24,7 @@ from activemlp_jax.utils.files import KINDS as FILE_KINDS
 from activemlp_jax.utils.files import write_aside
 from activemlp_jax.utils.json_files import parse_json
 from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch, is_mmsegmentation, list_keys
-from activemlp_jax.weights.torch_pickle import Opaque, Tensor, TorchFile
+from activemlp_jax.weights.torch_pickle import Opaque, Tensor, read_torch_file
 
 StateDict = dict[str, np.ndarray]
 
@@ -142,23 +142,14 @@ def _checkpoint(
 
 def _read_torch(path: Path, size: int) -> tuple[dict[str, StateDict], Mapping[Any, Any]]:
     """Return the state dicts by kind, and the whole content of the file."""
-    with TorchFile(path) as file:
-        content = file.content
-        if not isinstance(content, dict):
-            kind = content.name if isinstance(content, Opaque) else type(content).__name__
-            raise UserError(f"{path} holds a {kind}, expected a dict of weights")
-        state_dicts = _find_state_dicts(content, path)
-        for kind, state_dict in state_dicts.items():
-            _check_sizes(state_dict, f"{path}: {kind}: ", size)
-        weights: dict[str, StateDict] = {kind: {} for kind in state_dicts}
-        for kind, state_dict in state_dicts.items():
-            for key, tensor in state_dict.items():
-                try:
-                    weights[kind][key] = tensor.read(file)
-                except ValueError as error:
-                    raise UserError(
-                        f"{path} is broken or truncated: {_key_text(key)}: {error}"
-                    ) from error
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        kind = content.name if isinstance(content, Opaque) else type(content).__name__
+        raise UserError(f"{path} holds a {kind}, expected a dict of weights")
+    weights = {
+        kind: _read_tensors(path, kind, state_dict, size)
+        for kind, state_dict in _find_state_dicts(content, path).items()
+    }
     return weights, content
 
 
@@ -226,17 +217,19 @@ def _find_state_dicts(content: Mapping[Any, Any], path: Path) -> dict[str, dict[
     return state_dicts
 
 
-def _check_sizes(state_dict: Mapping[Any, Any], prefix: str, file_size: int) -> None:
-    """Raise UserError unless all values are dense tensors, in total no larger than the file."""
-    # Tensors can share and repeat values, so a small file can claim any size.
-    total = 0
+def _read_tensors(
+    path: Path, kind: str, state_dict: Mapping[Any, Any], file_size: int
+) -> StateDict:
+    """Read the values of a state dict, all of which must be dense tensors."""
+    arrays = {}
+    total = 0  # tensors can share and repeat values, so a small file can claim any size
     for key, value in state_dict.items():
-        name = f"{prefix}{_key_text(key)}"
+        name = f"{path}: {kind}: {_key_text(key)}"
         if isinstance(value, Opaque):
             raise UserError(f"{name} is not a dense tensor: {value.name}")
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise UserError(f"{prefix}{key!r:.200} is a {kind}, expected a named tensor")
+            found = type(value).__name__
+            raise UserError(f"{path}: {kind}: {key!r:.200} is a {found}, expected a named tensor")
         if value.type_name != str(value.storage.dtype):  # a dtype that numpy lacks
             raise UserError(f"{name} has values of type {value.type_name}, expected floating")
         if 0 in value.shape:
@@ -247,6 +240,11 @@ def _check_sizes(state_dict: Mapping[Any, Any], prefix: str, file_size: int) -> 
                 f"{name} has {value.nbytes} bytes, {total} with the tensors before it, more than "
                 f"the whole file with {file_size}"
             )
+        try:
+            arrays[key] = value.read(path)
+        except ValueError as error:
+            raise UserError(f"{path} is broken or truncated: {_key_text(key)}: {error}") from error
+    return arrays
 
 
 def _key_text(key: object) -> str:
