@@ -4,8 +4,10 @@ Reading does not need PyTorch. Writing any format except `.safetensors` needs th
 dependencies [torch].
 """
 
+import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -32,12 +34,9 @@ StateDict = dict[str, np.ndarray]
 KINDS = {"ema": "model_ema", "model": "model"}
 
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
-SAFETENSORS_TYPES = (  # the ones that numpy can represent
-    *("F16", "BF16", "F32", "F64", "BOOL"),
-    *("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"),
-)
+NUMPY_TYPES = re.compile(r"BF16|BOOL|F(16|32|64)|[IU](8|16|32|64)")  # in a safetensors file
 MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file
-STATE_DICT_VALUES = (Tensor, Opaque, np.ndarray)  # `_check_sizes` rejects an Opaque by name
+STATE_DICT_VALUES = (Tensor, Opaque, np.ndarray)  # `_read_tensors` rejects an Opaque by name
 
 # The key under which files written here store the text of a model.json, next to the state dict.
 DESCRIPTION = "activemlp_jax"
@@ -61,10 +60,9 @@ class TorchCheckpoint(NamedTuple):
 
 
 def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
-    """Return `kind` if it is one of `kinds`; for 'auto', return the preferred one of `kinds`.
+    """Return `kind`, or for 'auto' the preferred one of `kinds`.
 
-    Raises:
-      UserError: `kinds` does not contain `kind`; the message starts with `where`.
+    Raises UserError, whose message starts with `where`, if `kinds` does not contain `kind`.
     """
     if kind == "auto":
         return next(name for name in KINDS if name in kinds)
@@ -119,7 +117,10 @@ def _checkpoint(
             description = parse_json(description, "it")
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} has a broken description of its model: {error}") from error
-    weights = _restore_kind(weights, description)
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        # A single set of weights is stored as 'model', and the description has its kind.
+        (kind,), (state_dict,) = description["weights"]["kinds"], weights.values()
+        weights = {kind: state_dict} if kind in KINDS else weights
     for kind, state_dict in weights.items():
         for key, array in state_dict.items():
             _check_values(array, f"{path}: {kind}: {_key_text(key)}")
@@ -167,7 +168,7 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, StateDict], Mapp
             metadata = file.metadata() or {}
             for key in file.keys():  # noqa: SIM118 - not a dict
                 type_name = file.get_slice(key).get_dtype()
-                if type_name not in SAFETENSORS_TYPES:
+                if not NUMPY_TYPES.fullmatch(type_name):
                     raise UserError(
                         f"{path}: model: {_key_text(key)} has values of type {type_name}, "
                         "expected floating"
@@ -178,42 +179,31 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, StateDict], Mapp
     return _find_state_dicts(weights, path), metadata
 
 
-def _restore_kind(weights: dict[str, StateDict], description: Any) -> dict[str, StateDict]:
-    """Relabel a single set of weights, always stored as 'model', with its kind in `description`."""
-    try:
-        (kind,) = description["weights"]["kinds"]
-        (state_dict,) = weights.values()
-        return {kind: state_dict} if kind in KINDS else weights
-    except (KeyError, TypeError, ValueError):
-        return weights
-
-
 def _int_or_none(value: object, low: int) -> int | None:
     """Return `value` from a file if it is a 64-bit integer of at least `low`, or else None."""
     return value if type(value) is int and low <= value < 2**63 else None
 
 
 def _find_state_dicts(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Return the state dicts of a file by kind."""
-    nested = content.get("state_dict")
-    values = {kind: content.get(key) for kind, key in KINDS.items()}
-    state_dicts = {
-        kind: value for kind, value in values.items() if isinstance(value, dict) and value
-    }
-    if not state_dicts and isinstance(nested, dict) and nested:
-        state_dicts = {"model": nested}
+    """Return the state dicts of a file by kind, without the prefix of data-parallel training."""
     rest = {key: value for key, value in content.items() if key != DESCRIPTION}
-    if not state_dicts and all(isinstance(value, STATE_DICT_VALUES) for value in rest.values()):
-        state_dicts = {"model": rest} if rest else {}
+    values = {kind: content.get(key) for kind, key in KINDS.items()}
+    if not any(isinstance(value, dict) and value for value in values.values()):
+        is_bare = all(isinstance(value, STATE_DICT_VALUES) for value in rest.values())
+        values = {"model": rest if is_bare else content.get("state_dict")}
+    state_dicts = {
+        kind: {key.removeprefix("module."): v for key, v in value.items()}
+        if all(str(key).startswith("module.") for key in value)
+        else value
+        for kind, value in values.items()
+        if isinstance(value, dict) and value
+    }
     if not state_dicts:
         keys = list_keys([*map(_key_text, rest)], 8) or "nothing"
         raise UserError(
             f"{path} holds no weights: expected a state dict, or one under 'model', 'model_ema' or "
             f"'state_dict', found {keys}"
         )
-    for kind, state_dict in state_dicts.items():
-        if all(str(key).startswith("module.") for key in state_dict):  # data-parallel training
-            state_dicts[kind] = {key.removeprefix("module."): v for key, v in state_dict.items()}
     return state_dicts
 
 
@@ -290,10 +280,11 @@ def load_torch_checkpoint(
     Source: the checkpoints of the authors' release.
     """
     state_dicts = read_checkpoint(path).weights
+    state_dict = state_dicts[choose_kind(state_dicts, weights, path)]
     try:
-        variables = from_torch(state_dicts[choose_kind(state_dicts, weights, path)], model)
+        variables = from_torch(state_dict, model)
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     return jax.tree.map(np.array, variables)  # copies: the file may change or disappear
 
 
@@ -303,14 +294,13 @@ def write_checkpoint(
     description: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write state dicts in the original's file format, atomically.
+    """Write state dicts, and `description`, the content of a `model.json`, atomically.
 
     Args:
       path: a `.safetensors` file, which holds one kind of weights; with any other suffix, a file
-        for `torch.load`.
+        for `torch.load` in the original's format.
       weights: state dicts (PyTorch names to arrays) by kind. Those of a segmentation model have one
         kind and are written in mmsegmentation's format.
-      description: the content of a `model.json`, stored next to the weights.
       class_names: the names of the classes by label, for mmsegmentation.
 
     Raises:

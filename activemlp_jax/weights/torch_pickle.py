@@ -107,7 +107,7 @@ class Tensor:
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
     def read(self, path: Path) -> np.ndarray:
-        """Read the values; tensors of a storage share memory. Raise ValueError if any is missing."""
+        """Read the values, in memory shared by all tensors of a storage; may raise ValueError."""
         storage, itemsize = self.storage, self.storage.dtype.itemsize
         strides = [step if n > 1 else 0 for n, step in zip(self.shape, self.strides, strict=True)]
         last = self.offset + sum(
@@ -134,7 +134,7 @@ class _SmallReads(io.FileIO):
 def read_torch_file(path: Path) -> Any:
     """Return the object that `torch.save` wrote, with a `Tensor` for each tensor.
 
-    Raises UserError if the file is of another type, is broken, or needs a class that is not allowed.
+    Raises UserError if the file is of another type, is broken, or needs a forbidden class.
     """
     try:
         with _SmallReads(path) as file:
