@@ -40,16 +40,10 @@ def write_onnx(
     """Write the inference function of a model, with its weights, as an ONNX file.
 
     The function takes `images` `[batch, image_size, image_size, 3]` float32, normalized, in batches
-    of any size. It returns `logits` float32, as `card.model.apply` does.
+    of any size. It returns `logits` float32, as `card.model.apply` does. The file's metadata has
+    the content of the card.
 
-    Args:
-      path: file to write.
-      card: card of the model, which is stored in the file's metadata.
-      variables: variables of the model.
-      image_size: side of the images, in pixels.
-
-    Returns:
-      JSON-serializable facts that are needed to run the file.
+    Returns facts that are needed to run the file, as JSON values.
     """
     import torch
 
