@@ -72,22 +72,16 @@ def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
-    """Read the weights of a classifier or a segmentation model; nothing in the file can run code.
+    """Read a file of weights, which cannot run code, in memory of at most twice the file's size.
 
-    Reading needs memory for at most twice the size of the file.
+    The file is a `.safetensors` file or one that `torch.save` wrote. The latter holds a checkpoint
+    of the original, `{'model', 'model_ema', ...}`; a checkpoint of mmsegmentation, `{'meta',
+    'state_dict', ...}`; or a state dict, bare or under 'state_dict'. The prefix 'module.' of
+    data-parallel training is dropped.
 
-    Args:
-      path: a `.safetensors` file or a file that `torch.save` wrote. The latter holds a checkpoint
-        of the original, `{'model', 'model_ema', ...}`; a checkpoint of mmsegmentation, `{'meta',
-        'state_dict', ...}`; or a state dict, bare or under 'state_dict'. The prefix 'module.' of
-        data-parallel training is dropped.
-
-    Raises:
-      UserError: the file is missing, broken, or of another type; it needs a class other than
-        tensors and `argparse.Namespace`, which the message names; a value is not finite or has the
-        wrong dtype; or its tensors claim more values than the file holds.
-
-    Source: the checkpoints of the authors' release.
+    Raises UserError if the file is missing, broken, or of another type; if it needs a class other
+    than tensors and `argparse.Namespace`; if a value is not finite or has the wrong dtype; or if
+    the tensors claim more values than the file holds.
     """
     path = Path(path)
     try:
@@ -294,17 +288,13 @@ def write_checkpoint(
     description: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write state dicts, and `description`, the content of a `model.json`, atomically.
+    """Write state dicts by kind, with the content of a `model.json` as `description`, atomically.
 
-    Args:
-      path: a `.safetensors` file, which holds one kind of weights; with any other suffix, a file
-        for `torch.load` in the original's format.
-      weights: state dicts (PyTorch names to arrays) by kind. Those of a segmentation model have one
-        kind and are written in mmsegmentation's format.
-      class_names: the names of the classes by label, for mmsegmentation.
+    A `.safetensors` file holds one kind of weights. With any other suffix, `path` becomes a file
+    for `torch.load`: in the original's format, or for a segmentation model, which has one kind of
+    weights, in mmsegmentation's format with `class_names`.
 
-    Raises:
-      UserError, OSError: the file cannot be written.
+    Raises UserError or OSError if the file cannot be written.
     """
     text = json.dumps(description)
     try:

@@ -77,11 +77,7 @@ def is_mmsegmentation(state_dict: Shapes) -> bool:
 
 
 def infer_model(state_dict: Shapes) -> Model:
-    """Infer the model of a state dict, whose values may be any objects with a `shape`.
-
-    Raises:
-      ValueError: a required key is missing or has an impossible shape; the message names it.
-    """
+    """Infer the model; raise ValueError if a required key is missing or has an impossible shape."""
     if not is_mmsegmentation(state_dict):
         fields = infer_architecture(state_dict)
         return ActiveMLP(**fields, num_classes=_rows(state_dict, "head.weight"))
@@ -118,10 +114,8 @@ def _count_depths(blocks: set[tuple[int, int]]) -> tuple[int, ...]:
 def infer_architecture(state_dict: Shapes, prefix: str = "") -> dict[str, Any]:
     """Infer the fields, except `num_classes`, of the ActiveMLP whose keys start with `prefix`.
 
-    If several values of `offset_interval` give the same network, the smallest is returned.
-
-    Raises:
-      ValueError: a required key is missing or has an impossible shape; the message names it.
+    If several values of `offset_interval` give the same network, the smallest is returned. Raises
+    ValueError if a required key is missing or has an impossible shape.
     """
     blocks, offset_layers = set(), set()
     for key in state_dict:
@@ -249,13 +243,11 @@ def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dic
         raise ValueError(f"the weights are of {inferred}, expected {expected}")
     shapes = variable_shapes(model)
     names = {path: torch_name(path, backbone(model).depths) for path in shapes}
-    missing = [name for name in names.values() if name not in state_dict]
-    unknown = sorted(set(state_dict) - set(names.values()))
-    wrong = [
-        f"{len(keys)} {kind} ({list_keys(keys)})"
-        for kind, keys in (("missing", missing), ("unknown", unknown))
-        if keys
-    ]
+    keys = {
+        "missing": [name for name in names.values() if name not in state_dict],
+        "unknown": sorted(set(state_dict) - set(names.values())),
+    }
+    wrong = [f"{len(some)} {kind} ({list_keys(some)})" for kind, some in keys.items() if some]
     if wrong:
         raise ValueError(f"the state dict does not fit {expected}: keys {', '.join(wrong)}")
     flat = {}

@@ -27,25 +27,18 @@ MAX_DIFFERENCE = 1e-9  # relative; rounding in float64 leaves about 1e-15
 # two.
 SCENE_SIZE = (72, 104)
 
-NETWORKS: dict[type[Model], type[torch.nn.Module]] = {
-    ActiveMLP: TorchActiveMLP,
-    ActiveSegmentor: TorchSegmentor,
-}
+NETWORKS: dict[type, Any] = {ActiveMLP: TorchActiveMLP, ActiveSegmentor: TorchSegmentor}
 
 
 def largest_difference(directory: Path, state_dicts: Mapping[str, StateDict]) -> dict[str, float]:
     """Compare the flax and PyTorch logits on random images in float64.
 
     A classifier gets two images of the size that it was made for, and a segmentation model gets one
-    image of `SCENE_SIZE`.
+    image of `SCENE_SIZE`. `state_dicts` has the weights that `directory` was converted from, by
+    kind.
 
-    Args:
-      directory: the converted model directory.
-      state_dicts: the state dicts that it was converted from, by kind of weights.
-
-    Returns:
-      The norm of the difference divided by the norm of PyTorch's logits, by kind of weights. For a
-      model with an auxiliary head, the larger value of the two heads.
+    Returns, by kind, the norm of the difference divided by the norm of PyTorch's logits. For a
+    model with an auxiliary head, this is the larger value of the two heads.
     """
     card = read_card(directory)
     side = card.preprocessing.side
