@@ -7,8 +7,6 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,6 @@ from activemlp_jax.weights.torch_files import DESCRIPTION, as_tensor
 from activemlp_jax.weights.torch_names import to_torch
 
 OPSET = 20  # first version with GELU
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence PyTorch's exporter, which warns about its own code and packages we do not need."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def write_onnx(
@@ -49,7 +33,10 @@ def write_onnx(
 
     from activemlp_jax.weights.verify import torch_model
 
-    with _quiet():
+    # The exporter warns about its own code, and about packages that we do not need.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         network = torch_model(card.model).eval()
         network.load_state_dict(
             {name: as_tensor(value) for name, value in to_torch(variables).items()}

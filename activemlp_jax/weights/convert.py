@@ -155,8 +155,7 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
     names = (embedded.class_names if embedded else None) or checkpoint.class_names
     class_names = names if names and len(names) == model.num_classes else None
     if embedded and embedded.source:  # keep where the weights come from
-        copy = {"copied_from": source.name, "copied_from_sha256": digest}
-        origin = {**embedded.source, **copy}
+        origin = {**embedded.source, "copied_from": source.name, "copied_from_sha256": digest}
     else:
         origin = {"file": source.name, "sha256": digest, "epoch": checkpoint.epoch}
         if checkpoint.iteration is not None:

@@ -105,7 +105,7 @@ def _checkpoint(
     path: Path, weights: dict[str, StateDict], content: Mapping[Any, Any]
 ) -> TorchCheckpoint:
     """Check the values of state dicts, and combine them with the other contents of the file."""
-    description = content.get(DESCRIPTION)
+    description: Any = content.get(DESCRIPTION)
     if description is not None:
         try:
             description = parse_json(description, "it")

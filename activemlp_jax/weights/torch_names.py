@@ -8,7 +8,7 @@ convolutions in the original. The model is inferred from the keys and the shapes
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -157,7 +157,7 @@ def _ratio(hidden: int, dim: int) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def torch_name(path: VariablePath, depths: Iterable[int]) -> str:
+def torch_name(path: VariablePath, depths: Sequence[int]) -> str:
     """Return the PyTorch name of the variable at the flax `path`, in a model with these depths."""
     collection, *module, leaf = path
     names: tuple[tuple[str, str], ...] = MODULE_NAMES + SEGMENTATION_NAMES
@@ -169,8 +169,7 @@ def torch_name(path: VariablePath, depths: Iterable[int]) -> str:
         if match and (collection, leaf) in LEAF_NAMES:
             name = match.expand(torch_template)
             if "LAST" in name:
-                last = tuple(depths)[int(match[1])] - 1
-                name = name.replace("LAST", str(last))
+                name = name.replace("LAST", str(depths[int(match[1])] - 1))
             return f"{prefix}{name}.{LEAF_NAMES[collection, leaf]}"
     raise ValueError(f"no PyTorch name for the parameter {'/'.join(path[1:])}")
 

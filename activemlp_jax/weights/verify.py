@@ -50,15 +50,13 @@ def largest_difference(directory: Path, state_dicts: Mapping[str, StateDict]) ->
 
     def run_flax(kind: str) -> Any:
         with jax.enable_x64(True):
-            variables = jax.tree.map(_to_float64, read_weights(directory, card, kind))
+            variables = jax.tree.map(jnp.float64, read_weights(directory, card, kind))
             return jax.device_get(apply(variables, jnp.asarray(images)))
 
     def run_torch(kind: str) -> Any:
         with torch.device("meta"):  # no memory for weights: the state dict brings its own
             network = torch_model(card.model)
-        tensors = {key: as_tensor(value) for key, value in state_dicts[kind].items()}
-        for key, tensor in tensors.items():
-            tensors[key] = tensor.double() if tensor.is_floating_point() else tensor
+        tensors = {key: as_tensor(value).double() for key, value in state_dicts[kind].items()}
         network.load_state_dict(tensors, assign=True)
         with torch.inference_mode():
             return jax.tree.map(np.asarray, network(torch.from_numpy(images)))
@@ -70,10 +68,6 @@ def largest_difference(directory: Path, state_dicts: Mapping[str, StateDict]) ->
         return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
 
     return {kind: difference(kind) for kind in state_dicts}
-
-
-def _to_float64(value: np.ndarray) -> jax.Array:
-    return jnp.asarray(value, jnp.float64 if jnp.issubdtype(value.dtype, jnp.floating) else None)
 
 
 def torch_model(model: Model) -> torch.nn.Module:
