@@ -128,9 +128,9 @@ def _preprocessing(
             "--image-size does not go with a segmentation model, which takes scenes of any size: "
             "leave it out"
         )
-    size = None if takes_any_size else recorded if wanted is None else wanted
     preprocessing = embedded.preprocessing if embedded else model_type(model).preprocessing()
-    return preprocessing if size is None else preprocessing.with_side(size)
+    size = recorded if wanted is None else wanted
+    return preprocessing if takes_any_size or size is None else preprocessing.with_side(size)
 
 
 def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:

@@ -109,17 +109,16 @@ class Tensor:
     def read(self, path: Path) -> np.ndarray:
         """Read the values, in memory shared by all tensors of a storage; may raise ValueError."""
         storage, itemsize = self.storage, self.storage.dtype.itemsize
-        strides = [step if n > 1 else 0 for n, step in zip(self.shape, self.strides, strict=True)]
-        last = self.offset + sum(
-            (n - 1) * step for n, step in zip(self.shape, strides, strict=True)
-        )
+        axes = list(zip(self.shape, self.strides, strict=True))
+        last = self.offset + sum((n - 1) * stride for n, stride in axes)
         if storage.values is None:
             storage.values = np.fromfile(path, np.uint8, storage.size, offset=storage.position)
         # numpy checks this too, but with numbers that can overflow.
         if (last + 1) * itemsize > len(storage.values):
             raise ValueError("its values are not all in the file")
-        steps, start = [step * itemsize for step in strides], self.offset * itemsize
-        return np.ndarray(self.shape, storage.dtype, storage.values.data, start, steps)
+        strides = [stride * itemsize if n > 1 else 0 for n, stride in axes]
+        start = self.offset * itemsize
+        return np.ndarray(self.shape, storage.dtype, storage.values.data, start, strides)
 
 
 class _SmallReads(io.FileIO):
