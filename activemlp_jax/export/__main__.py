@@ -56,15 +56,7 @@ def with_image_size(card: ModelCard, image_size: int | None) -> ModelCard:
 
 
 def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
-    """Describe the default weights of a model for `config.json`.
-
-    Args:
-      card: card with the preprocessing of the exported function.
-      variables: variables of the model.
-
-    Returns:
-      The content of `config.json`, without entries in `files`.
-    """
+    """Return the content of `config.json` for the default weights, without entries in `files`."""
     content, side = card.to_json(), card.preprocessing.side
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     logits = jax.eval_shape(card.model.apply, variables, images)
@@ -83,40 +75,20 @@ def describe(card: ModelCard, variables: Variables) -> dict[str, Any]:
     }
 
 
-def _write(
-    name: str, path: Path, card: ModelCard, variables: Variables, image_size: int
-) -> dict[str, Any]:
-    """Write one format, and return the facts about the file for `config.json`."""
-    if name == "stablehlo":
-        return write_stablehlo(path, card.model, variables, image_size)
-    if name == "onnx":
-        return write_onnx(path, card, variables, image_size)
-    description = replace(card, kinds=(card.default_kind,)).to_json()
-    write_checkpoint(path, {"model": to_torch(variables)}, description)
-    return {"names": "of the original's PyTorch release"}
-
-
 def export_model(
     directory: str,
     output: str,
     formats: Sequence[str] = DEFAULT_FORMATS,
     image_size: int | None = None,
 ) -> dict[str, Any]:
-    """Export the default weights of a model directory.
+    """Export the default weights of a model directory; return the content of `config.json`.
 
-    Args:
-      directory: a model directory.
-      output: the folder to create; it appears only when it is complete.
-      formats: formats from `FORMATS`; each is written to a file `model.FORMAT`.
-      image_size: side of the input in pixels (of the windows for a segmentation model); None keeps
-        the model's.
+    The folder `output` appears only when it is complete, with a file `model.FORMAT` for each of the
+    `formats`. `image_size` is the side of the input in pixels (of the windows for a segmentation
+    model); None keeps the model's.
 
-    Returns:
-      The content of the folder's `config.json`.
-
-    Raises:
-      UserError: the directory, its task or the size is invalid, `output` exists, or a package is
-        missing.
+    Raises UserError if the directory, its task or the size is invalid, `output` exists, or a
+    package is missing.
     """
     card = with_image_size(read_card(directory), image_size)
     task_type(card, directory)
@@ -132,8 +104,16 @@ def export_model(
     side = config["input"]["shape"][1]
     with write_directory_aside(target) as folder:
         for name in dict.fromkeys(formats):
-            file = f"model.{name}"
-            config["files"][file] = _write(name, folder / file, card, variables, side)
+            path = folder / f"model.{name}"
+            if name == "stablehlo":
+                facts = write_stablehlo(path, card.model, variables, side)
+            elif name == "onnx":
+                facts = write_onnx(path, card, variables, side)
+            else:
+                description = replace(card, kinds=(card.default_kind,)).to_json()
+                write_checkpoint(path, {"model": to_torch(variables)}, description)
+                facts = {"names": "of the original's PyTorch release"}
+            config["files"][path.name] = facts
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in config.items()]
         (folder / CONFIG).write_text("{\n" + ",\n".join(lines) + "\n}\n")
         write_readme(folder / README, card, config)

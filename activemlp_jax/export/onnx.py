@@ -7,8 +7,6 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,42 +18,25 @@ from activemlp_jax.weights.torch_names import to_torch
 OPSET = 20  # first version with GELU
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence PyTorch's exporter, which warns about its own code and packages we do not need."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def write_onnx(
     path: Path, card: ModelCard, variables: Variables, image_size: int
 ) -> dict[str, Any]:
     """Write the inference function of a model, with its weights, as an ONNX file.
 
     The function takes `images` `[batch, image_size, image_size, 3]` float32, normalized, in batches
-    of any size. It returns `logits` float32, as `card.model.apply` does.
+    of any size. It returns `logits` float32, as `card.model.apply` does. The file's metadata has
+    the content of the card.
 
-    Args:
-      path: file to write.
-      card: card of the model, which is stored in the file's metadata.
-      variables: variables of the model.
-      image_size: side of the images, in pixels.
-
-    Returns:
-      JSON-serializable facts that are needed to run the file.
+    Returns facts that are needed to run the file, as JSON values.
     """
     import torch
 
     from activemlp_jax.weights.verify import torch_model
 
-    with _quiet():
+    # The exporter warns about its own code, and about packages that we do not need.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         network = torch_model(card.model).eval()
         network.load_state_dict(
             {name: as_tensor(value) for name, value in to_torch(variables).items()}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from activemlp_jax.tasks.base import Task
 from activemlp_jax.tasks.registry import TASKS
 from activemlp_jax.utils.errors import one_line
 from activemlp_jax.weights.convert import NAMES
@@ -39,8 +40,8 @@ A model that {task.does}: ActiveMLP, the backbone of the \
 
 ## Input
 
-{preparation} Pixels are red, green and blue, divided by 255. Then {prep.mean} is taken away, and \
-what is left is divided by {prep.std}.
+{usage.preparation} Pixels are red, green and blue, divided by 255. Then {prep.mean} is taken \
+away, and what is left is divided by {prep.std}.
 
 ## Where the weights come from
 
@@ -89,22 +90,6 @@ model-index:
       name: {task.score_name}
       value: {score:.2f}"""
 
-STABLEHLO = """\
-### `model.stablehlo`
-
-The function with its weights inside, for {platforms}. It needs
-`pip install jax flatbuffers`, and to open photos `pillow`. It was written by jax
-{jax}, and JAX says [for how long others read it]\
-(https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
-
-"""
-ONNX = """\
-### `model.onnx`
-
-The function with its weights inside, in opset {opset}. It needs
-`pip install onnxruntime`, and to open photos `pillow`.
-
-"""
 SAFETENSORS = """\
 ### `model.safetensors`
 
@@ -122,6 +107,10 @@ variables = am.load_torch_checkpoint("model.safetensors")  # flax variables, bit
 
 # The function of a StableHLO or ONNX file, and a program that prints the classes of a photo.
 PROGRAM = """\
+### `{file}`
+
+The function with its weights inside, {about}
+
 It takes `[batch, {side}, {side}, 3]` float32, a batch of any size. Another dtype, image size or \
 order of axes is refused, with an error that says what was expected.
 
@@ -137,24 +126,28 @@ prep, names = config["preprocessing"], config["classes"]["names"]
 {load}
 
 photo = Image.open("photo.jpg").convert("RGB")
-{crop}
+{usage.crop}
 box = left, top, left + side, top + side
 pixels = np.asarray(photo.crop(box), np.float32)[None]  # [batch, height, width, RGB]
 images = (pixels / 255 - np.float32(prep["mean"])) / np.float32(prep["std"])
 {run}  # [{output}]
 {answer}
 ```"""
-# For each file, the text before the program, and the program's lines that import, load and run.
+# For each file, what to know and install, and the program's lines that import, load and run.
 PROGRAMS = {
     "model.stablehlo": (
-        STABLEHLO,
+        """\
+for {platforms}. It needs
+`pip install jax flatbuffers`, and to open photos `pillow`. It was written by jax
+{jax}, and JAX says [for how long others read it]\
+(https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).""",
         "import jax\nimport jax.export\nimport numpy as np",
         'exported = jax.export.deserialize(Path("model.stablehlo").read_bytes())\n'
         "program = jax.jit(exported.call)",
         "logits = program(images)",
     ),
     "model.onnx": (
-        ONNX,
+        "in opset {opset}. It needs\n`pip install onnxruntime`, and to open photos `pillow`.",
         "import numpy as np\nimport onnxruntime",
         'session = onnxruntime.InferenceSession("model.onnx")',
         '(logits,) = session.run(["logits"], {"images": images})',
@@ -164,17 +157,8 @@ MAX_LISTED_CLASSES = 20
 
 
 def write_readme(path: Path, card: ModelCard, config: Mapping[str, Any]) -> None:
-    """Write the model card.
-
-    Args:
-      path: file to write.
-      card: card with the preprocessing of the exported function.
-      config: the content of `config.json`.
-    """
-    prep, files, names = card.preprocessing, config["files"], config["classes"]["names"]
-    title = card.name or "ActiveMLP"
-    if head := config["architecture"].get("head"):
-        title += f" with {head}"
+    """Write the model card of an export; `config` is the content of its `config.json`."""
+    names, prep, task = config["classes"]["names"], card.preprocessing, TASKS[card.task]
     if not names:
         classes = ", without names"
     elif len(names) > MAX_LISTED_CLASSES:
@@ -183,27 +167,27 @@ def write_readme(path: Path, card: ModelCard, config: Mapping[str, Any]) -> None
         classes = f": {', '.join(map(_code, names))}"
     architecture = dict(config["architecture"])
     architecture |= architecture.pop("backbone", {})
-    side, task = config["input"]["shape"][1], TASKS[card.task]
-    usage = task.usage(prep)
+    head, usage = architecture.get("head"), task.usage(prep)
     fields = {
         "card": card,
         "config": config,
         "task": task,
         "prep": prep,
-        "preparation": usage.preparation,
-        "crop": usage.crop,
+        "usage": usage,
         "answer": usage.answer.replace("label_name", "names[label]" if names else "label"),
-        "title": title,
+        "title": (card.name or "ActiveMLP") + (f" with {head}" if head else ""),
         "classes": classes,
         "architecture": _rows(architecture),
         "giga": config["multiply_adds"] / 1e9,
         "weights": NAMES[card.default_kind],
-        "side": side,
+        "side": config["input"]["shape"][1],
         "output": ", ".join(map(str, config["output"]["shape"])),
-        "tags": "\n".join(f"- {Path(file).suffix[1:]}" for file in files),
+        "tags": "\n".join(f"- {Path(file).suffix[1:]}" for file in config["files"]),
     }
-    fields |= _origin_and_quality(card, title)
-    fields["use"] = "\n\n".join(_use(file, facts, fields) for file, facts in files.items())
+    fields |= _training_and_quality(card.source, task, fields["title"])
+    fields["use"] = "\n\n".join(
+        _use(file, facts, fields) for file, facts in config["files"].items()
+    )
     path.write_text(CARD.format(**fields), encoding="utf-8")
 
 
@@ -212,23 +196,24 @@ def _use(file: str, facts: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
     if file == "model.safetensors":
         return SAFETENSORS
     about, imports, load, run = PROGRAMS[file]
-    values = {**fields, **facts, "platforms": ", ".join(facts.get("platforms", ()))}
-    return (about + PROGRAM).format(**values, imports=imports, load=load, run=run)
+    about = about.format(**{**facts, "platforms": ", ".join(facts.get("platforms", ()))})
+    return PROGRAM.format(**fields, file=file, about=about, imports=imports, load=load, run=run)
 
 
-def _origin_and_quality(card: ModelCard, title: str) -> dict[str, str]:
+def _training_and_quality(
+    source: Mapping[str, Any], task: type[Task], title: str
+) -> dict[str, str]:
     """Describe the weights' training, their measured quality, and what their license depends on."""
-    source, task = card.source, TASKS[card.task]
 
-    def known(key: str, text: str) -> str:
+    def known(key: str, text: str = "{}") -> str:
         """Return `text` with `{}` replaced by the value of `key`, or '' if there is no such key."""
         return text.format(_count(source[key])) if key in source else ""
 
-    length, data = _length(source), known("trained_on", "{}")
+    length, data = _length(source), known("trained_on")
     origin = f"| | |\n|---|---|\n{_rows(source, _code)}" if source else "Not said."
     if length and data:
-        start = known("init_from", "the weights in {}") or "random weights"
         by, images = known("config", " by the config {}"), known("train_images", "{} images of ")
+        start = known("init_from", "the weights in {}") or "random weights"
         origin = f"Trained{by} on {images}{data} for {length}, from {start}.\n\n{origin}"
 
     score, results, quality = source.get(f"test_{task.score}"), "", "Not measured."

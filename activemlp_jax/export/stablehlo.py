@@ -22,19 +22,10 @@ def write_stablehlo(
     """Write the inference function of `model` with its weights, for all `PLATFORMS`.
 
     The function takes `images` `[batch, image_size, image_size, 3]` float32, normalized, in batches
-    of any size. It returns the result of `model.apply` in float32.
+    of any size. It returns the result of `model.apply`; `model` must compute in float32.
 
-    Args:
-      path: file to write.
-      model: a model that computes in float32.
-      variables: variables of the model.
-      image_size: side of the images, in pixels.
-
-    Returns:
-      JSON-serializable facts that are needed to run the file.
-
-    Raises:
-      ValueError: if the images are too small for the model.
+    Returns facts that are needed to run the file, as JSON values. Raises ValueError if the images
+    are too small for the model.
     """
     weights = jax.tree.map(jnp.asarray, variables)
 
@@ -42,13 +33,12 @@ def write_stablehlo(
         return model.apply(weights, images)
 
     shape = (*export.symbolic_shape("batch"), image_size, image_size, 3)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
     option = "jax_traceback_in_locations_limit"
     frames = getattr(jax.config, option)
     jax.config.update(option, 0)  # keep local file names and line numbers out of the program
     try:
-        program = export.export(jax.jit(logits), platforms=PLATFORMS)(
-            jax.ShapeDtypeStruct(shape, jnp.float32)
-        )
+        program = export.export(jax.jit(logits), platforms=PLATFORMS)(images)
     finally:
         jax.config.update(option, frames)
     path.write_bytes(program.serialize())

@@ -35,12 +35,7 @@ from activemlp_jax.weights.torch_files import (
     read_checkpoint,
     write_checkpoint,
 )
-from activemlp_jax.weights.torch_names import (
-    BATCH_COUNT,
-    from_torch,
-    infer_model,
-    to_torch,
-)
+from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch, infer_model, to_torch
 
 NAMES = {"ema": "averaged (EMA)", "model": "raw"}
 TORCH_SUFFIXES = (".pth", ".pt", ".safetensors")  # formats that --to-torch writes
@@ -127,17 +122,15 @@ def _preprocessing(
     """Choose the file's own preprocessing or the default, with the image size of --image-size."""
     if embedded and type(embedded.model) is not type(model):
         raise ValueError("the description of its model is for another task than its weights")
-    preprocessing: Preprocessing | ScenePreprocessing
-    preprocessing = embedded.preprocessing if embedded else model_type(model).preprocessing()
-    if not model_type(model).uses_mmsegmentation:
-        size = recorded if wanted is None else wanted
-        return preprocessing if size is None else preprocessing.with_side(size)
-    if wanted is not None:
+    takes_any_size = model_type(model).uses_mmsegmentation
+    if takes_any_size and wanted is not None:
         raise ValueError(
             "--image-size does not go with a segmentation model, which takes scenes of any size: "
             "leave it out"
         )
-    return preprocessing
+    preprocessing = embedded.preprocessing if embedded else model_type(model).preprocessing()
+    size = recorded if wanted is None else wanted
+    return preprocessing if takes_any_size or size is None else preprocessing.with_side(size)
 
 
 def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> None:
@@ -162,8 +155,7 @@ def _from_torch(source: Path, target: Path, arguments: argparse.Namespace) -> No
     names = (embedded.class_names if embedded else None) or checkpoint.class_names
     class_names = names if names and len(names) == model.num_classes else None
     if embedded and embedded.source:  # keep where the weights come from
-        copy = {"copied_from": source.name, "copied_from_sha256": digest}
-        origin = {**embedded.source, **copy}
+        origin = {**embedded.source, "copied_from": source.name, "copied_from_sha256": digest}
     else:
         origin = {"file": source.name, "sha256": digest, "epoch": checkpoint.epoch}
         if checkpoint.iteration is not None:
@@ -189,10 +181,9 @@ def _print_summary(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
         name += f", under the head {head!r}"
     if checkpoint.class_names and not card.class_names:
         classes += f"; the file names {len(checkpoint.class_names)}, which are left out"
-    iteration, epoch = card.source.get("iteration"), card.source.get("epoch")
-    progress = f"epoch {'unknown' if epoch is None else epoch}"
-    if iteration is not None:
-        progress = f"iteration {iteration}"
+    unit = "epoch" if card.source.get("iteration") is None else "iteration"
+    count = card.source.get(unit)
+    progress = f"{unit} {'unknown' if count is None else count}"
     kinds = " and ".join(NAMES[kind] for kind in card.kinds)
     # Names and the epoch come from the file, which may hold control characters.
     print("  model:  ", one_line(f"{name}, {parameters:,} parameters, {classes}"))
@@ -214,14 +205,12 @@ def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:
 
 def _to_torch(source: Path, target: Path, chosen: str | None) -> None:
     card = read_card(source)
-    holds_one_kind = target.suffix == ".safetensors" or model_type(card.model).uses_mmsegmentation
-    if chosen:
-        keys = {choose_kind(card.kinds, chosen, source): "model"}
-    elif holds_one_kind:
-        keys = {card.default_kind: "model"}
+    default = choose_kind(card.kinds, chosen, source) if chosen else card.default_kind
+    is_mmsegmentation = model_type(card.model).uses_mmsegmentation
+    if chosen or is_mmsegmentation or target.suffix == ".safetensors":
+        keys = {default: "model"}
     else:
         keys = {kind: kind for kind in card.kinds}
-    default = card.default_kind if card.default_kind in keys else next(iter(keys))
     card = dataclasses.replace(card, kinds=tuple(keys), default_kind=default)
     weights = {key: to_torch(read_weights(source, card, kind)) for kind, key in keys.items()}
     write_checkpoint(target, weights, card.to_json(), card.class_names)

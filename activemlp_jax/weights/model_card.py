@@ -87,18 +87,8 @@ class ModelCard:
     def to_json(self) -> dict[str, Any]:
         """Return the content of `model.json` as a dict for `json.dumps`.
 
-        Returns:
-          A dict with these keys:
-            format: the version of the format.
-            task: the task, such as 'classification'.
-            name: the published variant, or None.
-            architecture: the fields of `ActiveMLP` that define its architecture; for segmentation,
-              these are under `backbone`, next to the fields of the head.
-            classes: their `number`, and their `names` by label or None.
-            preprocessing: its fields; sides are in pixels, and the mean and standard deviation are
-              those of values from 0 to 1.
-            weights: the available `kinds`, and the `default`.
-            source: the origin of the weights, unchanged.
+        `architecture` has the fields of `ActiveMLP` that define it; for segmentation, these are
+        under `backbone`, next to the fields of the head.
         """
         return {
             "format": FORMAT,
@@ -115,8 +105,7 @@ class ModelCard:
     def from_json(cls, content: Mapping[str, Any]) -> "ModelCard":
         """Build a card from the parsed JSON of a `model.json`; this is the inverse of `to_json`.
 
-        Raises:
-          ValueError: the content is not in this format, exceeds a limit, or contradicts itself.
+        Raises one of `CARD_ERRORS` if the content is invalid, too large or contradicts itself.
         """
         for name, keys in KEYS.items():
             check_keys(content if name == "it" else content[name], name, keys)

@@ -7,8 +7,6 @@
 
 The variables are `params`, and for segmentation also `batch_stats`. Directories of earlier versions
 have no digests.
-
-Conversion and training write model directories; every other tool needs nothing but the directory.
 """
 
 import json
@@ -41,9 +39,7 @@ def write_model(directory: Path, card: ModelCard, weights: Mapping[str, Variable
     """Write a card and its weights into an empty directory; only one host of a run may call this.
 
     `weights` has the variables of `card.model` as numpy arrays, for every kind in `card.kinds`.
-
-    Raises:
-      UserError: the files cannot be written, for example because the disk is full.
+    Raises UserError if the files cannot be written, for example because the disk is full.
     """
     host = jax.process_index()
     this_host_only = ocp.options.MultiprocessingOptions(
@@ -74,9 +70,6 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
     Args:
       directory: a model directory, as written by conversion or training.
 
-    Returns:
-      A `ModelCard`.
-
     Raises:
       UserError: `model.json` is missing, invalid, or differs from its SHA-256 in `SHA256SUMS`.
     """
@@ -102,8 +95,7 @@ def read_card(directory: str | os.PathLike[str]) -> ModelCard:
 def _missing_card(root: Path) -> str:
     """Explain why `root` has no `model.json`, and how to get one."""
     if not root.exists():
-        previous = previous_path(root)
-        if previous.exists():
+        if (previous := previous_path(root)).exists():
             return f"a kill cut short its replacement; what was there before is {previous}"
         return "there is no such folder"
     if root.is_file():
@@ -114,21 +106,16 @@ def _missing_card(root: Path) -> str:
 
 
 def read_weights(directory: str | os.PathLike[str], card: ModelCard, kind: str) -> Variables:
-    """Read the variables of `kind`, one of `card.kinds`, in the dtypes that were written.
+    """Read the variables of `kind`, one of `card.kinds`, as numpy arrays in the dtypes written.
 
-    Returns:
-      The variables of `card.model`: `{'params': tree}`, and for segmentation `batch_stats`.
-      The leaves are numpy arrays.
-
-    Raises:
-      UserError: the variables are missing, unreadable, changed since they were written, not finite,
-        or not those of `card.model`.
+    Raises UserError if they are missing, unreadable, changed since they were written, not finite,
+    or not those of `card.model`.
     """
     root = Path(directory).expanduser().absolute()
     path = root / "weights" / kind
     # Users may delete the other kind to save space.
-    kinds = [k for k in card.kinds if k != kind and not (root / "weights" / k).exists()]
-    removed = tuple(f"weights/{other}/" for other in kinds)
+    other_kinds = {*card.kinds} - {kind}
+    removed = tuple(f"weights/{k}/" for k in other_kinds if not (root / "weights" / k).exists())
     try:
         digests = read_digests(root)
         check_digests(root, {k: v for k, v in digests.items() if not k.startswith(removed)})

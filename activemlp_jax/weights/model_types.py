@@ -15,21 +15,15 @@ HEAD = ("head", "channels", "aux_channels", "neck_channels")
 class ModelType(NamedTuple):
     """What the tools for weights know about a type of models.
 
-    Attributes:
-      task: the task of a model, unless its card names another.
-      preprocessing: type of its preprocessing; the defaults are those of the published models.
-      dataset: name of the dataset of the published models.
-      num_classes: number of classes of that dataset.
-      head: fields of the architecture next to those of the backbone; () if the model is a backbone.
-      uses_mmsegmentation: whether the original trains such models with mmsegmentation, whose
-        checkpoints have one set of weights and are for images of any size.
+    If the original trains such models with mmsegmentation, their checkpoints have one set of
+    weights and are for images of any size.
     """
 
-    task: str
-    preprocessing: type[Any]
-    dataset: str
-    num_classes: int
-    head: tuple[str, ...] = ()
+    task: str  # of a model, unless its card names another
+    preprocessing: type[Any]  # its defaults are those of the published models
+    dataset: str  # of the published models
+    num_classes: int  # of that dataset
+    head: tuple[str, ...] = ()  # fields of the architecture next to those of the backbone
     uses_mmsegmentation: bool = False
 
 
@@ -44,13 +38,10 @@ MAX_BLOCKS = 500  # in all stages together; published variants have up to 41
 MAX_ROWS = 2**20  # first dimension of a weight: features, hidden features or classes
 LIMITS: dict[str, tuple[Any, int, int]] = {
     "depths": (int, 0, MAX_BLOCKS),
-    "embed_dims": (int, 0, 2**16),
-    "share_dims": (int, 0, 2**16),
     "mlp_ratios": (int | float, 0, 64),
     "offset_interval": (int, 1, 2**31),
-    "channels": (int, 1, 2**16),
-    "aux_channels": (int, 1, 2**16),
-    "neck_channels": (int, 1, 2**16),
+    **dict.fromkeys(("embed_dims", "share_dims"), (int, 0, 2**16)),
+    **dict.fromkeys(("channels", "aux_channels", "neck_channels"), (int, 1, 2**16)),
 }
 STAGES = ("depths", "embed_dims", "share_dims", "mlp_ratios")  # four numbers, one for each stage
 

@@ -4,8 +4,10 @@ Reading does not need PyTorch. Writing any format except `.safetensors` needs th
 dependencies [torch].
 """
 
+import contextlib
 import json
 import os
+import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from activemlp_jax.utils.files import KINDS as FILE_KINDS
 from activemlp_jax.utils.files import write_aside
 from activemlp_jax.utils.json_files import parse_json
 from activemlp_jax.weights.torch_names import BATCH_COUNT, from_torch, is_mmsegmentation, list_keys
-from activemlp_jax.weights.torch_pickle import Opaque, Tensor, TorchFile
+from activemlp_jax.weights.torch_pickle import Opaque, Tensor, read_torch_file
 
 StateDict = dict[str, np.ndarray]
 
@@ -32,12 +34,9 @@ StateDict = dict[str, np.ndarray]
 KINDS = {"ema": "model_ema", "model": "model"}
 
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
-SAFETENSORS_TYPES = (  # the ones that numpy can represent
-    *("F16", "BF16", "F32", "F64", "BOOL"),
-    *("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"),
-)
+NUMPY_TYPES = re.compile(r"BF16|BOOL|F(16|32|64)|[IU](8|16|32|64)")  # in a safetensors file
 MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file
-STATE_DICT_VALUES = (Tensor, Opaque, np.ndarray)  # `_check_sizes` rejects an Opaque by name
+STATE_DICT_VALUES = (Tensor, Opaque, np.ndarray)  # `_read_tensors` rejects an Opaque by name
 
 # The key under which files written here store the text of a model.json, next to the state dict.
 DESCRIPTION = "activemlp_jax"
@@ -61,10 +60,9 @@ class TorchCheckpoint(NamedTuple):
 
 
 def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
-    """Return `kind` if it is one of `kinds`; for 'auto', return the preferred one of `kinds`.
+    """Return `kind`, or for 'auto' the preferred one of `kinds`.
 
-    Raises:
-      UserError: `kinds` does not contain `kind`; the message starts with `where`.
+    Raises UserError, whose message starts with `where`, if `kinds` does not contain `kind`.
     """
     if kind == "auto":
         return next(name for name in KINDS if name in kinds)
@@ -74,22 +72,16 @@ def choose_kind(kinds: Collection[str], kind: str, where: object) -> str:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
-    """Read the weights of a classifier or a segmentation model; nothing in the file can run code.
+    """Read a file of weights, which cannot run code, in memory of at most twice the file's size.
 
-    Reading needs memory for at most twice the size of the file.
+    The file is a `.safetensors` file or one that `torch.save` wrote. The latter holds a checkpoint
+    of the original, `{'model', 'model_ema', ...}`; a checkpoint of mmsegmentation, `{'meta',
+    'state_dict', ...}`; or a state dict, bare or under 'state_dict'. The prefix 'module.' of
+    data-parallel training is dropped.
 
-    Args:
-      path: a `.safetensors` file or a file that `torch.save` wrote. The latter holds a checkpoint
-        of the original, `{'model', 'model_ema', ...}`; a checkpoint of mmsegmentation, `{'meta',
-        'state_dict', ...}`; or a state dict, bare or under 'state_dict'. The prefix 'module.' of
-        data-parallel training is dropped.
-
-    Raises:
-      UserError: the file is missing, broken, or of another type; it needs a class other than
-        tensors and `argparse.Namespace`, which the message names; a value is not finite or has the
-        wrong dtype; or its tensors claim more values than the file holds.
-
-    Source: the checkpoints of the authors' release.
+    Raises UserError if the file is missing, broken, or of another type; if it needs a class other
+    than tensors and `argparse.Namespace`; if a value is not finite or has the wrong dtype; or if
+    the tensors claim more values than the file holds.
     """
     path = Path(path)
     try:
@@ -113,13 +105,16 @@ def _checkpoint(
     path: Path, weights: dict[str, StateDict], content: Mapping[Any, Any]
 ) -> TorchCheckpoint:
     """Check the values of state dicts, and combine them with the other contents of the file."""
-    description = content.get(DESCRIPTION)
+    description: Any = content.get(DESCRIPTION)
     if description is not None:
         try:
             description = parse_json(description, "it")
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} has a broken description of its model: {error}") from error
-    weights = _restore_kind(weights, description)
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        # A single set of weights is stored as 'model', and the description has its kind.
+        (kind,), (state_dict,) = description["weights"]["kinds"], weights.values()
+        weights = {kind: state_dict} if kind in KINDS else weights
     for kind, state_dict in weights.items():
         for key, array in state_dict.items():
             _check_values(array, f"{path}: {kind}: {_key_text(key)}")
@@ -142,23 +137,14 @@ def _checkpoint(
 
 def _read_torch(path: Path, size: int) -> tuple[dict[str, StateDict], Mapping[Any, Any]]:
     """Return the state dicts by kind, and the whole content of the file."""
-    with TorchFile(path) as file:
-        content = file.content
-        if not isinstance(content, dict):
-            kind = content.name if isinstance(content, Opaque) else type(content).__name__
-            raise UserError(f"{path} holds a {kind}, expected a dict of weights")
-        state_dicts = _find_state_dicts(content, path)
-        for kind, state_dict in state_dicts.items():
-            _check_sizes(state_dict, f"{path}: {kind}: ", size)
-        weights: dict[str, StateDict] = {kind: {} for kind in state_dicts}
-        for kind, state_dict in state_dicts.items():
-            for key, tensor in state_dict.items():
-                try:
-                    weights[kind][key] = tensor.read(file)
-                except ValueError as error:
-                    raise UserError(
-                        f"{path} is broken or truncated: {_key_text(key)}: {error}"
-                    ) from error
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        kind = content.name if isinstance(content, Opaque) else type(content).__name__
+        raise UserError(f"{path} holds a {kind}, expected a dict of weights")
+    weights = {
+        kind: _read_tensors(path, kind, state_dict, size)
+        for kind, state_dict in _find_state_dicts(content, path).items()
+    }
     return weights, content
 
 
@@ -176,7 +162,7 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, StateDict], Mapp
             metadata = file.metadata() or {}
             for key in file.keys():  # noqa: SIM118 - not a dict
                 type_name = file.get_slice(key).get_dtype()
-                if type_name not in SAFETENSORS_TYPES:
+                if not NUMPY_TYPES.fullmatch(type_name):
                     raise UserError(
                         f"{path}: model: {_key_text(key)} has values of type {type_name}, "
                         "expected floating"
@@ -187,56 +173,47 @@ def _read_safetensors(path: Path, size: int) -> tuple[dict[str, StateDict], Mapp
     return _find_state_dicts(weights, path), metadata
 
 
-def _restore_kind(weights: dict[str, StateDict], description: Any) -> dict[str, StateDict]:
-    """Relabel a single set of weights, always stored as 'model', with its kind in `description`."""
-    try:
-        (kind,) = description["weights"]["kinds"]
-        (state_dict,) = weights.values()
-        return {kind: state_dict} if kind in KINDS else weights
-    except (KeyError, TypeError, ValueError):
-        return weights
-
-
 def _int_or_none(value: object, low: int) -> int | None:
     """Return `value` from a file if it is a 64-bit integer of at least `low`, or else None."""
     return value if type(value) is int and low <= value < 2**63 else None
 
 
 def _find_state_dicts(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
-    """Return the state dicts of a file by kind."""
-    nested = content.get("state_dict")
-    values = {kind: content.get(key) for kind, key in KINDS.items()}
-    state_dicts = {
-        kind: value for kind, value in values.items() if isinstance(value, dict) and value
-    }
-    if not state_dicts and isinstance(nested, dict) and nested:
-        state_dicts = {"model": nested}
+    """Return the state dicts of a file by kind, without the prefix of data-parallel training."""
     rest = {key: value for key, value in content.items() if key != DESCRIPTION}
-    if not state_dicts and all(isinstance(value, STATE_DICT_VALUES) for value in rest.values()):
-        state_dicts = {"model": rest} if rest else {}
+    values = {kind: content.get(key) for kind, key in KINDS.items()}
+    if not any(isinstance(value, dict) and value for value in values.values()):
+        is_bare = all(isinstance(value, STATE_DICT_VALUES) for value in rest.values())
+        values = {"model": rest if is_bare else content.get("state_dict")}
+    state_dicts = {
+        kind: {key.removeprefix("module."): v for key, v in value.items()}
+        if all(str(key).startswith("module.") for key in value)
+        else value
+        for kind, value in values.items()
+        if isinstance(value, dict) and value
+    }
     if not state_dicts:
         keys = list_keys([*map(_key_text, rest)], 8) or "nothing"
         raise UserError(
             f"{path} holds no weights: expected a state dict, or one under 'model', 'model_ema' or "
             f"'state_dict', found {keys}"
         )
-    for kind, state_dict in state_dicts.items():
-        if all(str(key).startswith("module.") for key in state_dict):  # data-parallel training
-            state_dicts[kind] = {key.removeprefix("module."): v for key, v in state_dict.items()}
     return state_dicts
 
 
-def _check_sizes(state_dict: Mapping[Any, Any], prefix: str, file_size: int) -> None:
-    """Raise UserError unless all values are dense tensors, in total no larger than the file."""
-    # Tensors can share and repeat values, so a small file can claim any size.
-    total = 0
+def _read_tensors(
+    path: Path, kind: str, state_dict: Mapping[Any, Any], file_size: int
+) -> StateDict:
+    """Read the values of a state dict, all of which must be dense tensors."""
+    arrays = {}
+    total = 0  # tensors can share and repeat values, so a small file can claim any size
     for key, value in state_dict.items():
-        name = f"{prefix}{_key_text(key)}"
+        name = f"{path}: {kind}: {_key_text(key)}"
         if isinstance(value, Opaque):
             raise UserError(f"{name} is not a dense tensor: {value.name}")
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise UserError(f"{prefix}{key!r:.200} is a {kind}, expected a named tensor")
+            found = type(value).__name__
+            raise UserError(f"{path}: {kind}: {key!r:.200} is a {found}, expected a named tensor")
         if value.type_name != str(value.storage.dtype):  # a dtype that numpy lacks
             raise UserError(f"{name} has values of type {value.type_name}, expected floating")
         if 0 in value.shape:
@@ -247,6 +224,11 @@ def _check_sizes(state_dict: Mapping[Any, Any], prefix: str, file_size: int) -> 
                 f"{name} has {value.nbytes} bytes, {total} with the tensors before it, more than "
                 f"the whole file with {file_size}"
             )
+        try:
+            arrays[key] = value.read(path)
+        except ValueError as error:
+            raise UserError(f"{path} is broken or truncated: {_key_text(key)}: {error}") from error
+    return arrays
 
 
 def _key_text(key: object) -> str:
@@ -292,10 +274,11 @@ def load_torch_checkpoint(
     Source: the checkpoints of the authors' release.
     """
     state_dicts = read_checkpoint(path).weights
+    state_dict = state_dicts[choose_kind(state_dicts, weights, path)]
     try:
-        variables = from_torch(state_dicts[choose_kind(state_dicts, weights, path)], model)
+        variables = from_torch(state_dict, model)
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     return jax.tree.map(np.array, variables)  # copies: the file may change or disappear
 
 
@@ -305,18 +288,13 @@ def write_checkpoint(
     description: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write state dicts in the original's file format, atomically.
+    """Write state dicts by kind, with the content of a `model.json` as `description`, atomically.
 
-    Args:
-      path: a `.safetensors` file, which holds one kind of weights; with any other suffix, a file
-        for `torch.load`.
-      weights: state dicts (PyTorch names to arrays) by kind. Those of a segmentation model have one
-        kind and are written in mmsegmentation's format.
-      description: the content of a `model.json`, stored next to the weights.
-      class_names: the names of the classes by label, for mmsegmentation.
+    A `.safetensors` file holds one kind of weights. With any other suffix, `path` becomes a file
+    for `torch.load`: in the original's format, or for a segmentation model, which has one kind of
+    weights, in mmsegmentation's format with `class_names`.
 
-    Raises:
-      UserError, OSError: the file cannot be written.
+    Raises UserError or OSError if the file cannot be written.
     """
     text = json.dumps(description)
     try:

@@ -8,7 +8,7 @@ convolutions in the original. The model is inferred from the keys and the shapes
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,24 +77,19 @@ def is_mmsegmentation(state_dict: Shapes) -> bool:
 
 
 def infer_model(state_dict: Shapes) -> Model:
-    """Infer the model of a state dict, whose values may be any objects with a `shape`.
-
-    Raises:
-      ValueError: a required key is missing or has an impossible shape; the message names it.
-    """
+    """Infer the model; raise ValueError if a required key is missing or has an impossible shape."""
     if not is_mmsegmentation(state_dict):
         fields = infer_architecture(state_dict)
         return ActiveMLP(**fields, num_classes=_rows(state_dict, "head.weight"))
     network = infer_architecture(state_dict, "backbone.")
-    widths = {"num_classes": "decode_head.conv_seg.weight"}
-    head = "fpn" if any(key.startswith("neck.") for key in state_dict) else "upernet"
-    if head == "fpn":
-        widths["channels"] = "decode_head.scale_heads.0.0.conv.weight"
-        widths["neck_channels"] = "neck.lateral_convs.0.conv.weight"
+    if any(key.startswith("neck.") for key in state_dict):
+        head, channels = "fpn", "decode_head.scale_heads.0.0.conv.weight"
+        other = {"neck_channels": "neck.lateral_convs.0.conv.weight"}
     else:
-        widths["channels"] = "decode_head.bottleneck.conv.weight"
-        widths["aux_channels"] = "auxiliary_head.convs.0.conv.weight"
-    rows: dict[str, Any] = {field: _rows(state_dict, key) for field, key in widths.items()}
+        head, channels = "upernet", "decode_head.bottleneck.conv.weight"
+        other = {"aux_channels": "auxiliary_head.convs.0.conv.weight"}
+    keys = {"num_classes": "decode_head.conv_seg.weight", "channels": channels, **other}
+    rows: dict[str, Any] = {field: _rows(state_dict, key) for field, key in keys.items()}
     return ActiveSegmentor(network, head, **rows)
 
 
@@ -119,10 +114,8 @@ def _count_depths(blocks: set[tuple[int, int]]) -> tuple[int, ...]:
 def infer_architecture(state_dict: Shapes, prefix: str = "") -> dict[str, Any]:
     """Infer the fields, except `num_classes`, of the ActiveMLP whose keys start with `prefix`.
 
-    If several values of `offset_interval` give the same network, the smallest is returned.
-
-    Raises:
-      ValueError: a required key is missing or has an impossible shape; the message names it.
+    If several values of `offset_interval` give the same network, the smallest is returned. Raises
+    ValueError if a required key is missing or has an impossible shape.
     """
     blocks, offset_layers = set(), set()
     for key in state_dict:
@@ -164,7 +157,7 @@ def _ratio(hidden: int, dim: int) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def torch_name(path: VariablePath, depths: Iterable[int]) -> str:
+def torch_name(path: VariablePath, depths: Sequence[int]) -> str:
     """Return the PyTorch name of the variable at the flax `path`, in a model with these depths."""
     collection, *module, leaf = path
     names: tuple[tuple[str, str], ...] = MODULE_NAMES + SEGMENTATION_NAMES
@@ -176,8 +169,7 @@ def torch_name(path: VariablePath, depths: Iterable[int]) -> str:
         if match and (collection, leaf) in LEAF_NAMES:
             name = match.expand(torch_template)
             if "LAST" in name:
-                last = tuple(depths)[int(match[1])] - 1
-                name = name.replace("LAST", str(last))
+                name = name.replace("LAST", str(depths[int(match[1])] - 1))
             return f"{prefix}{name}.{LEAF_NAMES[collection, leaf]}"
     raise ValueError(f"no PyTorch name for the parameter {'/'.join(path[1:])}")
 
@@ -188,8 +180,8 @@ def _is_pointwise_convolution(path: VariablePath) -> bool:
 
 def _to_torch_layout(path: VariablePath, value: np.ndarray) -> np.ndarray:
     if path[-1] == "kernel":
-        value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
-    if LEAF_NAMES.get((path[0], path[-1])) == BATCH_COUNT:
+        value = np.moveaxis(value, (-1, -2), (0, 1))
+    if path[-1] == "count":
         value = value.astype(np.int64)
     return value[:, :, None, None] if _is_pointwise_convolution(path) else value
 
@@ -197,15 +189,9 @@ def _to_torch_layout(path: VariablePath, value: np.ndarray) -> np.ndarray:
 def _to_flax_layout(path: VariablePath, value: np.ndarray) -> np.ndarray:
     if _is_pointwise_convolution(path):
         value = value[:, :, 0, 0]
-    if path[-1] == "kernel":
-        value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0))
-    if LEAF_NAMES[path[0], path[-1]] == BATCH_COUNT:
+    if path[-1] == "count":
         value = value.astype(np.int32)
-    return value
-
-
-def _torch_shape(path: VariablePath, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return _to_torch_layout(path, np.broadcast_to(np.zeros(()), shape)).shape
+    return np.moveaxis(value, (0, 1), (-1, -2)) if path[-1] == "kernel" else value
 
 
 def _as_numpy(value: Any) -> np.ndarray:
@@ -244,41 +230,33 @@ def from_torch(state_dict: Mapping[str, Any], model: Model | None = None) -> dic
 
     Source: the keys of the authors' released checkpoints.
     """
-    if model is None:
-        model = infer_model(state_dict)
-    else:
-        _check_architecture(state_dict, model)
+    try:
+        found = infer_model(state_dict)
+    except ValueError:
+        if model is None:
+            raise
+        found = model  # the missing keys are named below
+    model = found if model is None else model
+    inferred, expected = describe_architecture(found), describe_architecture(model)
+    if inferred != expected:
+        raise ValueError(f"the weights are of {inferred}, expected {expected}")
     shapes = variable_shapes(model)
     names = {path: torch_name(path, backbone(model).depths) for path in shapes}
-    missing = [name for name in names.values() if name not in state_dict]
-    unknown = sorted(set(state_dict) - set(names.values()))
-    wrong = [
-        f"{len(keys)} {kind} ({list_keys(keys)})"
-        for kind, keys in (("missing", missing), ("unknown", unknown))
-        if keys
-    ]
+    keys = {
+        "missing": [name for name in names.values() if name not in state_dict],
+        "unknown": sorted(set(state_dict) - set(names.values())),
+    }
+    wrong = [f"{len(some)} {kind} ({list_keys(some)})" for kind, some in keys.items() if some]
     if wrong:
-        raise ValueError(
-            f"the state dict does not fit {describe_architecture(model)}: keys {', '.join(wrong)}"
-        )
+        raise ValueError(f"the state dict does not fit {expected}: keys {', '.join(wrong)}")
     flat = {}
     for path, name in names.items():
         value = _as_numpy(state_dict[name])
-        expected = _torch_shape(path, shapes[path])
-        if value.shape != expected:
-            raise ValueError(f"{name} has shape {value.shape}, the model expects {expected}")
+        shape = _to_torch_layout(path, np.broadcast_to(0, shapes[path])).shape
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}, the model expects {shape}")
         flat[path] = _to_flax_layout(path, value)
     return traverse_util.unflatten_dict(flat)
-
-
-def _check_architecture(state_dict: Mapping[str, Any], expected: Model) -> None:
-    """Raise ValueError if the state dict is recognizably from another model than `expected`."""
-    try:
-        found = describe_architecture(infer_model(state_dict))
-    except ValueError:
-        return  # incomplete: `from_torch` then names the missing keys
-    if found != describe_architecture(expected):
-        raise ValueError(f"the weights are of {found}, expected {describe_architecture(expected)}")
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
