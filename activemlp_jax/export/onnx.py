@@ -3,6 +3,7 @@
 This needs PyTorch, onnx and onnxscript, which are the optional dependencies [onnx].
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -34,8 +35,10 @@ def write_onnx(
     from activemlp_jax.weights.verify import torch_model
 
     # The exporter warns about its own code, and about packages that we do not need.
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    logger = logging.getLogger("torch.onnx")
+    with contextlib.ExitStack() as stack, warnings.catch_warnings():
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         warnings.simplefilter("ignore")
         network = torch_model(card.model).eval()
         network.load_state_dict(
