@@ -29,8 +29,8 @@ class Traffic(NamedTuple):
 class Resources(NamedTuple):
     """Resources that one device needs per call of a program.
 
-    The first four are bytes that are held at the same time. In the other counts, the body of a loop
-    counts once, however often it runs, and a kernel counts only by its arguments and results.
+    The first four are bytes that are held at the same time. The other counts include the body of a
+    loop once, however often it runs, and only the arguments and results of a kernel.
     """
 
     arguments: int

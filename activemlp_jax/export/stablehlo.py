@@ -1,6 +1,6 @@
 """Export to StableHLO: one program with its weights, which JAX runs without this package.
 
-The file has the format of `jax.export`, and JAX documents for how long it can read such files.
+The file has the format of `jax.export`; JAX's documentation says for how long it can be read.
 """
 
 from pathlib import Path

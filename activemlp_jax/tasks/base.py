@@ -192,7 +192,7 @@ class Task(abc.ABC):
     def report(
         self, results: Mapping[str, Sums], images: int, class_names: Sequence[str]
     ) -> tuple[list[Any], Record]:
-        """Describe the `results` of `evaluate`: the sums of each kind of weights over all `images`.
+        """Describe the `results` of `evaluate`: per kind of weights, the sums over all `images`.
 
         Returns a list of what to print, each a line of text or a `rich` renderable, and the record
         for JSON.
@@ -236,7 +236,7 @@ class Task(abc.ABC):
 
 
 def build(make: Callable[..., T], prefix: str, /, *args: Any, **fields: Any) -> T:
-    """Call `make` and return its result; turn a ValueError into a UserError after `prefix`."""
+    """Call `make`; turn a ValueError into a UserError whose message starts with `prefix`."""
     try:
         return make(*args, **fields)
     except ValueError as error:

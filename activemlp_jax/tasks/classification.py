@@ -330,7 +330,7 @@ class Classification(Task):
 
     @staticmethod
     def class_names(card: ModelCard) -> tuple[str, ...] | None:
-        """Return the class names in label order, ImageNet's made readable; None if unknown."""
+        """Return class names in label order, with WordNet IDs made readable; None if unknown."""
         count = card.model.num_classes
         is_known = card.class_names or count == len(imagenet_names())
         return readable_names(card.class_names, count) if is_known else None

@@ -140,7 +140,7 @@ class Checkpoints:
         return {int(name) for name in names if name.isascii() and name.isdecimal()}
 
     def begin(self, has_records: bool) -> None:
-        """Write the marker of a run without a complete checkpoint; call it on the first host only.
+        """Mark the run as having no complete checkpoint yet; call it on the first host only.
 
         Raises UserError if the run has records of steps but no marker, since it must have lost its
         checkpoints.

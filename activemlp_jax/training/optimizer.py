@@ -18,12 +18,12 @@ NOT_DECAYED = ("vectors", "norms")  # the values of `config.optimizer.not_decaye
 def decay_mask(params: Any, not_decayed: str = "vectors") -> Any:
     """Make a tree of bools like `params` that tells whether weight decay applies to each leaf.
 
-    With 'vectors', vectors, biases and positional convolutions (PEG) do not decay, as in the
-    original for classification. With 'norms', the LayerNorms of the blocks and of the maps that the
-    head reads do not decay, as in the original for segmentation. All other parameters then decay:
-    also the norms of offset layers, batch norms, biases and positional convolutions.
+    With 'vectors', 1-D parameters (biases and norms) and positional convolutions (PEG) do not
+    decay, as in the original for classification. With 'norms', the LayerNorms of the blocks and of
+    the maps that the head reads do not decay, as in the original for segmentation. All others
+    decay, including the norms of offset layers, batch norms, biases and positional convolutions.
 
-    Source: the original's parameter groups; for segmentation, those exclude names with 'norm'.
+    Source: the original's parameter groups; for segmentation, they exempt names with 'norm'.
     """
 
     def decays(path: tuple[Any, ...], leaf: jax.Array) -> bool:

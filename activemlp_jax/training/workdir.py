@@ -1,8 +1,7 @@
 """The directory of a run: its files, and the lock that lets only one run use it at a time.
 
-`config.json` has the settings of the run that owns it, `metrics.jsonl` one line per epoch,
-`steps.jsonl` one line per `config.log_every_steps` steps, and `checkpoints/` the states to resume
-from.
+`config.json` has the run's settings, `metrics.jsonl` has one line per epoch, `steps.jsonl` has one
+line per `config.log_every_steps` steps, and `checkpoints/` has the states to resume from.
 """
 
 import contextlib

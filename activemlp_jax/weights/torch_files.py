@@ -112,7 +112,7 @@ def _checkpoint(
         except (TypeError, ValueError) as error:
             raise UserError(f"{path} has a broken description of its model: {error}") from error
     with contextlib.suppress(KeyError, TypeError, ValueError):
-        # A single set of weights is stored as 'model', and the description has its kind.
+        # A single set of weights is stored as 'model'; the description says which kind it is.
         (kind,), (state_dict,) = description["weights"]["kinds"], weights.values()
         weights = {kind: state_dict} if kind in KINDS else weights
     for kind, state_dict in weights.items():

@@ -113,7 +113,7 @@ class Tensor:
         last = self.offset + sum((n - 1) * stride for n, stride in axes)
         if storage.values is None:
             storage.values = np.fromfile(path, np.uint8, storage.size, offset=storage.position)
-        # numpy checks this too, but with numbers that can overflow.
+        # numpy checks this too, but its arithmetic can overflow.
         if (last + 1) * itemsize > len(storage.values):
             raise ValueError("its values are not all in the file")
         strides = [stride * itemsize if n > 1 else 0 for n, stride in axes]
@@ -214,7 +214,7 @@ def _read_legacy(file: io.FileIO) -> Any:
 
 
 def _interpret(pickle: io.BytesIO, storages: dict[str, Storage]) -> Any:
-    """Return the object that a pickle builds; add its storages to `storages` by their keys."""
+    """Return the object that a pickle builds; add its storages to `storages`, by key."""
     stack: list[Any] = []
     outer_stacks: list[list[Any]] = []  # one for each open mark
     memo: dict[int, Any] = {}
