@@ -9,7 +9,7 @@ import numpy as np
 
 
 def plain_gelu(x: jax.Array) -> jax.Array:
-    """Compute exact GELU, `x * normal_cdf(x)`, in float32 or wider; return the dtype of `x`."""
+    """Compute exact GELU in float32 or wider: `x * normal_cdf(x)`, returned in the dtype of `x`."""
     exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (exact * _normal_cdf(exact)).astype(x.dtype)
 

@@ -36,6 +36,6 @@ def _batched(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def on_batches(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn `kernel(axis, *arrays)` into `run(*arrays, axis=..)` for `vmap` and several devices."""
+    """Wrap `kernel(axis, *arrays)` as `run(*arrays, axis=..)` for `vmap` and several devices."""
     by_axis = {axis: _batched(partial(kernel, axis)) for axis in "hw"}
     return lambda *arrays, axis: by_axis[axis](*arrays)

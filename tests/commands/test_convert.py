@@ -1,4 +1,4 @@
-"""The real `convert_torch_weights.py` as a process: in, out, and every file it must refuse."""
+"""The real `convert_torch_weights.py` as a process: both directions, and files that it rejects."""
 
 import argparse
 import dataclasses
@@ -25,7 +25,7 @@ from activemlp_jax.weights.convert import main
 from activemlp_jax.weights.model_card import ModelCard
 from activemlp_jax.weights.model_directory import read_card, write_model
 
-# One process for all that share what a fixture takes long to make.
+# Run these tests in one process, so that they share slow fixtures.
 pytestmark = pytest.mark.xdist_group("convert")
 MICRO_CHECKPOINT = goldens.DATA / "micro_checkpoint.pth"
 
@@ -182,7 +182,7 @@ def test_what_a_state_dict_cannot_say_survives_the_way_there_and_back(suffix: st
     )
 
 
-def test_a_published_variant_is_recognised_and_checked(tmp_path: Path):
+def test_a_published_variant_is_recognized_and_checked(tmp_path: Path):
     shapes = goldens.official_shapes("active_xtiny")
     weights = {key: torch.full(shape, 0.01) for key, shape in shapes.items()}
     torch.save({"state_dict": weights}, tmp_path / "xtiny.pth")

@@ -28,7 +28,7 @@ from activemlp_jax.weights.model_directory import write_model
 from activemlp_jax.weights.torch_files import read_checkpoint
 from activemlp_jax.weights.torch_names import from_torch
 
-# One process for all that share what a fixture takes long to make.
+# Run these tests in one process, so that they share slow fixtures.
 pytestmark = pytest.mark.xdist_group("evaluate")
 MODULE = ("-m", "activemlp_jax.evaluate")
 PREPROCESSING = Preprocessing(image_size=32, resize_factor=1.0)
@@ -75,7 +75,7 @@ def on_one_device(model: Path) -> str:
 
 
 def counts() -> dict[str, tuple[int, int]]:
-    """Images of the digits' test set right at the first and within five guesses, by PyTorch."""
+    """Count with PyTorch the digits whose label is the first guess or among the first five."""
     import torch
 
     from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
@@ -112,7 +112,7 @@ def test_accuracy_of_both_weights_is_that_of_pytorch(on_one_device: str):
 
 
 def assert_same(output: str, expected: str) -> None:
-    """The same counts; the loss as equal as sums in another order are."""
+    """Assert equal counts, and losses that are equal up to the order of summation."""
     ours, theirs = last_line(output), last_line(expected)
     for kind in ("ema", "model"):
         assert ours[kind]["loss"] == pytest.approx(theirs[kind]["loss"], rel=1e-5)
@@ -131,7 +131,7 @@ def save_digits(folder: Path, count: int, split: str = "test") -> None:
 
 @pytest.fixture(scope="module")
 def odd_number(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """What evaluates 1,003 images, which 2, 3 or 4 devices cannot share equally."""
+    """Return a command for 1,003 images, which 2, 3 or 4 devices cannot share equally."""
     folder = tmp_path_factory.mktemp("digits")
     save_digits(folder, 1003, "train")
     return (*MODULE, str(model), "--data", f"folder:{folder}", "--batch-size", "100")

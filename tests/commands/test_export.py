@@ -32,7 +32,7 @@ from activemlp_jax.weights import convert
 from activemlp_jax.weights.model_card import ModelCard
 from activemlp_jax.weights.model_directory import read_card, read_weights, write_model
 
-# One process for all that share what a fixture takes long to make.
+# Run these tests in one process, so that they share slow fixtures.
 pytestmark = pytest.mark.xdist_group("export")
 
 PHOTO = "photo.jpg"
@@ -73,7 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(models: Path) -> Path:
-    """A folder with what the command writes of each model."""
+    """Export every model, and return the folder of the exports."""
     for name in CARDS:
         export.export_model(str(models / name), str(models / "exported" / name))
     return models / "exported"
@@ -81,7 +81,7 @@ def exported(models: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(models: Path) -> Answers:
-    """Seven images for each model, and what it makes of them."""
+    """Return seven random images and their logits for each model."""
     found = {}
     for name, side in (("classifier", 32), ("segmentor", 40)):
         images = np.random.default_rng(0).standard_normal((7, side, side, 3)).astype(np.float32)
@@ -104,13 +104,13 @@ def readme_program(folder: Path, format_name: str) -> str:
 
 
 def with_photo(folder: Path) -> Path:
-    """`folder` with the photo that the README opens: no multiple of anything, and upright."""
+    """Save the photo that the README opens in `folder`, with odd sides, and return `folder`."""
     photo(1, 301, 427).save(folder / PHOTO, quality=95)
     return folder
 
 
 def assert_answer(output: str, directory: Path, file: Path) -> None:
-    """What the README's program prints is what the package makes of the photo."""
+    """Assert that the README's program prints the package's own prediction for the photo."""
     card, (model, variables) = am.read_card(directory), am.load_pretrained(directory)
     found = [line.rsplit(" ", 1) for line in output.splitlines()]
     if isinstance(card.preprocessing, Preprocessing):
@@ -192,7 +192,7 @@ def stablehlo_program(exported: Path) -> Any:
 def test_stablehlo_takes_a_batch_of_any_size(
     batch: int, dtype: str, stablehlo_program: Any, answers: Answers
 ):
-    """float64 too, as JAX makes float32 of it."""
+    """float64 inputs work too, because JAX converts them to float32."""
     images, logits = answers["classifier"]
     found = np.asarray(stablehlo_program(images[:batch].astype(dtype)))
     assert_equal_logits(found, logits[:batch])

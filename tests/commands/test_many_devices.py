@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from processes import end, finish, free_address, lines, saved_state, start, start_two
 
-# One process for all that share what a fixture takes long to make.
+# Run these tests in one process, so that they share slow fixtures.
 pytestmark = pytest.mark.xdist_group("devices")
 
 STEPS = 6
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_one_host(workdir: Path, devices: int = 1) -> list[subprocess.Popen[str]]:
-    """A run, or the rest of one, in one process, whose devices have the whole state each."""
+    """Start or resume a run in one process, each of whose devices holds the whole state."""
     return [start("--workdir", str(workdir), *ARGUMENTS, FLOAT64, devices=devices, x64=True)]
 
 
@@ -83,7 +83,7 @@ def losses(workdir: Path, first: int = 0) -> np.ndarray:
 
 
 def difference(ours: object, expected: object) -> float:
-    """The norm of the difference over the norm, all arrays together."""
+    """Compute the norm of the difference divided by the norm of `expected`, over all arrays."""
     a, b = (
         np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
         for tree in (ours, expected)
@@ -116,7 +116,7 @@ def test_weights_are_split_over_devices_where_the_mesh_says_so(one: Path, two: P
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_after_a_host_is_killed_within_a_step(folder: Path, two: Path):
-    """The long form is `python tests/helpers/kills.py`, in float32, with whole states."""
+    """`python tests/helpers/kills.py` is a longer version of this test, with unsplit states."""
 
     def start(workdir: Path) -> list[subprocess.Popen[str]]:
         return on_two_hosts(workdir, "--config.checkpoint.every_steps=1", "--timeout=60")

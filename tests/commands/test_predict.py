@@ -121,7 +121,7 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """Such as `head`."""
+    """The reader of the output, such as `head`, closes the pipe early."""
     reading, writing = os.pipe()
     os.close(reading)
     monkeypatch.setattr(sys, "argv", ["predict", str(classifier), *photos, "--json"])

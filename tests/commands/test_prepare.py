@@ -42,7 +42,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture
 def tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The official tar files' layout, with two images of three classes and five to validate."""
+    """Write tar files in the official layout: two images of three classes, five to validate."""
     folder = tmp_path / "tars"
     folder.mkdir()
     with tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as outer:
@@ -99,7 +99,7 @@ def test_validation_images_have_the_labels_of_their_numbers(tars: Path, data_dir
 
 
 def test_the_real_imagenet_spec_with_mocked_records_is_read(tars: Path, data_dir: Path):
-    """The metadata are imagenet2012's own; the records are random, as mock_data makes them."""
+    """The metadata is that of imagenet2012; the records are random ones from mock_data."""
     preparation.prepare_imagenet(tars, data_dir, 1, CONSOLE)
     generator = {}
 

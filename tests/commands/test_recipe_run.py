@@ -60,7 +60,7 @@ def tiny_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_twenty_steps_of_the_whole_recipe(tiny_imagenet: Path, tmp_path: Path):
-    """The data set and the sizes are not those of configs/active_xtiny.py, all else is."""
+    """Everything except the dataset and the sizes is as in configs/active_xtiny.py."""
     result = train(
         *("--config", "configs/active_xtiny.py", *SMALL, "--workdir", str(tmp_path / "run")),
         *("--config.data.name=tfds:tiny_imagenet", "--config.epochs=1"),

@@ -147,7 +147,7 @@ def test_what_cannot_work_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """In this process, which is quicker."""
+    """Run the command in this process, which is faster."""
     places = {"MODEL": str(trained[0] / "model"), "CLASSIFIER": str(classifier)}
     monkeypatch.setattr(sys, "argv", [places.get(argument, argument) for argument in arguments])
     monkeypatch.chdir(ROOT)
@@ -236,7 +236,7 @@ def test_the_semantic_fpn_recipe_trains_on_scene_parse150_and_goes_on_after_a_fa
 def test_a_mask_with_a_class_that_is_none_stops_training_with_its_name(
     classifier: Path, tmp_path: Path
 ):
-    """Though it is a worker process that finds it."""
+    """The error reaches the user although a worker process finds the mask."""
     save_ade20k(tmp_path, [mask(64, 64, 1, 151), mask(64, 64, 1, 160)], [mask(64, 64, 1)])
     data = {"data.name": f"ade20k:{tmp_path}", "data.num_workers": 1}
     settings = {**SMALL, **data, "init_from": classifier}

@@ -26,7 +26,7 @@ from activemlp_jax.training.config import flatten
 from activemlp_jax.training.trainer import Trainer
 from activemlp_jax.utils.errors import UserError
 
-# One process for all that share what a fixture takes long to make.
+# Run these tests in one process, so that they share slow fixtures.
 pytestmark = pytest.mark.xdist_group("train")
 
 EPOCH_STEPS = 3
@@ -43,7 +43,7 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def final_state(workdir: Path) -> list[np.ndarray]:
-    """All arrays of the newest checkpoint: weights, their average, optimiser, step."""
+    """All arrays of the newest checkpoint: weights, their average, optimizer, step."""
     assert not (workdir / "checkpoints" / str(4 * EPOCH_STEPS + 1)).exists()
     return jax.tree.leaves(saved_state(workdir, 4 * EPOCH_STEPS))
 
@@ -56,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 class Interruption(NamedTuple):
-    """How a process ended before the run did, and which checkpoints there were then."""
+    """How an interrupted process ended, and the steps of the checkpoints it left."""
 
     status: int
     output: str
@@ -83,7 +83,7 @@ def interrupted(
     finished: tuple[Path, str],  # has put into the cache what cannot be written here
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Interrupted:
-    """The same run, ended by a full disk, by both signals that ask, and by one that does not."""
+    """Train again, ended by a full disk, SIGTERM, SIGINT and SIGKILL in turn, and then finish."""
     del finished
     workdir = tmp_path_factory.mktemp("runs") / "interrupted"
     arguments = ("--workdir", str(workdir), *SMALL)

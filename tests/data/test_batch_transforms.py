@@ -116,10 +116,10 @@ def test_cutmix_boxes_follow_the_formula():
     rng = np.random.default_rng(0)
     share = rng.random(200_000)
     half = [(side * np.sqrt(1 - share)).astype(int) // 2 for side in (height, width)]
-    centre = [rng.integers(side, size=len(share)) for side in (height, width)]
+    center = [rng.integers(side, size=len(share)) for side in (height, width)]
     expected = [
         (np.maximum(c - h, 0), np.minimum(c + h, side))
-        for c, h, side in zip(centre, half, (height, width), strict=True)
+        for c, h, side in zip(center, half, (height, width), strict=True)
     ]
     mixing = drawn_mixing(20_000, height, width)
     box = np.stack(mixing.box)

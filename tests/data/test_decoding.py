@@ -71,7 +71,7 @@ def test_cmyk_is_read_as_pillow_reads_it():
     data = encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG", quality=95)
     ours = decode(data, "photo")
     np.testing.assert_array_equal(ours, decode_with_pillow(data, "photo"))
-    assert np.abs(ours.astype(int) - PHOTO).mean() < 10, "colours are not inverted"
+    assert np.abs(ours.astype(int) - PHOTO).mean() < 10, "colors are not inverted"
 
 
 def test_palettes_are_looked_up_and_alpha_is_dropped():
@@ -111,7 +111,7 @@ def sixteen_bit_rgb_png(values: np.ndarray) -> bytes:
     return png(width, height, 16, 2, png_chunk(b"IDAT", zlib.compress(rows)))
 
 
-def test_sixteen_bit_colours_keep_their_upper_eight():
+def test_sixteen_bit_colors_keep_their_upper_eight():
     values = PHOTO.astype(np.uint16) * 256 + 77
     np.testing.assert_array_equal(decode(sixteen_bit_rgb_png(values), "photo"), PHOTO)
 
@@ -158,7 +158,7 @@ JPEG = encode(PHOTO, "JPEG")
 TOO_LARGE = {
     "JPEG": with_size(JPEG, SIDE, SIDE),
     "JPEG of 12 GiB": with_size(JPEG, 65_500, 65_500),
-    "grey JPEG": with_size(encode(PHOTO[..., 0], "JPEG"), SIDE, SIDE),
+    "gray JPEG": with_size(encode(PHOTO[..., 0], "JPEG"), SIDE, SIDE),
     "PNG": png(SIDE, SIDE, 8, 0, png_chunk(b"IDAT", zlib.compress(b"\0" * 100))),
     "BMP": encode(PHOTO, "BMP")[:18] + struct.pack("<II", SIDE, SIDE) + encode(PHOTO, "BMP")[26:],
 }

@@ -65,11 +65,11 @@ def test_digits_stand_out_from_what_is_behind_them(scenes: list[tuple[np.ndarray
     for image, mask in scenes:
         colors = [np.median(image[mask == label], axis=0) for label in np.unique(mask)]
         contrasts += [np.linalg.norm(color - colors[0]) for color in colors[1:]]
-    assert np.quantile(contrasts, 0.1) > 60, "in grey levels, over three channels"
+    assert np.quantile(contrasts, 0.1) > 60, "in gray levels, over three channels"
 
 
 def test_background_has_strokes_of_its_own(scenes: list[tuple[np.ndarray, np.ndarray]]):
-    """A class cannot be told by colour alone: some background looks like ink."""
+    """A class cannot be told by color alone: some background looks like ink."""
     outliers = []
     for image, mask in scenes:
         pixels = image[mask == 0].astype(float)

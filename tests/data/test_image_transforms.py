@@ -153,7 +153,7 @@ def test_half_of_the_training_images_are_flipped():
     assert stats.binomtest(int(flips), 1000, 0.5).pvalue > 0.01, flips
 
 
-def test_colour_jitter_changes_brightness_contrast_and_saturation_in_any_order():
+def test_color_jitter_changes_brightness_contrast_and_saturation_in_any_order():
     image = Image.fromarray(load_sample_image("flower.jpg")[::8, ::8])
     rng, same = np.random.default_rng(3), np.random.default_rng(3)
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -170,7 +170,7 @@ def test_colour_jitter_changes_brightness_contrast_and_saturation_in_any_order()
     assert len(orders) == 6
 
 
-def test_colour_jitter_is_used_only_without_randaugment():
+def test_color_jitter_is_used_only_without_randaugment():
     image = load_sample_image("flower.jpg")[:60, :60]
 
     def augmented(**changes: Any) -> np.ndarray:

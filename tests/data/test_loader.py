@@ -323,7 +323,7 @@ def test_broken_images_are_counted_across_worker_processes():
 
 @pytest.fixture
 def stores() -> Iterator[list[Any]]:
-    """What two hosts share through JAX's coordination service, as each of them sees it."""
+    """Yield the clients of two hosts of JAX's coordination service."""
     address = free_address()
     service = _jax.get_distributed_runtime_service(address, 2)
     clients = [
@@ -338,7 +338,7 @@ def stores() -> Iterator[list[Any]]:
 
 
 def train_on_two_hosts(counts: list[Skipped]) -> None:
-    """Epochs in which the copies of many an image are on both hosts."""
+    """Load epochs in which many images have copies on both hosts."""
     for process, skipped in enumerate(counts):
         batches(last=12 * EPOCH, hosts=(process, 2), data=BROKEN, skipped=skipped, **RECIPE)
 
@@ -385,7 +385,7 @@ def test_a_broken_image_is_raised_where_the_config_says_so():
 
 
 def test_a_broken_mask_is_raised_though_broken_images_are_skipped():
-    """It is a UserError, but no BrokenImageError."""
+    """A broken mask raises a UserError that is not a BrokenImageError, so it is not skipped."""
     with pytest.raises(UserError, match=r"7\.jpg"):
         batches(data=BrokenSource({7}, UserError), last=2 * EPOCH)
 

@@ -91,7 +91,7 @@ def test_a_wrong_policy_is_named(policy: str, message: str):
 
 
 def draws(count: int) -> list[list[tuple[str, float]]]:
-    """For each of `count` pictures the operations that the recipe applied, with magnitudes."""
+    """Apply the recipe to `count` pictures; return each one's operations and magnitudes."""
     policy = parse_randaugment(RECIPE)
     rng = np.random.default_rng(0)
     picture = Image.fromarray(GOLDEN["photo"][:2, :2])

@@ -75,12 +75,12 @@ def test_images_may_be_of_any_kind_of_file(folder: Path, suffix: str):
     assert source.shape(0) == (20, 20)
 
 
-def test_a_masks_palette_gives_indices_and_no_colours(folder: Path):
+def test_a_masks_palette_gives_indices_and_no_colors(folder: Path):
     values = mask(20, 20, 0, 2, 255)
-    coloured = Image.fromarray(values)
-    coloured.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
-    assert coloured.mode == "P"
-    coloured.save(folder / "annotations" / "a.png", transparency=0)
+    colored = Image.fromarray(values)
+    colored.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())
+    assert colored.mode == "P"
+    colored.save(folder / "annotations" / "a.png", transparency=0)
     np.testing.assert_array_equal(open_scenes(f"folder:{folder}")[0].label, values)
 
 

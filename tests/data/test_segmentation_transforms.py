@@ -40,7 +40,7 @@ PHOTOMETRIC = [key for key in GOLDENS if key.split("_")[0] in STEPS]
 def settings(
     image_size: int, flip: float = 0.0, sides: tuple[int, int] = (0, 0), **scene: Any
 ) -> ConfigDict:
-    """A config without resizing, flips and changed colours, but for what is given."""
+    """Return a config without resizing, flips or color changes, apart from the given settings."""
     config = default_config()
     config.data.image_size, config.augment.flip = image_size, flip
     config.data.scene.long_side, config.data.scene.short_side = sides
@@ -176,7 +176,7 @@ def test_a_side_that_is_shorter_than_the_crop_starts_at_zero():
 
 
 def draws_taken(mask: np.ndarray, max_share: float) -> int:
-    """How many places of a crop were drawn, at two numbers each."""
+    """Count the crop positions that were drawn; each takes two random numbers."""
 
     class Counted:
         calls = 0
@@ -282,7 +282,7 @@ def test_what_is_smaller_than_the_crop_is_padded_at_the_bottom_and_right(
     np.testing.assert_array_equal(labels, np.full((32, 32), IGNORED))
 
 
-def test_padding_stays_black_under_changed_colours():
+def test_padding_stays_black_under_changed_colors():
     image, mask = np.full((10, 12, 3), 128, np.uint8), np.ones((10, 12), np.uint8)
     config = settings(32, photometric=True)
     for seed in range(40):

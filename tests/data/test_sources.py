@@ -36,7 +36,7 @@ def png(value: int) -> io.BytesIO:
 
 
 def save_classes(folder: Path, classes: dict[str, list[int]]) -> None:
-    """A class folder a name, with an even picture for every value."""
+    """Save one folder per class, with a single-colored picture for each value."""
     for name, values in classes.items():
         (folder / name).mkdir(parents=True)
         for value in values:
@@ -381,7 +381,7 @@ def test_a_file_with_fewer_records_than_described_is_named(tfds_folder: Path):
     ids=["empty", "no keys", "null", "cut", "deep"],
 )
 def test_a_damaged_description_is_named(name: str, text: str, tfds_folder: Path):
-    """Of a data set that no code describes, as those of prepare_data."""
+    """The dataset has no builder code, like those that prepare_data writes."""
     folder = (tfds_folder / "tiny_shapes").rename(tfds_folder / "pictures") / "1.0.0"
     info = folder / "dataset_info.json"
     info.write_text(info.read_text().replace('"name": "tiny_shapes"', '"name": "pictures"'))

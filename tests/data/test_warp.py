@@ -23,9 +23,9 @@ def blob(x: int, y: int) -> np.ndarray:
 
 
 def centre_of_mass(image: np.ndarray) -> tuple[float, float]:
-    grey = image[..., 0] / image[..., 0].sum()
+    gray = image[..., 0] / image[..., 0].sum()
     y, x = np.mgrid[:33, :33]
-    return float((grey * x).sum() - 16), float((grey * y).sum() - 16)
+    return float((gray * x).sum() - 16), float((gray * y).sum() - 16)
 
 
 def test_warp_without_limits_changes_nothing():
@@ -74,6 +74,6 @@ def test_warp_bends_by_a_little_and_never_the_same_way():
         rng = np.random.default_rng(seed)
         x, y = centre_of_mass(random_warp(blob(16, 16), rng, warp(bend=0.04)))
         shifts += [x, y]
-    # The centre of the image is a corner of four cells, so it moves by the noise itself.
+    # The center of the image is a corner of four cells, so it moves by the noise itself.
     assert np.std(shifts) == pytest.approx(0.04 * 33, rel=0.2)
     assert abs(np.mean(shifts)) < 0.3

@@ -48,7 +48,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def logits(variables: Any) -> np.ndarray:
-    """Of the photos, prepared by hand: 60 x 45 pixels become 53 x 40, of which the centre is 32."""
+    """Of the photos, prepared by hand: 60 x 45 pixels become 53 x 40, of which the center is 32."""
     shown = [image.resize((53, 40), Image.Resampling.BICUBIC) for image in PHOTOS]
     pixels = np.stack([np.asarray(image)[4:36, 10:42] for image in shown]) / 255
     images = ((pixels - PREPROCESSING.mean) / PREPROCESSING.std).astype(np.float32)

@@ -38,8 +38,8 @@ def turned() -> Image.Exif:
 
 
 FILES = {
-    "colour": encoded(PHOTO, "PNG"),
-    "grey": encoded(PHOTO.convert("L"), "PNG"),
+    "color": encoded(PHOTO, "PNG"),
+    "gray": encoded(PHOTO.convert("L"), "PNG"),
     "alpha": encoded(PHOTO.convert("RGBA"), "PNG"),
     "palette": encoded(PHOTO.quantize(16), "PNG", transparency=0),
     "16 bits": encoded(Image.fromarray(DEEP), "PNG"),
@@ -63,8 +63,8 @@ def test_a_pillow_image_has_the_pixels_that_evaluation_reads(kind: str, tmp_path
 def test_arrays_are_taken_as_they_are_and_grey_ones_get_three_channels():
     np.testing.assert_array_equal(pixels_of(PIXELS, "it"), PIXELS)
     np.testing.assert_array_equal(pixels_of(jnp.asarray(PIXELS), "it"), PIXELS)
-    grey = pixels_of(PIXELS[..., 0], "it")
-    np.testing.assert_array_equal(grey, np.stack([PIXELS[..., 0]] * 3, -1))
+    gray = pixels_of(PIXELS[..., 0], "it")
+    np.testing.assert_array_equal(gray, np.stack([PIXELS[..., 0]] * 3, -1))
 
 
 @pytest.mark.parametrize("one", [PHOTO, PIXELS, PIXELS[..., 0], "a.png", Path("a.png")])
@@ -108,7 +108,7 @@ def test_what_is_no_image_is_named(images: Any, message: str):
 
 
 def test_a_pillow_image_of_half_a_file_is_named(tmp_path: Path):
-    (tmp_path / "half.png").write_bytes(FILES["colour"][:400])
+    (tmp_path / "half.png").write_bytes(FILES["color"][:400])
     with (
         Image.open(tmp_path / "half.png") as image,
         pytest.raises(BrokenImageError, match=r"^image 3 is not a readable image: .*truncated"),
@@ -122,7 +122,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("b.png", "a.JPG", "note.txt", ".b.png", "b_out.png", "z/1.png", "c/2.png",
                  ".trash/x.png", "c/d/3.png"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(FILES["colour"])
+        (tmp_path / name).write_bytes(FILES["color"])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -185,7 +185,7 @@ def test_patterns_that_the_shell_left_alone_are_looked_up(pattern: str, expected
 
 @pytest.mark.usefixtures("tree")
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file():
-    Path("[cz].png").write_bytes(FILES["colour"])
+    Path("[cz].png").write_bytes(FILES["color"])
     assert found("[cz].png") == ["[cz].png"]
 
 
@@ -198,7 +198,7 @@ def test_links_are_followed_but_not_in_circles(
     tree: Path, tmp_path_factory: pytest.TempPathFactory
 ):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    (elsewhere / "5.png").write_bytes(FILES["colour"])
+    (elsewhere / "5.png").write_bytes(FILES["color"])
     os.symlink(elsewhere, tree / "linked")
     os.symlink(tree, tree / "z" / "up")
     names = [file.inside.as_posix() for file in find_images([str(tree)])]
@@ -250,7 +250,7 @@ def test_files_are_read_in_order_and_those_that_cannot_be_are_reported(
 def test_orientations_that_are_not_applied_are_counted_after_the_last_image(
     turned: list[str], counted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    for number, kind in enumerate(["colour", *turned, "grey"]):
+    for number, kind in enumerate(["color", *turned, "gray"]):
         (tmp_path / f"{number}.png").write_bytes(FILES[kind])
     files = find_images([str(tmp_path)])
     assert len(list(read_images(files, np.asarray, 1, []))) == len(turned) + 2

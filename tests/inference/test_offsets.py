@@ -244,11 +244,11 @@ def stage_blocks(**changes: Any) -> list[BlockOffsets]:
     return [block_of(stage, block, **changes) for stage in range(4) for block in range(2)]
 
 
-GREY = Image.new("RGB", (64, 64), "grey")
+GRAY = Image.new("RGB", (64, 64), "gray")
 BAND = pictures.MARGIN  # around a panel
 
 
-def panel(draw: Any, *arguments: Any, photo: Image.Image = GREY) -> Image.Image:
+def panel(draw: Any, *arguments: Any, photo: Image.Image = GRAY) -> Image.Image:
     """A panel of 384 by 384 pixels, with a band around it."""
     figure = make_figure(384 + 2 * BAND, 384 + 2 * BAND)
     draw(add_axes(figure, BAND, BAND, 384, 384), photo, *arguments)
@@ -256,7 +256,7 @@ def panel(draw: Any, *arguments: Any, photo: Image.Image = GREY) -> Image.Image:
 
 
 def colored(picture: Image.Image) -> dict[str, np.ndarray]:
-    """Where a picture is `row`'s colour and where `column`'s: (x, y) of each pixel."""
+    """Where a picture is `row`'s color and where `column`'s: (x, y) of each pixel."""
     red, _, blue = np.moveaxis(np.asarray(picture).astype(int), -1, 0)
     found = {"row": red - blue > 60, "column": blue - red > 60}
     return {name: np.argwhere(mask)[:, ::-1] for name, mask in found.items()}
@@ -268,7 +268,7 @@ def test_a_page_is_as_wide_as_promised_and_has_a_row_for_each_stage(size: tuple[
     maps = [np.zeros((1, *shape, 2), np.float32) for shape in shapes]
     weights = np.full((1, 4, 3), 1 / 3, np.float32)
     blocks = [BlockOffsets(s, 0, 4 << s, maps[s], maps[s], weights) for s in range(4)]
-    photo = Image.new("RGB", size, "grey")
+    photo = Image.new("RGB", size, "gray")
     pages = [draw_offsets(photo, blocks[:count]) for count in (1, 2, 4)]
     assert {page.width for page in pages} == {pictures.WIDTH}
     row = pages[1].height - pages[0].height
@@ -328,7 +328,7 @@ def test_no_ring_is_cut_off_however_much_it_counts(sign: int):
 
 @pytest.mark.parametrize("kind", ["row", "column"])
 def test_the_legend_has_a_dot_and_a_ring_of_each_color(kind: str):
-    header = draw_offsets(GREY, stage_blocks()).crop((0, 0, pictures.WIDTH, pictures.HEADER))
+    header = draw_offsets(GRAY, stage_blocks()).crop((0, 0, pictures.WIDTH, pictures.HEADER))
     places = colored(header)[kind]
     places = places[np.argsort(places[:, 0])]
     marks = np.split(places, np.flatnonzero(np.diff(places[:, 0]) > 30) + 1)
@@ -382,8 +382,8 @@ def test_dots_are_of_the_last_block_that_makes_offsets(monkeypatch: pytest.Monke
         shown.append(block.block)
 
     monkeypatch.setattr(pictures, "draw_reads", draw)
-    draw_offsets(GREY, [block_of(block=number, h=h) for number, h in enumerate((0, 0, 1, 1))])
-    draw_offsets(GREY, [block_of(block=number) for number in range(3)])
+    draw_offsets(GRAY, [block_of(block=number, h=h) for number, h in enumerate((0, 0, 1, 1))])
+    draw_offsets(GRAY, [block_of(block=number) for number in range(3)])
     assert shown == [2, 0]
 
 
@@ -404,7 +404,7 @@ def test_the_map_goes_from_its_least_to_its_most():
 )
 def test_a_token_outside_the_picture_is_refused_in_one_line(token: Any):
     with pytest.raises(UserError, match="is not a place in the picture, expected x and y") as error:
-        draw_offsets(GREY, stage_blocks(), [(0.5, 0.5), token])
+        draw_offsets(GRAY, stage_blocks(), [(0.5, 0.5), token])
     assert "\n" not in str(error.value)
 
 
@@ -414,10 +414,10 @@ def test_a_token_outside_the_picture_is_refused_in_one_line(token: Any):
         (np.zeros((64, 64, 4), np.uint8), stage_blocks(), r"has shape \(64, 64, 4\), expected"),
         (np.zeros((64, 64, 3)), stage_blocks(), "has dtype float64, expected uint8"),
         (Image.new("RGB", (90, 64)), stage_blocks(), "has 90 x 64 pixels, but stage 0 has 16 x 16"),
-        (GREY, [], "no blocks to draw"),
-        (GREY, stage_blocks(w=float("nan")), "block 0 of stage 0 has offsets that are not finite"),
+        (GRAY, [], "no blocks to draw"),
+        (GRAY, stage_blocks(w=float("nan")), "block 0 of stage 0 has offsets that are not finite"),
         (
-            GREY,
+            GRAY,
             [BlockOffsets(0, 0, 4, *np.zeros((2, 3, 16, 16, 2)), np.ones((3, 4, 3)))],
             "blocks are of 3 images, expected those of one",
         ),

@@ -37,7 +37,7 @@ AS_IT_IS = ScenePreprocessing(long_side=0, window=64)
 
 
 def golden_views(protocol: Protocol, height: int, width: int) -> tuple[list[Any], list[np.ndarray]]:
-    """The views of a golden run, and what the network saw in each, normalised."""
+    """The views of a golden run, and what the network saw in each, normalized."""
     views = plan_views(height, width, AS_IT_IS, protocol)
     name = "seg_micro_inference.npz"
     shown = []
@@ -238,12 +238,12 @@ def test_a_block_of_rows_at_a_time_gives_what_the_whole_does(
     """A scene taller than one block, against resizing by the model's own function."""
     image = np.random.default_rng(5).integers(0, 256, (64, 64, 3), np.uint8)
     mean, std = np.array(AS_IT_IS.mean), np.array(AS_IT_IS.std)
-    normalised = jnp.asarray((image / 255 - mean) / std, jnp.float32)[None]
+    normalized = jnp.asarray((image / 255 - mean) / std, jnp.float32)[None]
 
     def resized(variables: Any, images: jax.Array) -> jax.Array:
         return resize_bilinear(jnp.asarray(segmenter.model.apply(variables, images)), 64, 64)[0]
 
-    expected = np.asarray(jax.jit(resized)(variables, normalised))
+    expected = np.asarray(jax.jit(resized)(variables, normalized))
     labels = segment_image(segmenter, variables, image)
     chosen = np.take_along_axis(expected, labels[..., None], -1)[..., 0]
     np.testing.assert_allclose(chosen, expected.max(-1), rtol=1e-4, atol=1e-5)

@@ -37,7 +37,7 @@ def batch_and_log_probabilities() -> tuple[dict[str, np.ndarray], np.ndarray, di
     return batch, logits - np.log(np.exp(logits).sum(-1, keepdims=True)), variables
 
 
-def test_images_are_normalised_by_mean_and_standard_deviation():
+def test_images_are_normalized_by_mean_and_standard_deviation():
     image = np.array([0, 128, 255], np.uint8).reshape(1, 1, 1, 3)
     expected = (np.array([0, 128, 255]) / 255 - IMAGENET_MEAN) / IMAGENET_STD
     ours = normalize(jnp.asarray(image), IMAGENET_MEAN, IMAGENET_STD)

@@ -33,7 +33,7 @@ def test_ignored_pixels_add_nothing_but_count_in_the_mean():
     assert float(ours) == pytest.approx(expected, rel=1e-5)
 
 
-def test_padding_is_zero_after_normalising():
+def test_padding_is_zero_after_normalizing():
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
     extent = np.array([[8, 8], [5, 3]], np.int32)
     labels = np.zeros((2, 8, 8), np.uint8)

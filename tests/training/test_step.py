@@ -1,4 +1,4 @@
-"""The optimiser, the averaged weights and the step against the original's training."""
+"""The optimizer, the averaged weights and the step against the original's training."""
 
 from typing import Any
 

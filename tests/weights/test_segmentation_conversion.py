@@ -24,7 +24,7 @@ from activemlp_jax.weights.model_directory import read_card, write_model
 MICRO_CHECKPOINT = goldens.DATA / "seg_micro_upernet_checkpoint.pth"
 CLASSIFIER = goldens.DATA / "micro_checkpoint.pth"
 
-# One process for all that share what a fixture takes long to make.
+# Run these tests in one process, so that they share slow fixtures.
 pytestmark = pytest.mark.xdist_group("convert segmentation")
 
 
@@ -195,7 +195,7 @@ def test_names_that_do_not_fit_the_classes_are_left_out(
     assert read_card(tmp_path / "out").class_names is None
 
 
-def test_a_published_backbone_is_recognised_and_checked(convert: Any, tmp_path: Path):
+def test_a_published_backbone_is_recognized_and_checked(convert: Any, tmp_path: Path):
     shapes = goldens.load_json("official_seg_keys_ActiveLarge_fpn.json")
     weights = {
         key: torch.tensor(9) if key.endswith("tracked") else torch.zeros(shape)
