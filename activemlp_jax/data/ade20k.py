@@ -1,7 +1,7 @@
 """Class names of ADE20K's scene parsing benchmark.
 
-ADE20K gives each of the 150 classes one or more synonyms; these are the first ones. Label 0 of the
-files, 'other', is left out, so `CLASS_NAMES[0]` is the name of label 1.
+ADE20K lists one or more synonyms for each of the 150 classes; these are the first ones. Label 0 of
+the mask files means 'other' and is left out, so `CLASS_NAMES[0]` is the name of label 1.
 
 Source: B. Zhou et al., "Scene Parsing through ADE20K Dataset" (2017).
 """

@@ -9,7 +9,7 @@ from activemlp_jax.utils.errors import UserError
 
 # The evaluation split of a dataset is the first of these that it has.
 EVALUATION_SPLITS = ("val", "validation", "test")
-CHECKED_MASKS = 8  # evenly spaced masks that are checked before the first step
+CHECKED_MASKS = 8  # number of evenly spaced masks to check when a dataset is opened
 
 
 class Example(NamedTuple):
@@ -49,7 +49,7 @@ class SceneSource(Source, Protocol):
 
 
 def choose_split(split: str | None, splits: Sequence[str], name: object) -> str:
-    """Return `split`, or the evaluation split if it is None; raise UserError if it is unknown."""
+    """Return `split`, or the evaluation split if None; raise UserError if it is not in `splits`."""
     split = split or evaluation_split(splits, name)
     if split not in splits:
         raise UserError(f"{name} has the splits {', '.join(splits)}, not {split!r}")
@@ -71,7 +71,7 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 def check_same_classes(expected: tuple[str, ...], actual: tuple[str, ...], what: str) -> None:
     """Check that two datasets or models have the same class names in the same order.
 
-    Raise UserError with the first difference; it calls the owner of the `actual` names `what`.
+    Raise UserError with the first difference; `what` names the owner of the `actual` names.
     """
     if len(expected) != len(actual):
         raise UserError(f"{what} has {len(actual)} classes, expected {len(expected)}")

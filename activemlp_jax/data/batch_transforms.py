@@ -49,7 +49,7 @@ class Mixing(NamedTuple):
 
 
 def mixes(config: ConfigDict) -> bool:
-    """Return whether `config`, the whole config, turns on mixup or cutmix."""
+    """Return whether mixup or cutmix is turned on; `config` is the whole config."""
     return bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
 
 

@@ -52,7 +52,7 @@ class BrokenImageError(UserError):
 
 
 def read_image_file(path: str | os.PathLike[str]) -> bytes:
-    """Read the bytes of a file; raise BrokenImageError if `read_file` fails."""
+    """Read the bytes of an image file; raise BrokenImageError if that fails."""
     try:
         return read_file(path, MOST_BYTES)
     except UserError as error:
@@ -66,7 +66,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
     16-bit values keep their upper eight bits. As in the authors' release, an EXIF orientation is
     not applied.
 
-    `data` is an image file in one of `FORMATS`, which error messages call `name`. Raise
+    `data` is an image file in one of `FORMATS`; error messages call it `name`. Raise
     BrokenImageError if it is not an image, is truncated, or has more than `MOST_PIXELS` pixels.
     """
     if simplejpeg is not None and data.startswith(JPEG_MAGIC):
@@ -111,7 +111,7 @@ def pillow_errors(name: str, what: str, error: type[UserError]) -> Iterator[None
     """Turn any exception inside the `with` block into an `error` that gives the reason.
 
     Pillow can raise anything on a damaged file, including KeyError and struct.error. A UserError
-    passes unchanged. The message calls the image `name` and `what`: 'image' or 'mask'.
+    passes unchanged. In the message, `name` is the file, and `what` is 'image' or 'mask'.
     """
     try:
         yield
@@ -171,7 +171,7 @@ def read_shape(data: bytes, name: str) -> tuple[int, int]:
 def is_turned(data: bytes) -> bool:
     """Return whether the EXIF orientation of an image file tells viewers to rotate or mirror it.
 
-    False for TIFF files, because Pillow rotates them itself.
+    Return False for TIFF files, because Pillow rotates them itself.
     """
     if data.startswith(JPEG_MAGIC) and data.find(b"Exif", 0, 2**16) < 0:
         return False

@@ -11,15 +11,15 @@ from activemlp_jax.data.base import Example, Source, choose_split
 SIDE = 64
 SCENES = {"train": 10_000, "test": 500}
 CLASS_NAMES: tuple[str, ...] = ("background", *"0123456789")
-PICTURE_SIDE = 32  # of the picture of a single digit, in pixels
-MIN_DIGIT_SIDE, MAX_DIGIT_SIDE = 26, 36  # in a scene, in pixels
+PICTURE_SIDE = 32  # side of the picture of a single digit, in pixels
+MIN_DIGIT_SIDE, MAX_DIGIT_SIDE = 26, 36  # side of a digit in a scene, in pixels
 MAX_ROTATION = math.radians(10)
 MAX_SHEAR = 0.1
 MAX_STRETCH = 0.1  # relative change of a digit's width
 BACKGROUND_LEVELS, INK_LEVELS = (0, 110), (90, 255)  # ranges of each color channel
-# A digit or stroke gets, out of this many random colors, the one most unlike earlier colors.
+# Number of random colors to draw for a digit or stroke; it gets the one most unlike earlier ones.
 COLOR_CANDIDATES = 12
-# A digit gets, out of this many random centers, the one farthest from earlier digits.
+# Number of random centers to draw for a digit; it gets the one farthest from earlier digits.
 CENTER_CANDIDATES = 20
 
 
@@ -91,7 +91,7 @@ class _Canvas:
         self._centers = np.empty((0, 2))
 
     def _paint(self, alpha: np.ndarray, label: int) -> None:
-        """Blend in a new color with opacity `alpha`, `[SIDE, SIDE]` uint8, and label its pixels."""
+        """Blend in a new color with opacity `alpha` `[SIDE, SIDE]` uint8, and label its pixels."""
         color = _farthest(self._rng.uniform(*INK_LEVELS, (COLOR_CANDIDATES, 3)), self._colors)
         self._colors = np.vstack([self._colors, color])
         share = alpha[..., None] * np.float32(1 / 255)

@@ -35,7 +35,7 @@ from activemlp_jax.data.segmentation_transforms import IGNORED, labels_of_mask
 from activemlp_jax.utils.errors import UserError
 from activemlp_jax.utils.files import read_file
 
-CHECKED_IMAGES = 32  # evenly spaced images that are checked for an EXIF orientation
+CHECKED_IMAGES = 32  # number of evenly spaced images to check for an EXIF orientation
 MAX_CLASS_FILE_BYTES = 2**20  # limit on the size of a file with class names
 ADE20K_FOLDER = "ADEChallengeData2016"
 ADE20K_SPLITS = ("training", "validation")
@@ -64,7 +64,7 @@ def subfolders(folder: Path) -> list[str]:
 def scan_images(folder: Path, what: str) -> tuple[list[str], list[str]]:
     """List the paths of a folder's images, and the names of images in unsupported formats.
 
-    Raise UserError if the folder cannot be read or if it has no images; `what` names it then.
+    Raise UserError, which names `what`, if the folder cannot be read or has no images.
     """
     entries = scan(folder)
     files = [entry.path for entry in entries if is_image_name(entry.name)]
@@ -94,7 +94,7 @@ def warn_of_images(folder: Path, files: Sequence[str], left_out: Sequence[str]) 
 
 
 class FolderSource:
-    """A folder with one folder of image files per class; classes and files are sorted by name.
+    """Images in a folder with one subfolder per class; classes and files are sorted by name.
 
     `files` has the path and the label of each image.
 
@@ -125,7 +125,7 @@ class FolderSource:
 
 
 def open_folder(path: str, split: str | None) -> Source:
-    """Open a folder that has a folder for each class, or for each split with such a folder in each.
+    """Open a folder with one subfolder per class, or with one per split, which has one per class.
 
     With splits, the layout is that of ImageNet: `train/n01440764/*.JPEG`, `val/n01440764/*.JPEG`.
     """
@@ -182,7 +182,7 @@ class SceneFolder:
         return Example(image, labels_of_mask(mask, name, shape, classes, self._reduce_zero_label))
 
     def _mask(self, index: int) -> tuple[np.ndarray, str]:
-        """Read the stored values of a mask, and return them with its name."""
+        """Read a mask; return its stored values, and its name for messages."""
         name = str(self._masks / f"{self._images[index].stem}.png")
         return decode_mask(read_file(name, MOST_BYTES), name), name
 

@@ -38,7 +38,7 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
 def draw_crop(rng: np.random.Generator, width: int, height: int, config: ConfigDict) -> Box:
     """Draw a random crop of an image of `width` by `height` pixels.
 
-    The area is uniform from `min_area` to `max_area`, as shares of the image's. Width / height is
+    The area is uniform from `min_area` to `max_area`, shares of the image's area. Width / height is
     log-uniform from `min_ratio` to `max_ratio`, and the position is uniform among those inside the
     image. A crop that does not fit is drawn again. If none of `CROP_TRIES` crops fits,
     the result is the largest centered crop with a ratio within the limits. `config` is the section
@@ -77,8 +77,8 @@ def color_jitter(picture: Image.Image, rng: np.random.Generator, strength: float
 def augmented_crop(image: np.ndarray, rng: np.random.Generator, config: ConfigDict) -> np.ndarray:
     """Apply the authors' training transform, except for normalization, to an image.
 
-    Of `config`, the whole config, `data.image_size` is used, and of `augment` the keys `crop`,
-    `flip`, `rand_augment` and `color_jitter`, the last one only without `rand_augment`.
+    `config` is the whole config. The keys `data.image_size`, and `crop`, `flip`, `rand_augment` and
+    `color_jitter` of `augment` are used, the last one only if `rand_augment` is empty.
 
     Source: the training transform of the authors' release (timm's `transforms_imagenet_train`).
     """

@@ -52,8 +52,8 @@ def stack(samples: Sequence[Batch]) -> Batch:
 class ExampleSamples(NamedTuple):
     """All samples that a host makes from one example in a step.
 
-    A sample is its row in this host's part of the batch, and its arrays. `skipped` has the index of
-    each broken example that was tried before this one, and the reason.
+    `samples` has pairs: a row in this host's part of the batch, and arrays. `skipped` has the index
+    of each broken example that was tried before this one, and the reason.
     """
 
     samples: list[tuple[int, Batch]]
@@ -175,7 +175,7 @@ def example_reader(
 
 
 def _assemble(examples: Sequence[ExampleSamples]) -> dict[str, Any]:
-    """Stack samples into a host's part of a batch; 'skipped' lists the skipped examples."""
+    """Stack samples into a host's part of a batch; the key 'skipped' lists the skipped examples."""
     samples = sorted((pair for example in examples for pair in example.samples), key=itemgetter(0))
     skipped = [skip for example in examples for skip in example.skipped]
     return {**stack([arrays for _, arrays in samples]), "skipped": skipped}
@@ -205,9 +205,9 @@ def iterate(
 ) -> Any:
     """Iterate over batches of consecutive elements, in order, until exhausted or closed.
 
-    `num_threads` threads compute single elements; with 0, the caller's thread does. If there are
-    `num_workers`, these processes compute whole batches instead, because handing many small objects
-    from process to process costs more. `assemble` makes a batch of its elements.
+    `num_threads` threads compute single elements; if it is 0, the caller's thread does. If
+    `num_workers` is positive, as many processes compute whole batches, because passing many small
+    objects between processes costs more. `assemble` makes a batch from a list of elements.
     """
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags to start its workers
@@ -246,8 +246,8 @@ def train_batches(
       config: the whole config; `seed`, `batch_size` (global), `augment` and `data` are used.
       first_step: the first step; a resumed run passes its current step.
       last_step: the step after the last one.
-      process: the index of this host of `processes`, whose number divides the batch size.
-      processes: the number of hosts.
+      process: the index of this host, from 0.
+      processes: the number of hosts, which divides the batch size.
       skipped: counts the images that cannot be read, if `config.data.on_error` is 'skip'.
 
     Yields:

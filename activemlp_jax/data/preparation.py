@@ -283,7 +283,7 @@ def prepare_imagenet(tars: Path, data_dir: Path, num_threads: int, console: Cons
 def prepare_folder(
     folder: Path, name: str, data_dir: Path, num_threads: int, console: Console
 ) -> None:
-    """Build the dataset `name` from a folder with one folder of images per class, or with splits.
+    """Build the dataset `name` from a folder with one subfolder per class, or per split and class.
 
     Raises:
       UserError: the name is invalid, the folder has another layout, or splits differ in their

@@ -49,9 +49,10 @@ def _enhance(kind: Enhancer) -> Callable[[Picture, float], Picture]:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operation on a picture at a level, computed from the share of `MAX_MAGNITUDE`.
+    """An operation on pictures, `apply(picture, level)`.
 
-    The magnitude of a `signed` operation is negated with probability 1/2.
+    `level` computes the level from the magnitude as a share of `MAX_MAGNITUDE`. The caller negates
+    the magnitude of a `signed` operation with probability 1/2.
     """
 
     apply: Callable[[Picture, float], Picture]
@@ -59,7 +60,7 @@ class Operation:
     signed: bool = False
 
     def __call__(self, picture: Picture, magnitude: float) -> Picture:
-        """Apply it to an RGB picture; `magnitude` is 0 to 10, or -10 to 10 if `signed`."""
+        """Apply the operation to an RGB picture; `magnitude` is 0 to 10, or from -10 if `signed`."""
         return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE))
 
 
@@ -127,7 +128,7 @@ NOT_INCREASING: dict[str, Operation] = {
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment:
-    """A policy that applies `num_ops` randomly drawn operations to each picture, with replacement.
+    """A policy that draws `num_ops` operations per picture, with replacement, and applies them.
 
     Args:
       magnitude: mean of the magnitudes, 0 to 10.

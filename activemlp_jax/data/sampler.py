@@ -76,7 +76,7 @@ class SampleOrder:
         return divmod(position, self.steps_per_epoch * self.batch_size)
 
     def example(self, epoch: int, image: int) -> int:
-        """Return the index of the `image`-th example of an epoch, not counting repeats."""
+        """Return the dataset index of the `image`-th image of an epoch, not counting repeats."""
         return index_shuffle(image, self.examples - 1, _epoch_seed(self.seed, epoch), rounds=4)
 
     def row(self, offset: int) -> int:

@@ -1,7 +1,7 @@
 """Transforms of images and segmentation masks on the host, with OpenCV, as in mmsegmentation.
 
 Images are `[H, W, 3]` uint8 RGB. Masks are `[H, W]` uint8, with a class index or `IGNORED` per
-pixel. All that resize or change colors raise UserError if OpenCV is not installed.
+pixel. Functions that resize or change colors raise UserError if OpenCV is not installed.
 """
 
 import functools
@@ -15,9 +15,9 @@ from activemlp_jax.utils.errors import UserError, install_command
 
 IGNORED = 255  # label of pixels that count neither in training nor in evaluation
 CROP_TRIES = 10
-BRIGHTNESS = 32  # limit of a shift, on a scale of 0 to 255
+BRIGHTNESS = 32  # largest shift in either direction, on a scale of 0 to 255
 CONTRAST = SATURATION = (0.5, 1.5)
-HUE = 18  # limit of a shift, in steps of two degrees
+HUE = 18  # largest shift in either direction, in steps of two degrees
 HUES = 180
 
 
@@ -96,7 +96,7 @@ def resize_mask(mask: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 # The four changes of color below are those of mmsegmentation's PhotoMetricDistortion, with OpenCV's
-# 8-bit HSV. They clip and truncate.
+# 8-bit HSV. They clip values to 0 to 255 and truncate them; hue wraps around instead.
 LEVELS = np.arange(256, dtype=np.uint8)
 
 

@@ -23,7 +23,7 @@ T = TypeVar("T")
 class PhotosSource:
     """A source of `count` JPEG files of 500 x 375 pixels, to time data loading and training.
 
-    The files, in memory, are `DISTINCT_PHOTOS` crops of scikit-learn's two sample photographs,
+    The files are kept in memory: `DISTINCT_PHOTOS` crops of scikit-learn's two sample photographs,
     repeated, with labels 0 to 999 in turn. They are about as large and as slow to decode as
     ImageNet images, but there is nothing to learn.
     """
@@ -43,7 +43,7 @@ class PhotosSource:
 
 @functools.cache
 def photo_files() -> tuple[bytes, ...]:
-    """Encode the distinct photos."""
+    """Encode the `DISTINCT_PHOTOS` different photos as JPEG files."""
     from sklearn.datasets import load_sample_images  # slow to import
 
     rng = np.random.default_rng(0)

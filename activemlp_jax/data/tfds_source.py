@@ -21,13 +21,13 @@ from activemlp_jax.utils.errors import UserError, one_line
 from activemlp_jax.utils.json_files import read_json
 
 ADE20K_BUILDER = "scene_parse150"
-CHECKED_RECORDS = 256  # evenly spaced records that are checked before the first step
+CHECKED_RECORDS = 256  # number of evenly spaced records to check when a dataset is opened
 PREPARE_COMMAND = "python -m activemlp_jax.prepare_data"
 DATA_DIR_HINT = "set the environment variable TFDS_DATA_DIR to the folder of your data sets"
 
 
 def open_builder(name: str) -> tuple[Any, dict[str, Any]]:
-    """Open the builder that `tfds.builder` finds by `name`; return it and its features by name.
+    """Open the TFDS builder called `name`; return it and a dict of its features.
 
     Raises:
       UserError: the dataset is unknown, or the files that describe it are damaged.
@@ -246,6 +246,6 @@ class TfdsScenes:
         return Example(image, labels_of_mask(mask, name, image.shape[:2], classes, True))
 
     def _mask(self, index: int, record: dict[str, Any]) -> tuple[np.ndarray, str]:
-        """Decode the stored values of a mask, and return them with its name."""
+        """Decode a mask; return its stored values, and its name for messages."""
         name = f"the mask of {self._record_name(index)}"
         return decode_mask(record["annotation"], name, as_rgb=True), name

@@ -13,7 +13,7 @@ MESH = 2  # cells along each side of a warped image
 
 @functools.lru_cache(maxsize=256)
 def _mesh(width: int, height: int) -> tuple[list[tuple[int, int, int, int]], np.ndarray]:
-    """Return cells (left, upper, right, lower), and corners [row, column, xy] from the center."""
+    """Return cells (left, upper, right, lower), and corners [row, column, xy] minus the center."""
     xs = [width * i // MESH for i in range(MESH + 1)]
     ys = [height * i // MESH for i in range(MESH + 1)]
     cells = [
