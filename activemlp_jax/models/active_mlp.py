@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(**dtypes)
         self.mlp = Mlp(int(self.dim * self.mlp_ratio), self.dim, **dtypes, plain=self.plain)
         # Dropout with one draw per sample is drop path, scaled by 1 / keep. Its draws depend on its
-        # name, which is that of earlier versions, so that their runs continue with the same draws.
+        # name, which must not change, so that runs of earlier versions resume with the same draws.
         self.drop_path = nn.Dropout(self.drop_path_rate, broadcast_dims=(1, 2, 3), name="Dropout_0")
 
     def mix_tokens(self, x: jax.Array, offset: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -297,7 +297,7 @@ class ActiveMLP(nn.Module):
         return maps
 
     def pooled_features(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """The input of the head: the normalized last map, averaged over positions, `[B, C]`."""
+        """Compute the head's input: the normalized last map, averaged over positions, `[B, C]`."""
         x = self.norm(self.features(images, train)[-1])
         return x.mean(axis=(1, 2), dtype=self.head.param_dtype)
 

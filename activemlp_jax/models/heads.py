@@ -176,7 +176,7 @@ class FpnNeck(nn.Module):
 
 
 class FpnHead(nn.Module):
-    """Semantic FPN: upsamples each map by twos to the resolution of the first, and adds them."""
+    """Semantic FPN: doubles each map until it is as large as the first, and adds all maps."""
 
     num_classes: int
     channels: int

@@ -16,7 +16,7 @@ from activemlp_jax.ops.sample_axis import sample_axis
 
 
 class OffsetLayer(nn.Module):
-    """Offsets in pixels for both axes: `[B, H, W, C]` to `[B, H, W, 2 * C / share_dim]`.
+    """Computes offsets for both axes, in pixels: `[B, H, W, C]` to `[B, H, W, 2 * C / share_dim]`.
 
     The first half shifts along the width, the second along the height. The layer computes in
     `param_dtype`, float32 or wider, because bfloat16 numbers near 32 pixels are a quarter pixel
@@ -36,7 +36,7 @@ class OffsetLayer(nn.Module):
 
 
 class DenseParameters(nn.Module):
-    """Parameters of a `Dense` layer from C to C channels, without applying it to `x` `[.., C]`."""
+    """Makes the parameters of a `Dense` layer for `x` `[.., C]`, C to C, without applying it."""
 
     param_dtype: Dtype = jnp.float32
     use_bias: bool = True

@@ -27,7 +27,7 @@ def resize_bilinear(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
-    """Resize `x` `[B, H, W, C]`; if N pixels become n, pixel i reads pixel floor(i * N / n).
+    """Resize `x` `[B, H, W, C]`; if a side of N becomes n, pixel i reads pixel floor(i * N / n).
 
     Source: `torch.nn.functional.interpolate` with `mode='nearest'`, which differs from
     `jax.image.resize` if the new size is not a multiple of the old.
@@ -40,7 +40,8 @@ def resize_nearest(x: jax.Array, height: int, width: int) -> jax.Array:
 
 @functools.cache
 def _pooling_matrix(length: int, bins: int) -> np.ndarray:
-    """Make `[n, N]`, whose row i averages pixels floor(i * N / n) to ceil((i + 1) * N / n) - 1."""
+    """Make a matrix `[bins, length]`, whose row i averages the pixels of bin i."""
+    # Bin i has the pixels floor(i * length / bins) to ceil((i + 1) * length / bins) - 1.
     index = np.arange(bins)
     first, end = index * length // bins, -(-(index + 1) * length // bins)
     pixel = np.arange(length)

@@ -175,7 +175,7 @@ def backbone(model: Model) -> ActiveMLP:
 
 
 def variant_name(model: Model) -> str | None:
-    """Return the published variant of the backbone, or None; the number of classes is ignored."""
+    """Return the name of the backbone's published variant, or None; `num_classes` is ignored."""
     network = backbone(model)
     for name, fields in VARIANTS.items():
         if all(getattr(network, field) == value for field, value in fields.items()):
