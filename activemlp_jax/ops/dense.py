@@ -19,7 +19,7 @@ def _repeat(offset: jax.Array, channels: int) -> jax.Array:
 
 
 def _neighbors(offset: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mask the pixels left and right of positions, on a new axis after `dim`; also fractions."""
+    """Return masks of the pixels left and right, on a new axis after `dim`, and fractions."""
     floor, fraction = (jnp.expand_dims(a, dim + 1) for a in split_offset(offset, dim))
     shape = (*offset.shape[: dim + 1], offset.shape[dim], *offset.shape[dim + 1 :])
     pixel = jax.lax.broadcasted_iota(offset.dtype, shape, dim + 1)

@@ -22,7 +22,7 @@ class LinearMap(NamedTuple):
 
 
 def saves_work(height: int, width: int, channels: int) -> bool:
-    """Whether an image's matrix, 3 * C^3 multiply-adds, costs less than it saves, C^2 a pixel."""
+    """Return whether a matrix costs less (3 * C^3 multiply-adds) than it saves (C^2 per pixel)."""
     return height * width > 3 * channels
 
 
@@ -34,12 +34,12 @@ def mix_tokens(
 ) -> jax.Array:
     """Mix three tokens per position.
 
-    Equals `proj(sum_j weigh(mean(sum_j y_j))[.., j] * y_j)` for the results `y_j` of the layers.
+    The result is `proj(sum_j weigh(mean(sum_j y_j))[.., j] * y_j)`; `y_j` is layer j of token j.
 
     Args:
       tokens: three maps `[B, H, W, C]`.
-      layers: the layer of each token.
-      proj: the layer that maps the mix.
+      layers: the linear layer of each token.
+      proj: the linear layer that maps the mix.
       weigh: computes mixing weights `[B, 1, 1, C, 3]` from the mean of the results, `[B, 1, 1, C]`.
 
     Returns:

@@ -21,7 +21,7 @@ def _padding(axis: int, rank: int) -> list[tuple[int, int]]:
 
 
 def _rows(offset: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Find the rows `[H, W, G, 2]` of the padded table to read, and fractions, for `[H, W, G]`."""
+    """Find the rows `[H, W, G, 2]` of the table that `offset` `[H, W, G]` reads, and fractions."""
     _, width, groups = offset.shape
     floor, fraction = split_offset(offset, axis)
     index = first_index(floor, offset.shape[axis]) + BEFORE

@@ -1,7 +1,7 @@
 """Convolution of images whose kernel gradient compiles quickly on TPUs.
 
-As a convolution, whose window is as large as the output, the kernel gradient of the stem takes XLA
-three quarters of a minute to compile for a TPU. As one matmul of patches it takes two seconds.
+XLA takes three quarters of a minute to compile the stem's kernel gradient for a TPU as a
+convolution, whose window is as large as the output. As one matmul of patches, it takes two seconds.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, ...], padding:
 def grad_kernel_by_patches(
     x: jax.Array, kernel: jax.Array, grad: jax.Array, strides: tuple[int, ...], padding: Pairs
 ) -> jax.Array:
-    """Compute the gradient of `kernel` by one matmul of the patches that it is multiplied with."""
+    """Compute the gradient of `kernel` by one matmul of the patches of `x` with `grad`."""
     *sides, channels, features = kernel.shape
     patches = jax.lax.conv_general_dilated_patches(
         x, sides, strides, padding, dimension_numbers=DIMENSIONS

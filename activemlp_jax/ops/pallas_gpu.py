@@ -26,7 +26,7 @@ MIN_CAPABILITY = 8.0  # compute capability of Ampere, the oldest that Pallas com
 
 
 def runs_here() -> bool:
-    """Whether the kernels support this process's GPU; True if it has none."""
+    """Return whether the kernels support this process's GPU; True if it has none."""
     if jax.default_backend() != "gpu":
         return True  # this process may compile for another machine
     capability = str(jax.devices()[0].compute_capability)  # '9.0' on NVIDIA, a name on AMD
@@ -79,7 +79,7 @@ class Tile(NamedTuple):
     group_size: int
 
     def offsets(self, offset: Any, distance: Any = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Load offsets `distance` pixels away: floors, fractions, which exist; all `[P, GB]`."""
+        """Load offsets `distance` pixels away: floors, fractions, and a mask; all `[P, GB]`."""
         coordinate = self.coordinate + distance
         exists = self.exists & (coordinate >= 0) & (coordinate < self.length)
         ref = offset.at[self.image, self.position + distance * self.step, self.group]
@@ -93,7 +93,7 @@ class Tile(NamedTuple):
         return triton.load(ref, mask=mask, other=0).astype(jnp.float32)
 
     def feature_refs(self, rows: Any, distance: Any, mask: jax.Array) -> tuple[Any, jax.Array]:
-        """Refer to features `distance` pixels away; also return `mask` without channel padding."""
+        """Return references to features `distance` pixels away, and `mask` without padding."""
         shape = tuple(self.shape)
         index = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
         row = (self.position + distance * self.step)[..., None]
@@ -167,7 +167,7 @@ def _backward_kernel(
 
 
 def _reach(offset: jax.Array, axis: str) -> jax.Array:
-    """Find the range `[B, 2]`, end excluded, of distances from features to their readers."""
+    """Find the range `[B, 2]`, end excluded, of distances to the positions that read a feature."""
     dim = {"h": 1, "w": 2}[axis]
     length = offset.shape[dim]
     index, _ = split_offset(offset, dim)

@@ -1,6 +1,6 @@
 """TPU implementation: the dense one as Pallas kernels, which keep the weights in registers.
 
-XLA materializes parts of the dense implementation, several times the size of the map. These
+For the dense implementation, XLA materializes arrays several times as large as the map. These
 kernels read and write each map once. They repeat the offsets for the channels of a group by a
 matmul with a matrix of zeros and ones, which moves nothing between lanes. On other platforms the
 kernels run in interpret mode.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def split_offset(offset: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Split the positions, coordinate + offset along an axis of `offset`, into floor and fraction.
+    """Split the positions, which are coordinate + `offset` along `axis`, into floor and fraction.
 
     Coordinates are integers, so a position has the same fraction as its offset. The fraction is
     taken from the offset, where it is exact: a float32 position would round 3 - 1e-8 to 3 and read
