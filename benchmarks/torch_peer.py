@@ -187,7 +187,7 @@ EAGER = ("deform_conv2d",)  # not compiled, as in the original
 
 
 def list_operators() -> dict[str, Operator]:
-    """List the operators to build the models with, by name; on a CPU only gathering."""
+    """Return the operators to build the models with, by name; on a CPU, only gathering."""
     operators: dict[str, Operator] = {"gather": gather_operator}
     if jax.default_backend() != "cpu" and (function := find_deform_conv2d()):
         operators["deform_conv2d"] = partial(deform_operator, function)
@@ -344,11 +344,11 @@ def prepare_models(
 def prepare_operators(case: Case, compiler: Compiler = compile_function) -> Iterator[Contender]:
     """Compile the operator in PyTorch, forward and with gradients.
 
-    `deform_conv2d` has an identity kernel, and its time includes the multiplication by that.
+    `deform_conv2d` has an identity kernel, and its time includes the multiplication by the kernel.
 
     Args:
       case: inputs of the operator.
-      compiler: compiles one of the two variants of `sample_groups`.
+      compiler: compiles `sample_groups` for 'gather'; 'gather eager' is not compiled.
     """
     torch._dynamo.reset()
     device, held = choose_device(), _allocated_bytes()

@@ -46,7 +46,7 @@ class FeaturePyramid(nn.Module):
 
 
 def centers(level: jax.Array, stride: int) -> jax.Array:
-    """Image coordinates (x, y) of a level's positions, `[H * W, 2]` in pixels."""
+    """Compute image coordinates (x, y) of a level's positions, `[H * W, 2]`, in pixels."""
     height, width = level.shape[1:3]
     y, x = jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij")
     return (jnp.stack((x, y), -1).reshape(-1, 2) + 0.5) * stride

@@ -27,7 +27,7 @@ INK, FAINT = "#202124", "#5f6368"
 WIDTH, HEADER, MARGIN, GAP = 1100, 204, 24, 48  # pixels; `GAP` is between rows
 PANEL = 384  # longer side of a picture
 RING_DISTANCE = 10  # from the picture to a ring, which marks a read outside the map
-TEXT_HEIGHT = 320  # of a stage's statistics
+TEXT_HEIGHT = 320  # height of a stage's statistics
 DOT_SIZE = 18.0  # diameter of a dot with a mixing weight of 1
 
 TITLE = "Where the Active Token Mixer looks"

@@ -33,7 +33,7 @@ def class_colors(count: int) -> np.ndarray:
 
 
 def paint(labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Map `labels` `[H, W]` to colors `[H, W, 3]` uint8; `IGNORED` is black unless a class."""
+    """Map `labels` `[H, W]` to colors `[H, W, 3]` uint8; `IGNORED` is black if it is no class."""
     table = np.zeros((max(len(colors), IGNORED + 1), 3), np.uint8)
     table[: len(colors)] = colors
     return table[labels]
@@ -88,7 +88,7 @@ def draw_comparison(
 ) -> Image.Image:
     """Draw one column per scene, with its image, true labels and predicted labels, and a legend.
 
-    `scenes` has for each the image `[H, W, 3]` uint8, true labels and predicted labels `[H, W]`.
+    A scene is its image `[H, W, 3]` uint8, true labels `[H, W]` and predicted labels `[H, W]`.
     """
     colors, side = class_colors(len(class_names)), 128
     left, step = 60, side + MARGIN

@@ -1,4 +1,4 @@
-"""Render figures, and write picture files, marked so that commands replace only their own."""
+"""Render figures, and write marked picture files, so that commands replace only their own."""
 
 import warnings
 from pathlib import Path
