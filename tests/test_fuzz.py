@@ -1,4 +1,4 @@
-"""Damaged and hostile files are read, or refused in one line, by every reader."""
+"""Every reader reads damaged and hostile files, or refuses them in one line."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Groups come first; alone at the end, this would keep one process waiting.
+# Tests in groups start first. This one takes long, and would be the last to finish.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("recipe")]
 
 FUZZ = Path(__file__).parent / "helpers" / "fuzz.py"

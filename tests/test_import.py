@@ -1,4 +1,4 @@
-"""What importing the package costs."""
+"""Imports of the package do not load slow, rarely used modules."""
 
 import subprocess
 import sys

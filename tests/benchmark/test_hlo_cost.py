@@ -1,4 +1,4 @@
-"""What the compiler says of a program, read from its text and its figures."""
+"""Reading a compiled program's collectives, memory and costs from its HLO text and statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from activemlp_jax.benchmark.hlo_cost import (
 )
 from activemlp_jax.utils.hardware import Chip
 
-# Lines in the forms in which compilers write them, names shortened. Eight devices.
+# Lines as compilers write them for eight devices, with shortened names.
 PROGRAM = """
   %all-reduce = (f32[8,4]{1,0}, f32[], bf16[16]{0}) all-reduce(%a, %b, %c), replica_groups={}, u=1
   %all-reduce.1 = f32[2,3]{1,0:T(2,128)S(1)} all-reduce(%d), replica_groups=[2,4]<=[8], t=%add

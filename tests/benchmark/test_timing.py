@@ -1,4 +1,4 @@
-"""What the benchmarks make of the times that they take."""
+"""Rates, ratios, tables and files that the benchmarks compute from measured times."""
 
 import csv
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def test_contenders_take_turns_after_all_have_run_once():
 
 def test_a_file_has_a_row_a_measurement_with_what_is_unknown_left_empty(tmp_path: Path):
     path = tmp_path / "figures.csv"
-    for _ in range(2):  # the second time in place of the first
+    for _ in range(2):  # the second file replaces the first
         write_csv(path, measured(), MACHINE)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))

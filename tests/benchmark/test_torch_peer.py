@@ -1,4 +1,4 @@
-"""The PyTorch that the benchmarks compare with computes what JAX computes."""
+"""The PyTorch models that the benchmarks compare with compute the same as the JAX models."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ MICRO = {**BACKBONE, "share_dims": (2, 4, 4, 8)}
 
 
 def deform_conv2d(x: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """torchvision's, by its documentation, for a 1x1 kernel and an offset group a channel."""
+    """Compute what torchvision documents, for a 1x1 kernel and one offset group per channel."""
     _, channels, height, width = x.shape
     moved = torch.empty_like(x)
     for channel in range(channels):

@@ -1,4 +1,4 @@
-"""The benchmark's commands that measure: real runs at small sizes, and bad input."""
+"""The measuring commands of the benchmark, run at small sizes and with bad input."""
 
 import csv
 import os
@@ -45,7 +45,7 @@ def test_the_operator_is_timed_at_every_stage_by_every_implementation(tmp_path: 
     assert "active_tiny stage 4, 1 x 1, 512 channels, 8 an offset, along w" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 100
     copies = [row for row in rows_of(path) if row["what"] == "copy"]
-    assert [float(row["copy_fraction"]) for row in copies] == [1] * 8  # one a table
+    assert [float(row["copy_fraction"]) for row in copies] == [1] * 8  # one per table
     rows = [row for row in rows_of(path) if row["what"] != "copy"]
     assert all(float(row["copy_fraction"]) > 0 for row in rows)
     found = {(row["model"], row["what"], row["implementation"]) for row in rows}
@@ -74,12 +74,12 @@ def test_a_model_is_timed_beside_a_matrix_product(tmp_path: Path):
         *("forward", "active_xtiny", "jax"),
     )
     assert 0 < float(ours["matmul_fraction"]) < 1
-    assert float(ours["memory_bytes"]) > 4 * 15_000_000  # its weights
+    assert float(ours["memory_bytes"]) > 4 * 15_000_000  # bytes of the weights
     assert ours["torch_version"] == ""
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("step of micro")  # the second finds it in JAX's cache
+@pytest.mark.xdist_group("step of micro")  # the second run finds the program in JAX's cache
 @pytest.mark.parametrize("whats", [("gradient", "step"), ("step",)])
 def test_training_is_timed_by_gradient_and_step_or_one_of_them(
     tmp_path: Path,
@@ -97,7 +97,7 @@ def test_training_is_timed_by_gradient_and_step_or_one_of_them(
     rows = rows_of(path)
     assert [row["what"] for row in rows] == ["matmul", *whats]
     memory = [float(row["memory_bytes"]) for row in rows[1:]]
-    assert memory == sorted(set(memory))  # a step has moments, and the average
+    assert memory == sorted(set(memory))  # a step also holds moments and the average
     assert "2 rounds of 1, in turns" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""Options of commands have limits, and a wrong command line is one line."""
+"""Options of commands have limits, and a wrong command line gives one line."""
 
 import math
 import os

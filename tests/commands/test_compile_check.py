@@ -1,4 +1,4 @@
-"""`python -m activemlp_jax.compile_check`: the step of a config on devices that are not here."""
+"""`python -m activemlp_jax.compile_check`: compiles a step for devices that are not there."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ from activemlp_jax.training.trainer import build_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' own
 
-# Where `make test` puts the TPU compiler; an environment with the extra `tpu` has its own.
+# `make test` installs the TPU compiler here; an environment with [tpu] has its own.
 LIBRARY = ROOT / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
 
 SMALL = (
@@ -47,7 +47,7 @@ def run(*arguments: str) -> str:
 
 
 def found(*arguments: str) -> tuple[str, dict[str, Any]]:
-    """What was printed, and the record at its end."""
+    """Return the printed text, and the JSON record on its last line."""
     output = run(*SMALL, *arguments)
     return output, json.loads(output.splitlines()[-1])
 
@@ -59,7 +59,7 @@ def test_a_step_on_eight_devices_sums_one_gradient_of_every_parameter():
     assert "32 images a step, 4 a device; 1,437 images in 10 classes, of digits" in output
     assert set(record["collectives"]) == {"all-reduce"}
     assert record["collectives"]["all-reduce"]["size"] == pytest.approx(PARAMETERS, rel=0.01)
-    # weights, their average, and two moments
+    # The state has the weights, their average, and two moments.
     assert record["arguments"] == pytest.approx(4 * PARAMETERS, rel=0.05)
     assert record["fits"] is None
 
@@ -91,7 +91,7 @@ def test_on_tpus_the_step_of_a_recipe_reads_and_writes_nothing_by_index(name: st
 
 
 def open_here(name: str) -> list[Any]:
-    """Devices of a topology in a process that already uses JAX and so has its devices."""
+    """Return the devices of a topology in a process in which JAX is already in use."""
     if re.fullmatch(r"cpu:[1-9]", name):
         return [jax.devices()[0]] * int(name[4:])
     with mock.patch.object(jax.config, "update"):

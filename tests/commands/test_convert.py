@@ -30,8 +30,8 @@ pytestmark = pytest.mark.xdist_group("convert")
 MICRO_CHECKPOINT = goldens.DATA / "micro_checkpoint.pth"
 
 
-# The command, and then its own peak of resident memory in KiB. (The resource module would count
-# that of the process that started it.)
+# Runs the command, then prints the process's peak resident memory in KiB. (The resource module
+# would include the memory of the parent process.)
 PEAK_OF_CONVERSION = """
 import re, runpy
 runpy.run_path("convert_torch_weights.py", run_name="__main__")
@@ -40,14 +40,14 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 
 
 def run_here(*arguments: object) -> str:
-    """Run the command in this process, which is quicker, and return its output."""
+    """Run the command in this process, which is faster, and return its output."""
     result = run_main(main, *arguments)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
 def original() -> dict[str, dict[str, torch.Tensor]]:
-    """The two state dicts of the micro checkpoint, read by PyTorch itself."""
+    """Read the two state dicts of the micro checkpoint with PyTorch."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(MICRO_CHECKPOINT, weights_only=True)
     return {key: content[key] for key in ("model", "model_ema")}
@@ -62,7 +62,7 @@ def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The model directory of the micro checkpoint, and what its conversion printed."""
+    """Convert the micro checkpoint; return the model directory and the output."""
     directory = tmp_path_factory.mktemp("models") / "micro"
     command = [sys.executable, "convert_torch_weights.py", MICRO_CHECKPOINT, directory, "--verify"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -231,13 +231,13 @@ def test_a_large_checkpoint_of_training_needs_less_than_four_gigabytes(tmp_path:
 
 
 def state_dict(**changes: Any) -> dict[str, Any]:
-    """The raw weights of the micro checkpoint with changes; None takes a key away."""
+    """Return the micro checkpoint's raw weights with `changes`; None removes a key."""
     weights = {**original()["model"], **{k.replace("__", "."): v for k, v in changes.items()}}
     return {key: value for key, value in weights.items() if value is not None}
 
 
 class RunsCommand:
-    """A pickle that makes the file `it_ran` in the working directory's parent."""
+    """An object whose pickle runs a command on loading, which makes the file `proof`."""
 
     def __init__(self, proof: Path):
         self.proof = proof

@@ -26,13 +26,13 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quicker to compile; five photos need two."""
+    """Use small batches, which compile faster; five photos need two of them."""
     monkeypatch.setattr(classify, "BATCH_SIZES", (4,))
 
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Photos in two folders of classes, named as from the folder above, where the test is."""
+    """Save photos in two class folders of the working directory; return their relative paths."""
     monkeypatch.chdir(tmp_path)
     names = ("val/cat/0.png", "val/cat/1.png", "val/cat/2.png", "val/dog/0.png", "val/dog/1.jpg")
     return [str(file) for file in save_photos(Path(), *names)]

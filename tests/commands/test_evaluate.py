@@ -58,7 +58,7 @@ def last_line(output: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory of the micro checkpoint, for digits of 32 pixels."""
+    """Write a model directory of the micro checkpoint, for digits of 32 x 32 pixels."""
     directory = tmp_path_factory.mktemp("models") / "micro"
     network = ActiveMLP(**goldens.MICRO)
     weights = read_checkpoint(goldens.DATA / "micro_checkpoint.pth").weights
@@ -121,7 +121,7 @@ def assert_same(output: str, expected: str) -> None:
 
 
 def save_digits(folder: Path, count: int, split: str = "test") -> None:
-    """The first digits of a split as pictures in class folders."""
+    """Save the first `count` digits of a split as pictures in class folders."""
     source = open_source("digits", split)
     for index in range(count):
         image, label = source[index]

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.xdist_group("export")
 
 PHOTO = "photo.jpg"
 Answers = dict[str, tuple[np.ndarray, np.ndarray]]
-# Conversion infers the interval from names of weights, which two blocks per stage leave open.
+# Conversion infers offset_interval from the names of weights; two blocks per stage leave it open.
 EVERY_BLOCK = BACKBONE | {"offset_interval": 1}
 CLASSIFIER = am.ActiveMLP(**EVERY_BLOCK, num_classes=3)
 SEGMENTOR = am.ActiveSegmentor(EVERY_BLOCK, "upernet", 4, channels=8, aux_channels=8)
@@ -58,7 +58,7 @@ CARDS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model directory for each of `CARDS`."""
+    """Write a model directory for each of `CARDS`, and return their folder."""
     folder = tmp_path_factory.mktemp("models")
     for name, card in CARDS.items():
         variables = goldens.rule_variables(card.model)
@@ -98,7 +98,7 @@ def assert_equal_logits(found: np.ndarray, logits: np.ndarray) -> None:
 
 
 def readme_program(folder: Path, format_name: str) -> str:
-    """The code under a format's heading in the README."""
+    """Return the code under a format's heading in the README."""
     section = (folder / "README.md").read_text().split(f"### `model.{format_name}`")[1]
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
 
@@ -169,7 +169,7 @@ def test_one_stablehlo_program_is_for_three_platforms_and_any_batch(name: str, e
 
 
 SHAPE = (2, 32, 32, 3)
-# Inputs that an exported function does not take, with what its runtime says of them.
+# Inputs that an exported function rejects, and the error messages of the runtime.
 REFUSED = {
     "bfloat16": (jnp.zeros(SHAPE, jnp.bfloat16), "expected float32 and called with bfloat16", ""),
     "uint8": (np.zeros(SHAPE, np.uint8), "expected float32 and called with uint8", "tensor(uint8)"),

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> str:
-    # These train for so long that optimized code pays.
+    # These runs are so long that compiler optimizations pay off.
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, *arguments]
     result = subprocess.run(
@@ -27,7 +27,7 @@ def last_accuracy(workdir: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("recipe")  # groups come first, and this would keep one process waiting
+@pytest.mark.xdist_group("recipe")  # groups start first, and this test takes long
 def test_fine_tuning_from_converted_letters_beats_random_weights(tmp_path: Path):
     folder, letters = tmp_path / "images", tmp_path / "letters"
     short = "--config.optimizer.warmup_epochs=1"

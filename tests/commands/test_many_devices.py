@@ -1,4 +1,4 @@
-"""One run on many devices and hosts: the same numbers, the same samples, nobody left waiting."""
+"""Runs on many devices and hosts: same numbers, same samples, and no process left waiting."""
 
 import json
 import random
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("devices")
 
 STEPS = 6
 # A model that trains in seconds, with some weights large enough to be split. The 360 test images,
-# the smallest split, are three steps an epoch.
+# the smallest split, make three steps per epoch.
 ARGUMENTS = (
     "--config.model.depths=(2,2,2,2)",
     "--config.model.embed_dims=(8,16,32,64)",
@@ -30,18 +30,18 @@ ARGUMENTS = (
     "--config.epochs=2",
     "--config.log_every_steps=1",
     "--config.checkpoint.every_steps=3",
-    # Boxes are erased, and rows mixed in groups of 8: of the fifteen groups of a batch, one lies on
+    # Random erasing, and mixing groups of 8 rows. Of the fifteen groups of a batch, one lies on
     # two hosts, and two on two devices of one host.
     "--config.augment.random_erasing=0.5",
     "--config.augment.mixup_alpha=0.8",
     "--config.augment.cutmix_alpha=1.0",
     "--config.augment.mix_group_size=8",
-    # constant
+    # The learning rate is constant.
     "--config.optimizer.learning_rate=1e-3",
     "--config.optimizer.final_learning_rate=1e-3",
     "--config.optimizer.warmup_epochs=0",
 )
-# In float64 what differs by more than rounding shows.
+# In float64, rounding errors are so small that any other difference shows.
 FLOAT64 = "--config.model.dtype=float64"
 BOUND = 1e-9
 
@@ -57,21 +57,21 @@ def on_one_host(workdir: Path, devices: int = 1) -> list[subprocess.Popen[str]]:
 
 
 def on_two_hosts(workdir: Path, *arguments: str) -> list[subprocess.Popen[str]]:
-    """Two processes with two devices each, among which the state is divided."""
+    """Start a run in two processes with two devices each, which divide the state."""
     flags = (*ARGUMENTS, FLOAT64, "--config.mesh.fsdp=2", *arguments)
     return start_two("--workdir", str(workdir), *flags, devices=2, x64=True)
 
 
 @pytest.fixture(scope="module")
 def one(folder: Path) -> Path:
-    """The workdir of a run on one device."""
+    """Run on one device, and return the workdir."""
     finish(on_one_host(folder / "one"))
     return folder / "one"
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Path:
-    """The workdir of the same run on two hosts."""
+    """Do the same run on two hosts, and return the workdir."""
     finish(on_two_hosts(folder / "two"))
     return folder / "two"
 

@@ -1,4 +1,4 @@
-"""The README of an export: what it says of the weights, and what it leaves open."""
+"""The README of an export says what is known of the weights, and claims nothing else."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,7 @@ def config() -> dict[str, Any]:
 def readme(
     folder: Path, config: dict[str, Any], source: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """The README for weights of this source, and its YAML header."""
+    """Return the README for weights with this `source`, and its parsed YAML header."""
     path = folder / "README.md"
     write_readme(path, replace(CARD, source=source), config)
     text = path.read_text(encoding="utf-8")

@@ -38,13 +38,13 @@ def segmentor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quicker to compile; five photos need two."""
+    """Use small batches, which compile faster; five photos need two of them."""
     monkeypatch.setattr(classify, "BATCH_SIZES", (1, 4))
 
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Five photos in two folders, named as from the folder above, where the test is."""
+    """Save five photos in two folders of the working directory; return their relative paths."""
     monkeypatch.chdir(tmp_path)
     return [
         str(file) for file in save_photos(Path(), *(f"{'xy'[i % 2]}/{i}.png" for i in range(5)))
@@ -134,7 +134,7 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word(
 
 
 def form(picture: str | Path) -> tuple[str, tuple[int, int]]:
-    """Mode and size of an image file."""
+    """Return the Pillow mode and the size of an image file."""
     with Image.open(picture) as image:
         return image.mode, image.size
 
@@ -326,7 +326,7 @@ def test_a_picture_shows_where_the_model_looks(
     status, output, errors = call(*arguments)
     assert (status, errors) == (0, "")
     *others, last = output.splitlines()
-    assert photos[0] in "".join(others)  # and what it is as ever
+    assert photos[0] in "".join(others)  # the usual predictions are printed too
     assert last == f"wrote new/looks.png: where the model looks in {photos[0]}"
     assert call(*arguments)[1].splitlines()[-1] == last.replace("wrote", "replaced")
     (record,) = map(json.loads, call(*arguments, "--json")[1].splitlines())

@@ -62,7 +62,7 @@ def tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where tensorflow-datasets looks for data sets."""
+    """Make a folder in which tensorflow-datasets looks for datasets."""
     folder = tmp_path / "data"
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(folder))
     return folder
@@ -162,7 +162,7 @@ def test_examples_are_shuffled_so_that_a_slice_has_all_classes(tmp_path: Path, d
 
 
 def write_tfrecord(path: Path, records: list[bytes]) -> None:
-    """TFRecord framing; readers of it that check no checksums are served with zeros."""
+    """Write a TFRecord file; its checksums are zeros, for readers that do not check them."""
     with path.open("wb") as file:
         for record in records:
             file.write(struct.pack("<QI", len(record), 0) + record + struct.pack("<I", 0))
@@ -170,7 +170,7 @@ def write_tfrecord(path: Path, records: list[bytes]) -> None:
 
 @pytest.fixture
 def tfrecord_copy(tmp_path: Path) -> Path:
-    """A data set of twenty photos in two TFRecord files, as tensorflow-datasets lays it out."""
+    """Write a dataset of twenty photos in two TFRecord files, in the layout of TFDS."""
     save_photos(tmp_path / "photos", ["a", "b"], 10, (40, 40))
     preparation.prepare_folder(tmp_path / "photos", "copied", tmp_path / "first", 1, CONSOLE)
     there = tmp_path / "first" / "copied" / "1.0.0"

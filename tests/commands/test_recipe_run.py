@@ -1,4 +1,4 @@
-"""The original's recipe whole, through the real `train.py`: data in, steps, a model out."""
+"""Runs of `train.py` with the original's whole recipe, from image files to a model."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from activemlp_jax.data.preparation import prepare_folder
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("recipe")
 
-# A model that trains in seconds, in place of a config's own.
+# A model that trains in seconds, instead of the config's model.
 SMALL = (
     "--config.model.depths=(2,2,2,2)",
     "--config.model.embed_dims=(8,8,16,16)",
@@ -26,7 +26,7 @@ SMALL = (
     "--config.data.image_size=32",
     "--config.data.num_threads=2",
 )
-# Of two classes and eight or nine images these are one program, which is compiled once.
+# Runs with these options, two classes and eight or nine images share one compiled program.
 FINE_TUNING = (
     *("--config", "configs/fine_tune_folder.py", *SMALL),
     *("--config.batch_size=4", "--config.eval_batch_size=9", "--config.epochs=3"),
@@ -49,7 +49,7 @@ def train(*arguments: str, data_dir: Path | None = None) -> subprocess.Completed
 
 @pytest.fixture(scope="module")
 def tiny_imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TFDS_DATA_DIR with `tiny_imagenet`: 80 photos of four classes to train, 8 to validate."""
+    """Prepare `tiny_imagenet` with 80 training and 8 validation photos; return TFDS_DATA_DIR."""
     folder = tmp_path_factory.mktemp("tiny")
     wnids = ["n01440764", "n01443537", "n01484850", "n01491361"]
     save_photos(folder / "photos" / "train", wnids, 20, (250, 187))
@@ -102,7 +102,7 @@ def test_own_photos_of_every_kind_are_fine_tuned_on(tmp_path: Path):
 
 @pytest.mark.slow
 def test_broken_images_are_named_counted_and_recorded(tmp_path: Path):
-    """An epoch takes all eight images."""
+    """An epoch has all eight images."""
     save_photos(tmp_path / "train", ["a", "b"], 4, (40, 40))
     save_photos(tmp_path / "val", ["a", "b"], 2, (40, 40))
     broken = tmp_path / "train" / "b" / "002.JPEG"

@@ -37,10 +37,10 @@ DIGITS = (
     *("--config.head.channels=16", "--config.head.aux_channels=8", "--config.eval_batch_size=50"),
     *("--config.model.drop_path_rate=0.0", "--config.head.dropout_rate=0.0"),
 )
-# The real recipe but for the size of things; the backbone's is that of the weights it starts from.
+# The real recipe with small sizes; the backbone is that of the weights to start from.
 SMALL: dict[str, Any] = {
     "batch_size": 2,
-    "model.dtype": "float32",  # as models are evaluated
+    "model.dtype": "float32",  # the dtype of evaluation
     "eval_batch_size": 1,
     "steps": 3,
     "log_every_steps": 1,
@@ -59,14 +59,14 @@ def run(module: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
 
 
 def form(picture: Path) -> tuple[str, tuple[int, int]]:
-    """Mode and size of an image file."""
+    """Return the Pillow mode and the size of an image file."""
     with Image.open(picture) as image:
         return image.mode, image.size
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small classifier's model directory."""
+    """Write the model directory of a small classifier."""
     directory = tmp_path_factory.mktemp("models") / "micro"
     model = am.ActiveMLP(**{**goldens.MICRO, "depths": (2, 2, 2, 2)})
     card = ModelCard(model, Preprocessing(), ("model",), "model")
@@ -78,7 +78,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The workdir of a short run on digit scenes on one device, and what it printed."""
+    """Train shortly on digit scenes on one device; return the workdir and the output."""
     workdir = tmp_path_factory.mktemp("runs") / "scenes"
     (printed,) = finish([start("--workdir", str(workdir), *DIGITS)])
     return workdir, printed
@@ -159,7 +159,7 @@ def test_what_cannot_work_is_named(
 
 
 def test_the_ade20k_recipe_trains_from_a_classifier_and_is_tested(classifier: Path, tmp_path: Path):
-    """A few steps of the real config; one image is smaller than the crop, and is padded."""
+    """Run a few steps of the real config; one image is smaller than the crop and gets padded."""
     sizes = [(70, 90), (40, 200), (33, 40), (96, 64)]
     save_ade20k(
         tmp_path,
@@ -190,9 +190,9 @@ def test_the_ade20k_recipe_trains_from_a_classifier_and_is_tested(classifier: Pa
 def test_the_semantic_fpn_recipe_trains_on_scene_parse150_and_goes_on_after_a_failure(
     classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """On mock_data: random images with the metadata of the real builder.
+    """The data are from mock_data: random images with the metadata of the real builder.
 
-    Of five steps, two an epoch, the second epoch and what there is of the third are tested.
+    The run has five steps, two per epoch. It is tested after the second epoch and at the end.
     """
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     prepare_scene_parse150(tmp_path, monkeypatch, lambda _: mask(30, 40, 1))
@@ -200,7 +200,7 @@ def test_the_semantic_fpn_recipe_trains_on_scene_parse150_and_goes_on_after_a_fa
     splits = {"data.train_split": "train", "data.test_split": "test"}
     config.update_from_flattened_dict(
         {**SMALL, **splits, "init_from": str(classifier), "data.name": "tfds:scene_parse150"}
-        | {"head.neck_channels": 16, "test.size_multiple": 256}  # one size for all
+        | {"head.neck_channels": 16, "test.size_multiple": 256}  # makes all images one size
         | {"steps": 5, "test.every_epochs": 2, "checkpoint.every_steps": 1, "augment.flip": 0.0}
     )
     printed = io.StringIO()

@@ -50,7 +50,7 @@ def final_state(workdir: Path) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of four epochs without interruption, some of it traced, and what it printed."""
+    """Train four epochs without interruption, tracing some steps; return workdir and output."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     return workdir, small_run(workdir, "--config.tensorboard", "--config.profile=2").stdout
 
@@ -65,7 +65,7 @@ class Interruption(NamedTuple):
 
 
 class Interrupted(NamedTuple):
-    """A run that was started again and again, and what its last start printed."""
+    """A run that was started several times, and the output of its last start."""
 
     workdir: Path
     full_disk: Interruption
@@ -80,7 +80,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def interrupted(
-    finished: tuple[Path, str],  # has put into the cache what cannot be written here
+    finished: tuple[Path, str],  # has filled the compilation cache
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Interrupted:
     """Train again, ended by a full disk, SIGTERM, SIGINT and SIGKILL in turn, and then finish."""
@@ -167,7 +167,7 @@ def test_a_run_leaves_a_model_directory_of_its_last_state(finished: tuple[Path, 
 
 
 def assert_as_untouched(workdir: Path, expected: Path) -> None:
-    """The same weights bit for bit, and the same records."""
+    """Assert that two runs have bitwise equal weights, and equal records."""
     ours, theirs = final_state(workdir), final_state(expected)
     assert len(ours) == len(theirs) > 500
     for a, b in zip(ours, theirs, strict=True):
@@ -216,10 +216,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_loses_nothing(
 
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_clear_line(interrupted: Interrupted):
-    """Once there is room, the same command is all that is needed."""
+    """Once there is room on the disk, the same command resumes the run."""
     failure = interrupted.full_disk
     assert failure.status == 2, failure.errors
-    # orbax logs beside it
+    # orbax prints log lines as well
     errors = [line for line in failure.errors.splitlines() if "train.py: error:" in line]
     assert len(errors) == 1, failure.errors
     assert "a checkpoint cannot be written in" in errors[0]
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_clear_line(interrupte
 
 @pytest.mark.slow
 def test_a_trace_of_some_steps_is_written(finished: tuple[Path, str], interrupted: Interrupted):
-    """The weights are those of a run without one."""
+    """Tracing does not change the weights."""
     assert list((finished[0] / "profile").rglob("*.xplane.pb"))
     assert not (interrupted.workdir / "profile").exists()
     for a, b in zip(final_state(interrupted.workdir), final_state(finished[0]), strict=True):
@@ -341,7 +341,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved(tmp_path: Path)
     read = []
     for line in process.stdout:
         read.append(line)
-        if "parameters" in line:  # next it compiles
+        if "parameters" in line:  # the next thing that the run does is compile
             process.send_signal(signal.SIGINT)
             break
     output, errors = process.communicate(timeout=240)

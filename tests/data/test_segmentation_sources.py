@@ -296,7 +296,7 @@ def even(*labels: int, height: int = 30) -> Callable[[int], np.ndarray]:
 
 @pytest.fixture
 def tfds_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where tensorflow-datasets looks for data sets."""
+    """Make a folder in which tensorflow-datasets looks for datasets."""
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""The first process of a run, and what it makes of those that come, or do not."""
+"""The first process of a run, and how it treats processes that join, fail or never come."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from activemlp_jax.utils.errors import UserError
 
 
 class EndedError(Exception):
-    """Takes the place of the end of a process."""
+    """Raised where the real code would end the process."""
 
 
 class First:
-    """The first of three processes, in threads of this one; the others are connections."""
+    """The first of three processes, run in threads; the other two are plain connections."""
 
     def __init__(self, timeout: float = 30):
         self.address = free_address()
@@ -88,7 +88,7 @@ def all_met(first: First) -> tuple[socket.socket, socket.socket, Rendezvous]:
 
 
 def failure(first: First, *connections: socket.socket) -> str:
-    """What ends the first process, and as well those that listen on `connections`."""
+    """Return the message that ends the first process and all that listen on `connections`."""
     for connection in connections:
         while "failed" not in hear(connection):
             pass
@@ -156,7 +156,7 @@ def test_a_process_that_comes_too_late_is_refused_and_the_run_goes_on(first: Fir
 
 
 def test_an_error_that_a_lost_host_caused_elsewhere_is_not_taken_for_the_cause(first: First):
-    """The others' collective operations fail at about the moment of its death."""
+    """When a host is lost, collective operations of the others fail at about the same time."""
     one, two, _ = all_met(first)
     say(one, {"failed": "Gloo AllGather failed", "certain": False})
     two.close()

@@ -1,4 +1,4 @@
-"""Batches on their way to the devices."""
+"""Transfer of batches to the devices."""
 
 import dataclasses
 from collections.abc import Generator
@@ -56,7 +56,7 @@ def test_the_step_is_compiled_for_the_batches_it_gets():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of a slice, as far as a mesh looks at it."""
+    """A device of a TPU slice, with the fields that making a mesh reads."""
 
     id: int
     process_index: int

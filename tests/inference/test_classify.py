@@ -27,7 +27,7 @@ from activemlp_jax.weights.model_card import ModelCard
 CARD = ModelCard(CLASSIFIER, PREPROCESSING, ("ema", "model"), "ema", NAMES)
 SCENE_CARD = ModelCard(SEGMENTOR, ScenePreprocessing(0, window=64), ("model",), "model")
 PHOTOS = [photo(number, 60, 45) for number in range(6)]
-CLOSE = 1e-5  # of numbers around 1 in float32
+CLOSE = 1e-5  # tolerance for float32 numbers around 1
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def scene_variables() -> Any:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quicker to compile."""
+    """Use small batches, which compile faster."""
     monkeypatch.setattr(classify, "BATCH_SIZES", (1, 4))
 
 
 @pytest.fixture(scope="module")
 def logits(variables: Any) -> np.ndarray:
-    """Of the photos, prepared by hand: 60 x 45 pixels become 53 x 40, of which the center is 32."""
+    """Compute logits of photos prepared by hand: resized from 60 x 45 to 53 x 40, cropped to 32."""
     shown = [image.resize((53, 40), Image.Resampling.BICUBIC) for image in PHOTOS]
     pixels = np.stack([np.asarray(image)[4:36, 10:42] for image in shown]) / 255
     images = ((pixels - PREPROCESSING.mean) / PREPROCESSING.std).astype(np.float32)
@@ -57,13 +57,13 @@ def logits(variables: Any) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expected(logits: np.ndarray) -> np.ndarray:
-    """Probabilities `[6, 7]`."""
+    """Return the expected probabilities `[6, 7]`."""
     powers = np.exp(logits.astype(np.float64))
     return powers / powers.sum(-1, keepdims=True)
 
 
 def as_rows(found: list[list[ClassProbability]]) -> np.ndarray:
-    """All probabilities by label."""
+    """Return the probabilities of each image as a row, in the order of labels."""
     rows = np.full((len(found), 7), np.nan)
     for row, classes in zip(rows, found, strict=True):
         for one in classes:
@@ -79,7 +79,7 @@ def assert_close(ours: Any, expected: np.ndarray) -> None:
 def test_probabilities_are_those_of_the_model_on_what_evaluation_shows_it(
     variables: Any, expected: np.ndarray
 ):
-    """Six photos in batches of four: the second is filled up, and nothing changes by it."""
+    """Six photos need two batches of four; the padding of the second changes no result."""
     found = am.classify(CLASSIFIER, variables, PHOTOS, CARD, top=7)
     assert np.ptp(expected, axis=0).max() > 0.1, "photos differ"
     assert_close(as_rows(found), expected)
@@ -218,7 +218,7 @@ def test_imagenet_has_a_thousand_names_in_the_order_of_its_ids():
     assert all(len(wnid) == 9 and wnid[0] == "n" and wnid[1:].isdigit() for wnid in names)
     assert all(name == name.strip() and name for name in names.values())
     listed = list(names.values())
-    # Labels that papers and tutorials show.
+    # These labels often appear in papers and tutorials.
     for label, word in ((0, "tench"), (207, "golden retriever"), (340, "zebra"), (985, "daisy")):
         assert listed[label].split(",")[0] == word
     assert (listed[134], listed[517]) == ("crane (bird)", "crane (machine)")

@@ -31,7 +31,7 @@ DEEP = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
 
 
 def turned() -> Image.Exif:
-    """What a camera on its side writes."""
+    """Return the EXIF data that a camera turned by 90 degrees writes."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
@@ -118,7 +118,7 @@ def test_a_pillow_image_of_half_a_file_is_named(tmp_path: Path):
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of images, seen from inside, with much that is none or hidden."""
+    """Make the working directory a folder of images, hidden files and other files."""
     for name in ("b.png", "a.JPG", "note.txt", ".b.png", "b_out.png", "z/1.png", "c/2.png",
                  ".trash/x.png", "c/d/3.png"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where the mixer looks: the numbers against the model's own pieces, and the page of dots."""
+"""Where the mixer looks: offsets compared with the model's layers, and the page of dots."""
 
 import itertools
 from functools import partial
@@ -45,7 +45,7 @@ def blocks(variables: dict[str, Any], images: np.ndarray) -> list[BlockOffsets]:
 
 
 def with_constant_offsets(variables: dict[str, Any], w: float, h: float) -> dict[str, Any]:
-    """The variables with all offsets `w` along the rows and `h` along the columns."""
+    """Return variables for which all offsets are `w` along the width and `h` along the height."""
 
     def change(path: Any, leaf: jax.Array) -> jax.Array:
         *_, layer, part, kind = (key.key for key in path[-3:])
@@ -125,7 +125,7 @@ def test_a_block_without_offsets_of_its_own_has_those_of_the_block_before(
         if before.stage == block.stage and np.array_equal(before.offset_w, block.offset_w):
             np.testing.assert_array_equal(before.offset_h, block.offset_h)
             reuse.append((block.stage, block.block))
-    # New ones in every second block, but not in the last of a stage.
+    # Every second block makes new offsets, except for the last block of a stage.
     assert reuse == [(0, 1), (1, 1), (1, 2), (2, 1), (2, 3), (3, 1)]
 
 
@@ -173,7 +173,7 @@ def test_what_the_mixer_leaves_is_in_no_other_program(
     tiny = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
     def program() -> str:
-        # Functions of their own, as jit would know the model's again.
+        # Wrap the model in new functions, because jit would reuse a program of the same function.
         return jax.jit(lambda v, x: MODEL.apply(v, x)).lower(variables, tiny).as_text()
 
     assert set(jax.eval_shape(MODEL.init, jax.random.key(0), tiny)) == {"params"}
@@ -227,13 +227,13 @@ def test_a_block_prints_as_one_short_line(blocks: list[BlockOffsets]):
     assert len(text) < 180, len(text)
 
 
-# The page. Blocks are made up here, of one image of 64 by 64 pixels.
+# Tests of the page. Its blocks are made up, for one image of 64 x 64 pixels.
 
 
 def block_of(
     stage: int = 0, block: int = 0, w: float = 0.0, h: float = 0.0, weights: Any = (0.4, 0.4, 0.2)
 ) -> BlockOffsets:
-    """A block whose offsets and weights are the same everywhere, of two groups."""
+    """Make a block of two groups, with the same offsets and weights at all positions."""
     side = 16 >> stage
     maps = (np.full((1, side, side, 2), offset, np.float32) for offset in (w, h))
     mixing = np.tile(np.array(weights, np.float32), (1, 4, 1))
@@ -245,18 +245,18 @@ def stage_blocks(**changes: Any) -> list[BlockOffsets]:
 
 
 GRAY = Image.new("RGB", (64, 64), "gray")
-BAND = pictures.MARGIN  # around a panel
+BAND = pictures.MARGIN  # width of the band around a panel
 
 
 def panel(draw: Any, *arguments: Any, photo: Image.Image = GRAY) -> Image.Image:
-    """A panel of 384 by 384 pixels, with a band around it."""
+    """Draw a panel of 384 x 384 pixels, with a band around it."""
     figure = make_figure(384 + 2 * BAND, 384 + 2 * BAND)
     draw(add_axes(figure, BAND, BAND, 384, 384), photo, *arguments)
     return render(figure)
 
 
 def colored(picture: Image.Image) -> dict[str, np.ndarray]:
-    """Where a picture is `row`'s color and where `column`'s: (x, y) of each pixel."""
+    """Find the pixels (x, y) with the color of `row`, and those with the color of `column`."""
     red, _, blue = np.moveaxis(np.asarray(picture).astype(int), -1, 0)
     found = {"row": red - blue > 60, "column": blue - red > 60}
     return {name: np.argwhere(mask)[:, ::-1] for name, mask in found.items()}
@@ -283,7 +283,7 @@ def test_a_page_is_as_wide_as_promised_and_has_a_row_for_each_stage(size: tuple[
 def test_dots_are_in_the_row_and_the_column_as_far_away_as_the_offsets_say(
     token: tuple[float, float], w: float, h: float
 ):
-    # Almost no own share, as the mark of the token lies over the dots.
+    # The token's own share is almost 0, because its mark would cover the dots.
     block = block_of(w=w, h=h, weights=(0.5, 0.5, 1e-6))
     picture = panel(draw_reads, block, [token])
     column, row = (min(int(16 * part), 15) for part in token)
@@ -339,7 +339,7 @@ def test_the_legend_has_a_dot_and_a_ring_of_each_color(kind: str):
 
 @pytest.mark.parametrize(("axis", "number"), [("h", 1), ("w", 2)])
 def test_outside_is_where_the_operator_reads_zero(axis: str, number: int):
-    offsets = np.arange(-160, 161, dtype=np.float32) / 16  # a group each
+    offsets = np.arange(-160, 161, dtype=np.float32) / 16  # one offset per group
     moved = np.broadcast_to(offsets, (1, 5, 7, len(offsets)))
     read = reference.sample(jnp.ones(moved.shape), jnp.asarray(moved), axis)
     np.testing.assert_array_equal(pictures.is_outside(moved, number), np.asarray(read) == 0)
@@ -371,7 +371,7 @@ def test_figures_are_means_over_the_blocks_of_the_stage():
         (4 * (0.5 * 1 + 0.25 * 3) / 0.75, 4 * (0.3 * 2 + 0.25 * 40) / 0.55), rel=1e-5
     )
     assert found.shares == pytest.approx((0.375, 0.275, 0.35), rel=1e-5)
-    # Of 16 places in a row, 1 and 3 lead out to the right; of 16 in a column, 2 and all.
+    # Outside are 1 and 3 of 16 positions in a row, on the right, and 2 and all 16 in a column.
     assert found.outside == pytest.approx((1 / 16 + 3 / 16 + 2 / 16 + 1) / 4)
 
 

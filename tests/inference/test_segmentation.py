@@ -37,7 +37,7 @@ AS_IT_IS = ScenePreprocessing(long_side=0, window=64)
 
 
 def golden_views(protocol: Protocol, height: int, width: int) -> tuple[list[Any], list[np.ndarray]]:
-    """The views of a golden run, and what the network saw in each, normalized."""
+    """Return the views of a golden run, and the normalized pixels of each view."""
     views = plan_views(height, width, AS_IT_IS, protocol)
     name = "seg_micro_inference.npz"
     shown = []
@@ -198,7 +198,7 @@ def test_every_scene_is_in_one_batch_of_its_size_and_the_largest_come_first():
 
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
-    """It shows scenes of many sizes at one, for which the network is compiled."""
+    """Return a segmenter that shows scenes of all sizes at one size, so that it compiles once."""
     model = am.ActiveSegmentor(**goldens.SEG_MICRO["fpn"])
     return Segmenter(model, AS_IT_IS, Protocol(size_multiple=64))
 
@@ -235,7 +235,7 @@ def test_sums_over_a_data_set_are_those_of_its_scenes(
 def test_a_block_of_rows_at_a_time_gives_what_the_whole_does(
     segmenter: Segmenter, variables: dict[str, Any]
 ):
-    """A scene taller than one block, against resizing by the model's own function."""
+    """Compare a scene taller than one block with resizing by the model's own function."""
     image = np.random.default_rng(5).integers(0, 256, (64, 64, 3), np.uint8)
     mean, std = np.array(AS_IT_IS.mean), np.array(AS_IT_IS.std)
     normalized = jnp.asarray((image / 255 - mean) / std, jnp.float32)[None]
