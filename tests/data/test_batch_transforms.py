@@ -1,4 +1,4 @@
-"""Erasing and mixing on the device against the original's formulas."""
+"""Erasing and mixing on the device, compared with the original's formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,9 @@ def drawn_mixing(count: int, height: int = 224, width: int = 224, **changes: flo
 
 
 def fits_cdf(area: np.ndarray) -> np.ndarray:
-    """Of erased areas as shares of a square, given that the box is smaller than the square.
+    """Compute the CDF of erased areas, as shares of a square, if the box is smaller.
 
-    Of the log-uniform ratios r, those fit with the area a that have a * max(r, 1 / r) < 1.
+    A ratio r fits with the area a if a * max(r, 1 / r) < 1. Ratios are log-uniform.
     """
     grid = np.linspace(0.02, 1 / 3, 100_001)
     density = np.minimum(1, -np.log(grid) / LOG_RATIO)
@@ -63,7 +63,7 @@ def test_erased_boxes_lie_anywhere_inside_and_are_smaller_than_the_image(axis: i
     assert (first >= 0).all()
     assert (free > 0).all()
     assert (first <= free).all()
-    spread = np.random.default_rng(0).random(DRAWS)  # turns whole pixels into a continuum
+    spread = np.random.default_rng(0).random(DRAWS)  # makes whole pixels continuous
     result = stats.kstest((first + spread) / (free + 1), "uniform")
     assert result.pvalue > 0.01, result
 
@@ -82,7 +82,7 @@ def test_a_quarter_of_the_images_is_erased_in_one_box_of_standard_normal_noise()
     noise = erased[changed]
     result = stats.kstest(noise[:20000].reshape(-1), "norm")
     assert result.pvalue > 0.01, result
-    correlation = np.corrcoef(noise.T)  # noise of its own in each channel
+    correlation = np.corrcoef(noise.T)  # each channel has different noise
     assert np.abs(correlation - np.eye(3)).max() < 0.01
 
 
@@ -111,7 +111,7 @@ def test_a_kind_without_alpha_is_never_drawn(off: str, is_cutmix: bool):
 
 
 def test_cutmix_boxes_follow_the_formula():
-    """Sides int(side * sqrt(1 - lambda)) with lambda uniform, centres uniform pixels, clipped."""
+    """Sides are int(side * sqrt(1 - lambda)); lambda and centers are uniform; boxes are clipped."""
     height, width = 30, 20
     rng = np.random.default_rng(0)
     share = rng.random(200_000)
@@ -125,7 +125,7 @@ def test_cutmix_boxes_follow_the_formula():
     box = np.stack(mixing.box)
     ours = [(box[0], box[1]), (box[2], box[3])]
     for side, our_pair, pair in zip((height, width), ours, expected, strict=True):
-        # Exact counts of every possible (first, last) pair, against the formula's frequencies.
+        # Compare the count of each possible (first, last) pair with its frequency in the formula.
         codes = [low * (side + 1) + high for low, high in (our_pair, pair)]
         values, frequency = np.unique(codes[1], return_counts=True)
         assert np.isin(codes[0], values).all(), "a box that the formula cannot give"

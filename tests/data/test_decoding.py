@@ -1,4 +1,4 @@
-"""Encoded images of every kind become the same RGB pixels, whatever decodes them."""
+"""Encoded images of every kind become the same RGB pixels with every decoder."""
 
 import importlib.util
 import io
@@ -97,7 +97,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, bits: int, color: int, *chunks: bytes) -> bytes:
-    """A PNG file of a header and `chunks`."""
+    """Encode a PNG file with a header and `chunks`."""
     header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         [png_chunk(b"IHDR", header), *chunks, png_chunk(b"IEND", b"")]
@@ -105,7 +105,7 @@ def png(width: int, height: int, bits: int, color: int, *chunks: bytes) -> bytes
 
 
 def sixteen_bit_rgb_png(values: np.ndarray) -> bytes:
-    """A PNG of `values` `[H, W, 3]` uint16, which Pillow reads but does not write."""
+    """Encode `values` `[H, W, 3]` uint16 as PNG, a mode that Pillow reads but does not write."""
     height, width, _ = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     return png(width, height, 16, 2, png_chunk(b"IDAT", zlib.compress(rows)))
@@ -148,12 +148,12 @@ def test_without_the_fast_decoder_all_is_read_by_pillow(monkeypatch: pytest.Monk
 
 
 def with_size(data: bytes, width: int, height: int) -> bytes:
-    """A JPEG file that claims another size."""
+    """Change the size that the header of a JPEG file claims."""
     place = data.index(b"\xff\xc0") + 5
     return data[:place] + struct.pack(">HH", height, width) + data[place + 4 :]
 
 
-SIDE = 13_378  # the square of which is just beyond the limit
+SIDE = 13_378  # its square is just above the limit
 JPEG = encode(PHOTO, "JPEG")
 TOO_LARGE = {
     "JPEG": with_size(JPEG, SIDE, SIDE),
@@ -231,7 +231,7 @@ def test_whatever_a_decoder_raises_names_the_image(
 
 
 def test_programs_are_not_read_as_images():
-    """Pillow hands these to Ghostscript."""
+    """Pillow would pass these files to Ghostscript, which runs them as programs."""
     with pytest.raises(BrokenImageError, match="no known format"):
         decode(encode(PHOTO, "EPS"), "a.png")
 

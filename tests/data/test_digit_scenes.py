@@ -1,4 +1,4 @@
-"""The bundled segmentation task: scenes of handwritten digits."""
+"""The built-in segmentation dataset: scenes of handwritten digits."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Transforms of single images: training's and evaluation's, as the original's."""
+"""Transforms of single images for training and evaluation, compared with the original's."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_preprocessing_that_cannot_work_is_named(values: dict[str, Any], message
 
 
 def settings(**changes: Any) -> Any:
-    """A config for images of 48 pixels; `changes` are to `config.augment`."""
+    """Return a config for images of 48 x 48 pixels, with `changes` to `config.augment`."""
     config = default_config()
     config.data.image_size = 48
     config.augment.update_from_flattened_dict(changes)
@@ -70,14 +70,14 @@ def settings(**changes: Any) -> Any:
 
 
 def draw_crops(width: int, height: int) -> np.ndarray:
-    """`DRAWS` boxes: left, top, width, height."""
+    """Draw `DRAWS` crops, and return rows of (left, top, width, height)."""
     rng = np.random.default_rng(1)
     crop = settings().augment.crop
     return np.array([draw_crop(rng, width, height, crop) for _ in range(DRAWS)])
 
 
 def accepted_area_cdf(area: np.ndarray) -> np.ndarray:
-    """Of the areas of crops of a square, as shares, given that the crop fits in.
+    """Compute the CDF of the areas of crops, as shares of a square, if the crop fits into it.
 
     A ratio r fits with the area a if a * max(r, 1 / r) <= 1, so the density at a is that share of
     the log-uniform ratios: min(1, -log(a) / log(4 / 3)).
@@ -109,7 +109,7 @@ def test_crops_lie_anywhere_inside(axis: int):
     free = (500, 375)[axis] - boxes[:, 2 + axis]
     assert (boxes[:, axis] >= 0).all()
     assert (boxes[:, axis] <= free).all()
-    spread = np.random.default_rng(0).random(DRAWS)  # turns whole pixels into a continuum
+    spread = np.random.default_rng(0).random(DRAWS)  # makes whole pixels continuous
     result = stats.kstest((boxes[:, axis] + spread) / (free + 1), "uniform")
     assert result.pvalue > 0.01, result
 
@@ -117,8 +117,8 @@ def test_crops_lie_anywhere_inside(axis: int):
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ((1000, 10), (493, 0, 13, 10)),  # ten times nothing fits: the ratio is 4/3 at most
-        ((10, 1000), (0, 493, 10, 13)),  # and 3/4 at least
+        ((1000, 10), (493, 0, 13, 10)),  # no crop fits, so the ratio is the largest, 4/3
+        ((10, 1000), (0, 493, 10, 13)),  # or the smallest, 3/4
         ((1, 1), (0, 0, 1, 1)),
         ((1, 3000), (0, 1499, 1, 1)),
     ],

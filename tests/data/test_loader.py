@@ -1,4 +1,4 @@
-"""Batches are a pure function of seed and step: any workers, any hosts, any restart."""
+"""Batches are a pure function of seed and step, with any workers, hosts and restarts."""
 
 import contextlib
 import os
@@ -44,19 +44,19 @@ def config(**changes: Any) -> Any:
 
 
 def source() -> ArraySource:
-    """Every example has its index as label."""
+    """Make a source in which the label of every example is its index."""
     images = np.random.default_rng(0).integers(0, 256, (EXAMPLES, 32, 32, 3), np.uint8)
     return ArraySource(images, np.arange(EXAMPLES), tuple(map(str, range(EXAMPLES))))
 
 
 RECIPE = {
-    "augment.mixup_alpha": 0.8,  # so that there are groups
+    "augment.mixup_alpha": 0.8,  # turns on mixing groups
     "augment.repeats": 3,
     "augment.policy": "random_resized_crop",
     "augment.rand_augment": "rand-m9-mstd0.5-inc1",
 }
 TRANSFORM = Classification.transform
-# A program that does not parse flags of absl.
+# A program that does not parse absl flags.
 PROGRAM = """
 import sys
 from activemlp_jax.data.loader import train_batches
@@ -138,7 +138,7 @@ def test_worker_processes_change_nothing(workers: int, order: dict[str, Any]):
 
 
 def children(process: int) -> list[int]:
-    """The processes that any of a process's threads has started."""
+    """List the child processes that any thread of `process` has started."""
     lists = Path(f"/proc/{process}/task").glob("*/children")
     return [int(child) for file in lists for child in file.read_text().split()]
 
@@ -202,7 +202,7 @@ def test_hosts_hold_disjoint_blocks_of_the_same_global_batch(processes: int, ord
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_union_of_all_hosts_is_every_sample_of_an_epoch_once(processes: int):
-    """Labels are indices: with repeats each stands three times, but for the cut at the end."""
+    """Labels are indices. With repeats, each occurs three times, except where the epoch is cut."""
     parts = [
         batches(last=EPOCH, hosts=(process, processes), **RECIPE) for process in range(processes)
     ]
@@ -277,7 +277,7 @@ def test_evaluation_counts_every_example_once_on_any_number_of_hosts(processes: 
 
 
 class BrokenSource:
-    """`source()`, but the examples `broken` cannot be read: they raise `error`."""
+    """A `source()` whose examples with indices in `broken` raise `error`."""
 
     def __init__(self, broken: set[int], error: type[UserError] = BrokenImageError):
         self._source = source()

@@ -1,4 +1,4 @@
-"""RandAugment: every operation pixel for pixel the original's, and the policy's draws."""
+"""RandAugment: operations that equal the original's pixel for pixel, and the policy's draws."""
 
 import itertools
 from collections import Counter
@@ -22,7 +22,7 @@ MAGNITUDES = ("0", "2.5", "9", "10")
 
 
 def golden_name(name: str) -> str:
-    """The name under which the goldens have an operation of ours."""
+    """Return the name that the goldens use for the operation `name`."""
     if name.startswith("Translate"):
         return f"{name}Rel"
     return name if f"{name}/0/pos" in GOLDEN else f"{name}Increasing"
@@ -51,7 +51,7 @@ def test_there_are_fifteen_operations_and_a_golden_for_each():
 @pytest.mark.parametrize("name", sorted({"Posterize", "Solarize"}))
 def test_without_inc_some_operations_shrink_as_the_magnitude_grows(name: str):
     photo = Image.fromarray(GOLDEN["photo"])
-    # Keeping int(0.4 m) bits or values under int(25.6 m) is what inc does at 10 - m.
+    # Without inc, m keeps int(0.4 m) bits or values below int(25.6 m), as 10 - m does with inc.
     for magnitude in (0.0, 2.5, 5.0, 10.0):
         ours = NOT_INCREASING[name](photo, magnitude)
         assert ours.tobytes() == INCREASING[name](photo, 10 - magnitude).tobytes()

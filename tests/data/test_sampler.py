@@ -1,4 +1,4 @@
-"""The order of a run's samples: shuffling, and the original's repeated augmentation."""
+"""The order of a run's samples: shuffling, and repeated augmentation as in the original."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def order(examples: int = 1000, batch: int = 24, repeats: int = 3, groups: int =
 
 
 def epoch_examples(samples: SampleOrder, epoch: int = 0) -> np.ndarray:
-    """The examples of an epoch in the order in which they are dealt."""
+    """Return the examples of an epoch in the order of its samples."""
     length = samples.steps_per_epoch * samples.batch_size
     images = np.arange(length) // samples.repeats
     return np.array([samples.example(epoch, int(image)) for image in images])
@@ -21,7 +21,7 @@ def epoch_examples(samples: SampleOrder, epoch: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     ("examples", "batch", "repeats", "steps"),
     [
-        (1_281_167, 1024, 3, 1251),  # 1,281,024 is 1251 batches
+        (1_281_167, 1024, 3, 1251),  # 1251 batches have 1,281,024 samples
         (1_281_167, 1000, 3, 1281),
         (1_281_167, 1024, 1, 1251),
         (1000, 24, 3, 768 // 24),  # cut to a multiple of 256

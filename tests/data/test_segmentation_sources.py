@@ -1,4 +1,4 @@
-"""Data sets of scenes: folders, ADE20K, ArrayRecord files of tensorflow-datasets, and digits."""
+"""Datasets of scenes: folders, ADE20K, ArrayRecord files of tensorflow-datasets, and digits."""
 
 import io
 import re
@@ -25,7 +25,7 @@ CLASSES = ("sky", "sea", "sand")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three scenes without splits."""
+    """Save a folder of three scenes without splits."""
     scenes = {"c": mask(30, 40, 0, 1, 2), "a": mask(20, 20, 2, 255), "b": mask(25, 10, 1)}
     save_scenes(tmp_path / "images", tmp_path / "annotations", scenes)
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES) + "\n")
@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ade(tmp_path: Path) -> Path:
-    """A folder with ADEChallengeData2016, of three scenes to train on and two to validate."""
+    """Save ADEChallengeData2016 with three training and two validation scenes in a folder."""
     training, validation = (
         [mask(24 + number, 32, 0, number, 150, 255) for number in range(1, count + 1)]
         for count in (3, 2)
@@ -116,7 +116,7 @@ def test_a_folder_without_splits_has_none_to_choose(folder: Path):
 
 
 def without(*parts: str) -> Callable[[Path], Any]:
-    """Renames a file or folder."""
+    """Return a function that renames the file or folder `parts`, so that it is missing."""
     return lambda folder: folder.joinpath(*parts).rename(folder / "elsewhere")
 
 
@@ -176,10 +176,10 @@ def as_mode(mode: str) -> bytes:
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_a_grey_mask_with_fewer_bits_than_eight_is_refused(folder: Path, bits: int):
-    """Pillow would stretch its values: 1 would become 17 or 85."""
+    """Pillow would scale the values of such a mask: 1 would become 17 or 85."""
     name = folder / "annotations" / "a.png"
     data = bytearray(name.read_bytes())
-    data[24] = bits  # its header; the pixels are not looked at
+    data[24] = bits  # in the header; the pixels are not read
     name.write_bytes(bytes(data))
     with pytest.raises(UserError, match=rf"a\.png has {bits} bits a pixel, expected 8"):
         open_scenes(f"folder:{folder}")[0]
@@ -290,7 +290,7 @@ def test_a_folder_that_is_not_ade20k_is_named(ade: Path, tmp_path: Path):
 
 
 def even(*labels: int, height: int = 30) -> Callable[[int], np.ndarray]:
-    """The same mask for every scene."""
+    """Return a function that gives every scene the same mask."""
     return lambda _: mask(height, 40, *labels)
 
 
@@ -327,7 +327,7 @@ def test_scene_parse150_is_read_from_array_record_files(
 def test_scene_parse150_with_mocked_records_is_read(
     tfds_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The metadata are the builder's own; the records are random, as mock_data makes them."""
+    """The metadata is the builder's; the records are random, like those of mock_data."""
     prepare_scene_parse150(tfds_folder, monkeypatch, even(1))
     with tfds.testing.mock_data(
         data_dir=str(tfds_folder),
@@ -347,7 +347,7 @@ def test_scene_parse150_with_mocked_records_is_read(
 
 def test_masks_of_instances_are_refused(tfds_folder: Path, monkeypatch: pytest.MonkeyPatch):
     instances = np.zeros((30, 40, 3), np.uint8)
-    instances[10:20, :, 0], instances[10:20, :, 1] = 13, 1  # a category, and a number
+    instances[10:20, :, 0], instances[10:20, :, 1] = 13, 1  # category, instance number
     prepare_scene_parse150(tfds_folder, monkeypatch, lambda _: instances)
     message = "the mask of tfds:scene_parse150, split 'test': record 0 has 3 channels, .*ade20k:PA"
     with pytest.raises(UserError, match=message) as error:

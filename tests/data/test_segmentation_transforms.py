@@ -1,4 +1,4 @@
-"""Transforms of scenes and their masks: those of the original's segmentation training."""
+"""Transforms of scenes and their masks, compared with the original's segmentation training."""
 
 import sys
 from typing import Any
@@ -50,7 +50,7 @@ def settings(
 
 
 def numbered(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A scene whose pixels tell their place: red the row, green the column; the mask their sum."""
+    """Make a scene whose red is the row and green the column, and a mask with their sum."""
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
     return np.stack([rows, columns, rows * 0 + 7], axis=-1), (rows + columns) % 250
 
@@ -192,7 +192,7 @@ def draws_taken(mask: np.ndarray, max_share: float) -> int:
 
 
 def halves(first: int, second: int, share: float) -> np.ndarray:
-    """A 16 x 16 mask whose rows' first `share` has one label and their rest the other."""
+    """Make a 16 x 16 mask: the left `share` of each row is labeled `first`, the rest `second`."""
     mask = np.full((16, 16), second, np.uint8)
     mask[:, : int(16 * share)] = first
     return mask

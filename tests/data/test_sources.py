@@ -1,4 +1,4 @@
-"""Data sets: the digits, folders of images, and ArrayRecord files of tensorflow-datasets."""
+"""Datasets: the digits, folders of images, and ArrayRecord files of tensorflow-datasets."""
 
 import contextlib
 import io
@@ -44,7 +44,7 @@ def save_classes(folder: Path, classes: dict[str, list[int]]) -> None:
 
 
 class TinyShapes(tfds.core.GeneratorBasedBuilder):
-    """Five pictures to train, three to validate, in two classes."""
+    """A dataset of two classes with five pictures to train and three to validate."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -65,7 +65,7 @@ class TinyShapes(tfds.core.GeneratorBasedBuilder):
 
 
 class TinyUnlabelled(TinyShapes):
-    """The validation split's labels are those of a test set: none."""
+    """A dataset whose validation split has no labels (-1), like some test sets."""
 
     def _generate_examples(self, count: int) -> Any:
         for index in range(count):
@@ -84,7 +84,7 @@ class TinyText(TinyShapes):
 
 @pytest.fixture
 def tfds_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where tensorflow-datasets looks for data sets; holds `tiny_shapes` and its like."""
+    """Prepare `tiny_shapes` and similar datasets where tensorflow-datasets looks for them."""
     for builder in (TinyShapes, TinyText, TinyUnlabelled):
         builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
@@ -209,7 +209,7 @@ def test_images_of_other_kinds_are_left_out_and_counted(
 def test_orientations_that_are_not_applied_are_counted_when_a_folder_is_opened(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    save_odd_images(tmp_path)  # one of the nine carries one
+    save_odd_images(tmp_path)  # one of the nine images has an orientation
     open_source(f"folder:{tmp_path}")
     expected = "1 of 9 images looked at carry an EXIF orientation, which is not applied"
     assert capsys.readouterr().err == f"{tmp_path}: {expected}\n"
@@ -317,7 +317,7 @@ def shard_of(folder: Path, split: str = "train") -> Path:
 
 
 def change(place: int, *, cut: bool = False) -> Callable[[Path], None]:
-    """Cut a file, or turn a byte of it."""
+    """Return a function that cuts a file at byte `place`, or flips that byte."""
 
     def apply(file: Path) -> None:
         data = bytearray(file.read_bytes())
@@ -352,7 +352,7 @@ def test_a_damaged_array_record_file_is_named(spoil: Callable[[Path], Any], tfds
 
 def test_a_damaged_record_is_a_broken_image(tfds_folder: Path):
     file = shard_of(tfds_folder)
-    change(70)(file)  # in the chunk of the first of the five
+    change(70)(file)  # a byte of the first of the five records
     source = open_source("tfds:tiny_shapes", "train")
     with pytest.raises(BrokenImageError, match=rf"record 0 cannot be read from {file}: Corrupted"):
         source[0]

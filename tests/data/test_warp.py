@@ -1,4 +1,4 @@
-"""The random warp of the digits."""
+"""Random warping of the digits."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The network against the original: values, gradients, counts, initial weights, bad input."""
+"""The network: equality to the original, parameter counts, initial weights and bad input."""
 
 import re
 from collections import Counter
@@ -62,7 +62,7 @@ def test_micro_model_equals_the_original(case: str, dtype: str, bound: float):
 
 
 def torch_micro_gradients() -> tuple[torch.Tensor, torch.Tensor, dict[str, np.ndarray]]:
-    """Logits, and gradients of the input and of all parameters, by PyTorch in float64."""
+    """Compute logits and gradients of the input and all parameters with PyTorch in float64."""
     model = TorchActiveMLP(**goldens.MICRO).double()
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     weights = goldens.rule_state_dict(shapes)
@@ -76,8 +76,8 @@ def torch_micro_gradients() -> tuple[torch.Tensor, torch.Tensor, dict[str, np.nd
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_micro_model_gradients_equal_the_original(dtype: str, bound: float):
-    # The goldens hold the input's gradient. For the parameters PyTorch's own derivatives of our
-    # PyTorch model are the reference, once that has reproduced the goldens.
+    # The goldens have only the input's gradient. For the parameters, the reference is the gradient
+    # of our PyTorch model, after that has reproduced the goldens.
     golden = goldens.load("micro_square.npz")
     reference_logits, reference_by_images, reference = torch_micro_gradients()
     goldens.assert_close(reference_logits, golden["logits"], 1e-12, "PyTorch logits")
@@ -100,9 +100,9 @@ def test_micro_model_gradients_equal_the_original(dtype: str, bound: float):
         goldens.assert_close(gradient, reference[name], bound, name)
 
 
-@lru_cache(maxsize=1)  # they are large
+@lru_cache(maxsize=1)  # keep one, because they are large
 def full_variables(name: str) -> dict[str, Any]:
-    """The golden variables of a model as numpy arrays of float64."""
+    """Return the golden variables of a model as numpy arrays of float64."""
     with jax.enable_x64(True):
         variables = goldens.rule_variables(am.create_model(name, dtype=jnp.float64))
     return jax.tree.map(np.asarray, variables)
@@ -112,7 +112,7 @@ def full_variables(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "size", "dtype", "bound"),
     [
-        # One process for a model, so that its weights are made once.
+        # Run the cases of a model in one process, to make its weights once.
         pytest.param(*case, marks=pytest.mark.xdist_group(case[0]))
         for case in sorted(
             [
@@ -146,7 +146,7 @@ def test_features_are_the_four_maps_before_downsampling():
         (2, 5, 6, 24),
         (2, 3, 3, 32),
     ]
-    # The head is layer norm, mean and linear on the last of them, in this order.
+    # The head applies layer norm, mean and a linear layer to the last map.
     params = variables["params"]
     last = np.asarray(maps[-1], np.float64)
     scale, bias = (params["norm"][key][None] for key in ("scale", "bias"))
@@ -190,10 +190,10 @@ def test_products_over_positions_of_a_bfloat16_model_are_of_bfloat16_but_for_off
     kinds = Counter(operands)
     assert set(kinds) == {("bf16", "bf16"), ("f32", "f32")}, kinds
     offset_layers = sum((depth - 2) // model.offset_interval + 1 for depth in model.depths)
-    # Without positions: two a block for the mixing weights, and on the first stage's maps one more
-    # for what they are made of and one for the biases; the logits.
+    # Products without positions: two per block for the mixing weights, in the first stage one more
+    # for their input and one for the biases; and one for the logits.
     per_image = 2 * sum(model.depths) + 2 * model.depths[0] + 1
-    # forward, and backward by both operands
+    # Each product has one in the forward and two in the backward pass, one per operand.
     assert kinds["f32", "f32"] <= 3 * (offset_layers + per_image), kinds
     assert kinds["bf16", "bf16"] > 100, kinds
 
@@ -206,7 +206,7 @@ def test_drop_path_rates_grow_linearly_over_all_blocks():
 
 
 def test_drop_path_keeps_or_drops_whole_samples_and_scales_by_one_over_keep():
-    # One stage of 1x1 maps, all samples alike. Its second block has two branches, each kept with
+    # One stage of 1x1 maps, with equal samples. Its second block has two branches, each kept with
     # probability 3/4 and then scaled by 4/3: four results with known shares and a known maximum.
     rate, samples = 0.25, 8192
     stage = Stage(32, 4, 8, 1, (0.0, rate))

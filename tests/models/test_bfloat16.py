@@ -1,4 +1,4 @@
-"""Gradients of a bfloat16 model: sums over positions and images are float32 sums."""
+"""Gradients of a bfloat16 model: sums over positions and images are in float32."""
 
 import math
 import re
@@ -20,16 +20,16 @@ from activemlp_jax.models.mixer import ActiveTokenMixer
 from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
 
 BATCH = 128
-LONGEST_SUM = 1024  # elements that bfloat16 may add up
+LONGEST_SUM = 1024  # the most elements that may be summed in bfloat16
 
 
 def representable(values: np.ndarray) -> np.ndarray:
-    """`values` rounded to bfloat16, as float64."""
+    """Round `values` to bfloat16, and return them as float64."""
     return values.astype(jnp.bfloat16).astype(np.float64)
 
 
 def parameters_of(module: nn.Module, *shapes: tuple[int, ...]) -> Any:
-    """Random parameters, biases too, that bfloat16 represents."""
+    """Make random parameters, including biases, that bfloat16 represents exactly."""
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     variables = jax.eval_shape(module.init, jax.random.key(0), *inputs)
 
@@ -41,7 +41,7 @@ def parameters_of(module: nn.Module, *shapes: tuple[int, ...]) -> Any:
 
 
 def cotangents(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Output cotangents of standard deviation 1, by what they are."""
+    """Make output cotangents of standard deviation 1, keyed by a description."""
     noise = goldens.normal(0, "cotangent", shape)
     return {f"mean {mean}": representable(noise + mean) for mean in (0, 0.1)}
 
@@ -49,10 +49,10 @@ def cotangents(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 def gradients(
     module: Any, dtype: str, variables: Any, inputs: list[np.ndarray], given: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Gradients by all parameters for each output cotangent in `given`, in `dtype`."""
+    """Compute the gradients of all parameters in `dtype` for each output cotangent in `given`."""
     with jax.enable_x64(dtype == "float64"):
         kept = jnp.promote_types(dtype, jnp.float32)
-        # The first input is a map, a second one is offsets.
+        # The first input is a map; a second input would be offsets.
         cast = [jnp.asarray(x, kept if i else dtype) for i, x in enumerate(inputs)]
 
         @jax.jit
@@ -69,7 +69,7 @@ def gradients(
 
 
 def errors(ours: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
-    """Relative error of each parameter's gradient, by its path."""
+    """Compute the relative error of each parameter's gradient, keyed by its path."""
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(exact)]
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True)
     return {
@@ -84,12 +84,12 @@ def errors(ours: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
         (Dense(8, dtype=jnp.bfloat16), [(BATCH, 56, 56, 16)], (BATCH, 56, 56, 8)),
         (Conv(8, (3, 3), 2, 1, dtype=jnp.bfloat16), [(BATCH, 111, 111, 4)], (BATCH, 56, 56, 8)),
         (depthwise(8, jnp.bfloat16, jnp.float32), [(BATCH, 56, 56, 8)], (BATCH, 56, 56, 8)),
-        (  # all tokens mapped at once
+        (  # all tokens are mapped at once
             ActiveTokenMixer(jnp.bfloat16),
             [(BATCH, 56, 56, 8), (BATCH, 56, 56, 4)],
             (BATCH, 56, 56, 8),
         ),
-        (  # each token by itself
+        (  # each token is mapped by itself
             ActiveTokenMixer(jnp.bfloat16),
             [(BATCH, 7, 7, 32), (BATCH, 7, 7, 8)],
             (BATCH, 7, 7, 32),
@@ -127,7 +127,7 @@ def test_gradients_of_a_model_are_those_of_float64():
     shapes = {name: tuple(value.shape) for name, value in reference.state_dict().items()}
     weights = {}
     for name, value in goldens.rule_state_dict(shapes).items():
-        # Positions far from integers: what rounds over one reads other features.
+        # Keep positions far from integers: one rounded past an integer reads other features.
         if name.endswith("offset_layer.1.weight"):
             value = value / 1000
         if name.endswith("offset_layer.1.bias"):
@@ -151,7 +151,7 @@ def test_gradients_of_a_model_are_those_of_float64():
 
 
 def longest_sums(program: str) -> Counter[str]:
-    """How many elements the longest sum of each dtype adds up, in a program in StableHLO."""
+    """Count the elements of the longest sum in each dtype in `program`, a StableHLO text."""
     tensor = r"tensor<((?:\d+x)*)(\w+)>"
     reduction = re.compile(
         rf"stablehlo\.reduce\(.*applies stablehlo\.(\w+) across .*: \({tensor}, .* -> {tensor}"
@@ -203,5 +203,5 @@ def test_the_gradient_has_no_long_sum_in_bfloat16(make: Any):
 
     program = jax.jit(jax.grad(loss)).lower(variables["params"], rest, images).as_text()
     sums = longest_sums(program)
-    assert sums["f32"] >= BATCH * (side // 4) ** 2, sums  # of the stem's bias
+    assert sums["f32"] >= BATCH * (side // 4) ** 2, sums  # the gradient of the stem's bias
     assert sums["bf16"] <= LONGEST_SUM, sums

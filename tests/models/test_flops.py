@@ -1,4 +1,4 @@
-"""Costs counted from shapes against the published figures."""
+"""Costs counted from shapes, compared with the published figures."""
 
 import subprocess
 import sys
@@ -33,9 +33,9 @@ def test_multiply_adds_of_one_block_by_hand():
     positions = [8 * 8, 4 * 4, 2 * 2, 1]
     stem = 64 * 7 * 7 * 3 * 8
     downs = sum(n * 9 * 8 * 8 for n in positions[1:])
-    per_position = 4 * 8 * 8 + 2 * 8 * 16  # w, h, c, proj; MLP
+    per_position = 4 * 8 * 8 + 2 * 8 * 16  # layers w, h, c and proj, then the MLP
     blocks = 2 * sum(n * per_position + 8 * 2 + 2 * 24 for n in positions)
-    offsets = sum(n * (9 * 8 + 8 * 8) for n in positions)  # position convolution, offset layer
+    offsets = sum(n * (9 * 8 + 8 * 8) for n in positions)  # PEG, offset layer
     cost = count_cost(model, 32, 32)
     assert cost.macs == stem + downs + blocks + offsets + 8 * 3
     norms = sum(5 * n * 8 for n in positions) + 8

@@ -1,4 +1,4 @@
-"""The Active Token Mixer's layer, on maps large and small, against its formula."""
+"""The Active Token Mixer's layer on large and small maps, compared with its formula."""
 
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from activemlp_jax.models.mixer import ActiveTokenMixer, OffsetLayer
 from activemlp_jax.ops.sample_axis import sample_axis
 
 CHANNELS, GROUPS = 8, 4
-# From more than three times as many positions as channels, the tokens are mapped at once.
+# With more than three times as many positions as channels, all tokens are mapped at once.
 SIDES = [(4, 6), (5, 5), (1, 3), (12, 10)]
 
 
@@ -22,7 +22,7 @@ def layer(parameters: Any, x: jax.Array) -> jax.Array:
 
 
 def formula(variables: Any, x: jax.Array, offset: jax.Array) -> jax.Array:
-    """Each token mapped by itself, and the mixing weights from the mean of what comes of that."""
+    """Map each token by itself, compute mixing weights from the mean of the results, and mix."""
     params = variables["params"]
     offset_w, offset_h = jnp.split(offset, 2, axis=-1)
     w = layer(params["atm_w"], sample_axis(x, offset_w, "w", impl="definition"))
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_the_formulas(sides: tuple[int, int], dtype: st
         cotangent = jnp.asarray(normal(1, "cotangent", x.shape), dtype)
         mixer = ActiveTokenMixer(jnp.dtype(dtype), jnp.dtype(dtype))
         variables = jax.eval_shape(mixer.init, jax.random.key(0), x, offset)
-        # Biases too: they start at zero, where a mistake in them would not show.
+        # Replace the biases too: they start at zero, where a mistake would not show.
         variables = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jnp.asarray(
                 normal(1, jax.tree_util.keystr(path), leaf.shape), dtype

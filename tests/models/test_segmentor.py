@@ -1,4 +1,4 @@
-"""The segmentation models: the original's function and statistics to nine digits."""
+"""The segmentation models equal the original, with their statistics, to nine digits."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from activemlp_jax.tasks.segmentation import pixel_cross_entropy
 
 BOUND = 1e-9
 HEADS = ("upernet", "fpn")
-# SPEC's table: GMACs of UperNet at 512 x 2048 and of Semantic FPN at 512 x 512, as published.
+# Published GMACs of UperNet at 512 x 2048 and of Semantic FPN at 512 x 512.
 PUBLISHED_GMACS = {
     "active_xtiny": (889.5, 33.1),
     "active_tiny": (926.9, 42.4),
@@ -80,7 +80,7 @@ def test_parameters_are_the_originals_and_the_multiply_adds_near_the_published(
     name = f"{goldens.ORIGINAL_NAMES[backbone]}_{head}"
     assert cost.parameters == goldens.load_json("seg_param_counts.json")[name]
     published = PUBLISHED_GMACS[backbone][HEADS.index(head)]
-    # The published counter adds batch norms, ReLUs and pooling.
+    # The published counts include batch norms, ReLUs and pooling.
     assert cost.published_macs / 1e9 == pytest.approx(published, rel=0.01)
     assert cost.macs < cost.published_macs < published * 1e9
 
@@ -126,7 +126,7 @@ def test_the_neck_starts_as_the_originals():
 
 
 def test_dropout_takes_whole_channels_and_only_in_training():
-    """The logits of a place without its dropped channels, the others scaled by 1 / keep."""
+    """Logits are those without the dropped channels, and with the others scaled by 1 / keep."""
     classifier = Classifier(5, 0.5)
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 16))
     variables = classifier.init(jax.random.key(1), x, False)
@@ -142,7 +142,7 @@ def test_dropout_takes_whole_channels_and_only_in_training():
 
 
 def _system(x: np.ndarray, kernel: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Equations, one a place and class, for the factor of each channel."""
+    """Set up linear equations for the factor of each channel, one per position and class."""
     return np.einsum("hwc,ck->hwkc", x, kernel).reshape(-1, x.shape[-1]), logits.reshape(-1)
 
 

@@ -1,4 +1,4 @@
-"""GELU's derivative rule, compared with JAX's derivative of the plain function and with scipy."""
+"""GELU's custom VJP, compared with JAX's derivative of the plain function and with scipy."""
 
 import goldens
 import jax

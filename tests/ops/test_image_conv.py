@@ -1,4 +1,4 @@
-"""Convolution of images, compared with XLA's."""
+"""Convolution of images, compared with XLA's convolution."""
 
 import goldens
 import jax
@@ -23,5 +23,5 @@ def test_values_and_gradients_are_those_of_a_convolution(sides: tuple[int, int])
         ("grad_x", "grad_kernel"), our_transpose(grad), transpose(grad), strict=True
     ):
         goldens.assert_close(found, wanted, 1e-12, name)
-    found = grad_kernel_by_patches(x, kernel, grad, STRIDES, PADDING)  # as on a TPU
+    found = grad_kernel_by_patches(x, kernel, grad, STRIDES, PADDING)  # the implementation for TPUs
     goldens.assert_close(found, transpose(grad)[1], 1e-12, "grad_kernel by patches")

@@ -18,13 +18,13 @@ from activemlp_jax.ops import pallas_gpu
 from activemlp_jax.ops.sample_axis import NAMES
 
 IMPLS = list(NAMES)
-KERNELS = ["pallas_tpu", "pallas_gpu"]  # which know float32 alone; interpreted here
+KERNELS = ["pallas_tpu", "pallas_gpu"]  # these support only float32, and are interpreted here
 IN_FLOAT64 = [impl for impl in IMPLS if impl not in KERNELS]
 AXES = ["h", "w"]
 
 
 def triple_loop(x: np.ndarray, offset: np.ndarray, cotangent: np.ndarray, axis: str) -> Any:
-    """Value and both gradients of the definition, element by element in numpy."""
+    """Compute the value and both gradients of the definition element by element in numpy."""
     batch, height, width, channels = x.shape
     length = height if axis == "h" else width
     share = channels // offset.shape[-1]
@@ -61,14 +61,14 @@ def value_and_gradients(
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random shapes, every divisor grouping, and offsets that visit integers and both edges."""
+    """Draw shapes, group sizes, and offsets that include integers and positions past both edges."""
     batch, height, width = (draw(st.integers(1, most)) for most in (2, 6, 6))
     groups, share = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     shape = (batch, height, width, groups * share)
     span = max(height, width)
     special = [float(k) for k in range(-span - 1, span + 2)] + [1e6, -1e6, 1e30, -1e30, 0.5]
     offsets = st.one_of(st.sampled_from(special), st.floats(-span - 2, span + 2, width=32))
-    # On a grid of 1 / 64 positions are exact, so that both sides agree on which pixel is floor.
+    # Positions on a grid of 1 / 64 are exact, so both implementations floor to the same pixel.
     offset = draw(hnp.arrays(np.float64, (batch, height, width, groups), elements=offsets))
     near = np.abs(offset) < 1e5
     offset = np.where(near, np.round(np.where(near, offset, 0) * 64) / 64, offset)
@@ -102,7 +102,7 @@ def test_values_and_gradients_equal_the_original_in_float32(axis: str, impl: str
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(case=cases())
 def test_values_and_gradients_equal_a_triple_loop(axis: str, case: Any):
-    """Of all forms at once, as each example has a shape of its own to compile for."""
+    """Each example has a new shape, so all implementations are compiled in one program."""
     expected = triple_loop(*case, axis)
     impls = [impl for impl in NAMES if impl not in KERNELS]
     together = jax.jit(lambda *arrays: [value_and_gradients(*arrays, axis, impl) for impl in impls])
@@ -128,7 +128,7 @@ def test_kernels_equal_a_triple_loop_in_float32(axis: str, impl: str, case: Any)
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("groups", [1, 3, 12])
 def test_every_divisor_grouping_equals_repeated_offsets(axis: str, impl: str, groups: int):
-    # Of numbers whose products and sums are exact, as compilers order them differently.
+    # Products and sums of these numbers are exact, so their order does not matter.
     rng = np.random.default_rng(groups)
     x = rng.integers(-50, 50, (2, 5, 4, 12)).astype(np.float32)
     offset = rng.integers(-400, 400, (2, 5, 4, groups)).astype(np.float32) / 64
@@ -178,7 +178,7 @@ def test_a_non_finite_offset_gives_nan_there_and_nowhere_else(axis: str, impl: s
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("offset_dtype", [jnp.bfloat16, jnp.float32])
 def test_bfloat16_features_keep_float32_positions(impl: str, offset_dtype: Any):
-    # At 60 pixels bfloat16 has steps of a quarter pixel: an eighth would be lost.
+    # At 60 pixels, bfloat16 has steps of a quarter pixel, so an eighth would be lost.
     x = jnp.arange(64.0, dtype=jnp.bfloat16).reshape(1, 1, 64, 1)
     offset = jnp.full((1, 1, 64, 1), 0.125, offset_dtype)
     sample = jax.jit(lambda x, o: sample_axis(x, o, "w", impl))

@@ -1,4 +1,4 @@
-"""Label maps as pictures: every class has a color and a value, every name fits."""
+"""Label maps as pictures: every class has a color and a pixel value, and every name fits."""
 
 from pathlib import Path
 

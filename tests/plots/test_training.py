@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture: names where they can be read."""
+"""The picture of the confusion matrix: its colors, numbers and readable names."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from activemlp_jax.plots.training import MAX_NAMED_CLASSES, draw_confusion
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved."""
+    """Collect the figures that are saved."""
     saved: list[Figure] = []
     save = Figure.savefig
 
@@ -27,12 +27,12 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def confusion(classes: int, count: int = 9) -> np.ndarray:
-    """All right but one of each class, which is taken for the next one."""
+    """Make a confusion matrix in which one example per class is predicted as the next class."""
     return np.roll(np.eye(classes, dtype=int), 1, axis=1) + (count - 1) * np.eye(classes, dtype=int)
 
 
 def boxes(texts: list[Text]) -> list[Bbox]:
-    """Where on the page texts stand, in pixels."""
+    """Return the bounding boxes of texts, in pixels."""
     return [text.get_window_extent() for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""Loss and metrics of classification against plain numpy."""
+"""Loss and metrics of classification, compared with plain numpy."""
 
 from functools import lru_cache, partial
 from typing import Any
@@ -45,7 +45,7 @@ def test_images_are_normalized_by_mean_and_standard_deviation():
 
 
 def loss(task: Classification, variables: Any, batch: Any, key: jax.Array) -> jax.Array:
-    """Of a whole batch, as the step computes it."""
+    """Compute the loss of a whole batch in the same way as the training step."""
     value, moved = task.loss(variables, task.inputs(batch, jax.random.fold_in(key, 1)), key)
     assert moved == {}
     return value
@@ -64,7 +64,7 @@ MIXED = {"augment.mixup_alpha": 0.8, "augment.cutmix_alpha": 1.0, "augment.mix_g
 
 
 def test_smoothed_targets_are_mixed_with_the_images():
-    """A row of targets has two smoothed labels, at the shares at which the images were mixed."""
+    """Smoothed labels of a row and its partner are mixed with the same weights as the images."""
     batch, _, _ = batch_and_log_probabilities()
     labels = np.full((6, 10), 0.1 / 10)
     labels[np.arange(6), batch["label"]] += 0.9
@@ -95,7 +95,7 @@ def test_smoothed_targets_are_mixed_with_the_images():
 
 
 def test_erasing_comes_before_mixing():
-    """Noise of a box is blended with the partner's pixels, as the original's order gives."""
+    """The noise in an erased box is then blended with the partner's pixels, as in the original."""
     batch, _, _ = batch_and_log_probabilities()
     batch = {**batch, "image": np.full_like(batch["image"], 128)}
     settings = {"random_erasing": 1.0, "mixup_alpha": 0.8, "mix_group_size": 6}
@@ -103,7 +103,7 @@ def test_erasing_comes_before_mixing():
     images, _ = jax.jit(task(**settings).inputs)(batch, jax.random.key(0))
     plain = normalize(batch["image"], IMAGENET_MEAN, IMAGENET_STD)
     changed = np.asarray((images != plain).any(-1))
-    # A row's own box and its partner's both show in it, so partners change in the same pixels.
+    # The boxes of a row and of its partner show in both, so partners change in the same pixels.
     np.testing.assert_array_equal(changed, changed[::-1])
 
 

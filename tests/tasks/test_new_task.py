@@ -1,4 +1,4 @@
-"""A new task is one class and its line in the registry: here, by how much an image is turned."""
+"""A new task is one class and one line in the registry; this one tells how an image is turned."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ class Turned:
 
 @dataclasses.dataclass(frozen=True)
 class Rotation(Classification):
-    """By how much an image is turned."""
+    """The task of classifying by how much an image is turned."""
 
     name = "rotation"
     noun = "rotation model"

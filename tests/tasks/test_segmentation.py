@@ -1,4 +1,4 @@
-"""Loss and inputs of segmentation against plain numpy."""
+"""Loss and inputs of segmentation, compared with plain numpy."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_padding_is_zero_after_normalizing():
 
 @pytest.mark.parametrize("head", ["upernet", "fpn"])
 def test_the_loss_of_a_step_is_the_originals_and_moves_the_statistics(head: str):
-    """Against the golden losses, the auxiliary one at 0.4, in float32."""
+    """In float32, the loss is the golden loss, plus 0.4 times UperNet's auxiliary loss."""
     golden = goldens.load(f"seg_micro_{head}.npz")
     images = jnp.asarray(goldens.golden_input(f"seg_micro_{head}.npz", "input"), jnp.float32)
     labels, variables = jnp.asarray(golden["label"]), goldens.rule_variables(task(head).model)

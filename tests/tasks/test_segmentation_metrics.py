@@ -1,4 +1,4 @@
-"""mIoU, mAcc and aAcc against the original's, from labels as they are stored."""
+"""mIoU, mAcc and aAcc of labels as stored, compared with the original's."""
 
 import goldens
 import jax
@@ -38,7 +38,7 @@ def test_classes_that_do_not_occur_are_left_out_of_the_means():
     confusion = np.zeros((4, 4), np.int64)
     confusion[0, 0], confusion[1, 1], confusion[1, 2] = 10, 6, 2
     figures = class_metrics(confusion)
-    np.testing.assert_allclose(figures["iou"], [100, 75, 0, np.nan])  # 2 is predicted, never there
+    np.testing.assert_allclose(figures["iou"], [100, 75, 0, np.nan])  # no pixel is class 2
     np.testing.assert_allclose(figures["accuracy"], [100, 75, np.nan, np.nan])
     assert scene_metrics(confusion) == {
         "mean_iou": pytest.approx(175 / 3),
