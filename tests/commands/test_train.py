@@ -106,7 +106,7 @@ def interrupted(
         path = workdir / "steps.jsonl"
         return len(lines(path)) if path.exists() else 0
 
-    # A limit on the size of files stands for the full disk: writing fails in the same places.
+    # A limit on file sizes simulates a full disk: writing fails in the same places.
     limited = ("sh", "-c", 'ulimit -f 200; exec "$@"', "sh")
     full_disk = ended(start(*arguments, "--config.checkpoint.every_steps=1", prefix=limited))
     stopped = {}

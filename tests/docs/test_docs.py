@@ -155,7 +155,7 @@ def test_python_in_pages_compiles_and_imports_what_is_there(fence: Passage):
 
 @pytest.fixture(scope="module")
 def place_of_a_reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the files that the pages name, as small as possible."""
+    """Make a folder with the files that the pages name, as small as possible."""
     place = tmp_path_factory.mktemp("reader")
     for name in ("runs/digits/model", "models/active_tiny"):
         save_classifier(place / name)
@@ -221,7 +221,7 @@ def test_python_in_pages_runs(page: str, place_of_a_reader: Path, monkeypatch: p
 
 
 def message_templates() -> list[re.Pattern[str]]:
-    """Patterns of all long texts of the package, with anything filled in and a name before it."""
+    """Return patterns of the package's long strings, with any values and a name before them."""
     found = []
     for path in (ROOT / am.__name__).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

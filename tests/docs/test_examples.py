@@ -1,4 +1,4 @@
-"""Examples that no page runs: the batch script, drawn scenes, a detector."""
+"""Examples that no page runs: the batch script, the drawn scenes, and the detector."""
 
 import runpy
 import subprocess
@@ -74,7 +74,7 @@ def test_a_detector_on_the_pyramid_has_a_box_around_every_place(
 
     scores, boxes = map(np.asarray, jax.jit(detector.apply)(rest, maps))
     sides = [leaf.shape[1:3] for leaf in maps[1:]]
-    sides += [(2, 2), (1, 1)]  # half of the last map's, and half of that, rounded up
+    sides += [(2, 2), (1, 1)]  # half the sides of the last map, and a quarter, rounded up
     places = [centers(np.zeros((1, *side, 1)), s) for side, s in zip(sides, STRIDES, strict=True)]
     x, y = np.concatenate(places).T
     assert places[0].max(0).tolist() == [92, 68], "the last place of P3 in an image of 94 x 70"

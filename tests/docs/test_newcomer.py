@@ -25,7 +25,7 @@ from processes import ROOT, SMALL
 # in JAX's cache.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
 
-# Runs the cells of a notebook and shows the last value of each as Jupyter does.
+# Runs the cells of a notebook, and shows the last value of each, as Jupyter does.
 RUN_NOTEBOOK = """
 import ast, json, sys
 names = {}
@@ -50,7 +50,7 @@ PAGES = ("README.md", "docs/first_steps.md")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project, as `git clone` makes it, with a `.venv` for `make` to find."""
+    """Copy the project, as `git clone` does, and add the `.venv` that `make` expects."""
     place = tmp_path_factory.mktemp("newcomer") / "activemlp-jax"
     listed = subprocess.check_output(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
@@ -68,18 +68,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def variables() -> dict[str, str]:
-    """The environment of a newcomer's shell, with the cache of the tests and a short demo."""
+    """Return the environment of a newcomer's shell, with the tests' cache and a short demo."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     return inherited | {"DEMO_FLAGS": shlex.join(SMALL)}
 
 
 def script(block: Passage) -> str:
-    """Input for bash that runs a block of a page."""
+    """Return the bash input that runs a block of a page."""
     return f"python - <<'END'\n{block.text}END\n" if block.language == "python" else block.text
 
 
 def follow(page: str, place: Path) -> list[tuple[Passage, str, str]]:
-    """Run the blocks of a page in one bash; return each with what the page shows and it printed."""
+    """Run a page's blocks in one bash; return each with the expected and the actual output."""
     run = [step for step in steps(ROOT / page) if not any(part in step[0].text for part in NOT_RUN)]
     mark = "-- block "
     scripts = (f"echo '{mark}'\n{script(block)}" for block, _ in run)
@@ -95,7 +95,7 @@ def follow(page: str, place: Path) -> list[tuple[Passage, str, str]]:
 
 @pytest.fixture(scope="module")
 def followed(place: Path) -> dict[str, list[tuple[Passage, str, str]]]:
-    """The pages in the order in which the README leads to them; each goes on where one ended."""
+    """Follow the pages in the order of the README, each in the state that the last one left."""
     return {page: follow(page, place) for page in PAGES}
 
 

@@ -18,12 +18,12 @@ OWN |= {path.stem for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"
 
 
 def normal(name: str) -> str:
-    """Name of a distribution as package indices compare names."""
+    """Normalize the name of a distribution as package indices do."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def distributions(*extras: str) -> set[str]:
-    """Names of the requirements of this project with these extras, and the extras they name."""
+    """Return the names of this project's requirements, including those of `extras`."""
     names: set[str] = set()
     for requirement in [*PROJECT["dependencies"], *(r for extra in extras for r in EXTRAS[extra])]:
         name, others = re.match(r"([\w.-]+)(?:\[([\w,]+)\])?", requirement).groups()

@@ -11,7 +11,7 @@ ROWS = re.findall(r"^\| (`active_\w+`.*) \|$", PAGE, re.MULTILINE)
 
 
 def rates(file: str, model: str, what: str, *peers: str, digits: int) -> list[str]:
-    """Images per second of JAX and of `peers`, as the page shows them, and JAX's ratio to each."""
+    """Format images per second of JAX and of `peers`, and JAX's ratio to each, as in the page."""
     with (ROOT / "results" / file).open(newline="") as lines:
         found = {
             row["implementation"]: row
@@ -35,4 +35,4 @@ def test_rates_in_the_page_are_those_of_the_files(row: str):
         rates(f"{file}_{machine}.csv", model, what, "torch gather", digits=1)
         for machine in ("cpu", "cpu_amd")
     ]
-    assert [cells[:3], cells[4:7]] == expected  # a share of the matrix product's rate follows
+    assert [cells[:3], cells[4:7]] == expected  # next come shares of the matmul's rate

@@ -27,7 +27,7 @@ def run_main(main: Callable[[], None], *arguments: object) -> CompletedProcess[s
 
 
 def error_line(main: Callable[[], None], *arguments: object) -> str:
-    """Run `main`, check that it prints nothing but one error line and exits with 2; return that."""
+    """Run `main`, check that it prints one error line and exits with 2; return the line."""
     result = run_main(main, *arguments)
     assert (result.returncode, result.stdout) == (2, ""), result
     (line,) = result.stderr.splitlines()

@@ -33,7 +33,7 @@ class Passage(NamedTuple):
 
 
 def fences(page: Path) -> Iterator[Passage]:
-    """Code blocks of a page."""
+    """Yield the code blocks of a page."""
     for token in MARKDOWN.parse(page.read_text()):
         if token.type == "fence":
             assert token.map
@@ -41,7 +41,7 @@ def fences(page: Path) -> Iterator[Passage]:
 
 
 def _inline(page: Path, kind: str) -> Iterator[tuple[int, Token]]:
-    """Inline tokens of a kind, with the line on which their paragraph starts."""
+    """Yield inline tokens of a kind, with the line on which their paragraph starts."""
     line = 0
     for token in MARKDOWN.parse(page.read_text()):
         line = token.map[0] + 1 if token.map else line  # table cells have no line number
@@ -51,14 +51,14 @@ def _inline(page: Path, kind: str) -> Iterator[tuple[int, Token]]:
 
 
 def links(page: Path) -> Iterator[Passage]:
-    """Targets of links and paths of images."""
+    """Yield the targets of links and the paths of images."""
     for kind, attribute in (("link_open", "href"), ("image", "src")):
         for line, token in _inline(page, kind):
             yield Passage(page, line, str(token.attrs[attribute]))
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors of the headings of a page, as GitHub generates them, without the '#'."""
+    """Return the anchors of a page's headings, as GitHub generates them, without the '#'."""
     tokens = MARKDOWN.parse(page.read_text())
     headings = [
         "".join(child.content for child in token.children or ())
@@ -80,7 +80,7 @@ def split_command(text: str) -> list[str]:
 
 
 def commands(page: Path) -> Iterator[tuple[Passage, list[str]]]:
-    """Commands in code blocks and in running text, each with its words."""
+    """Yield the commands in code blocks and in running text, each with its words."""
     for fence in fences(page):
         lines = fence.text.replace("\\\n", "  ").splitlines() if fence.language in SHELL else ()
         for text in lines:
@@ -94,7 +94,7 @@ def commands(page: Path) -> Iterator[tuple[Passage, list[str]]]:
 
 
 def steps(page: Path) -> list[tuple[Passage, str]]:
-    """Blocks that a reader of the page runs, in order, each with the output that the page shows."""
+    """List the blocks that a reader of the page runs, each with the output that the page shows."""
     blocks: list[tuple[Passage, str]] = []
     for fence in fences(page):
         if fence.language == "python" or (
@@ -107,7 +107,7 @@ def steps(page: Path) -> list[tuple[Passage, str]]:
 
 
 def output_lines(text: str) -> list[str]:
-    """Lines of output to compare: numbers become '#'; column widths and text after '...' go."""
+    """Return lines to compare: numbers become '#', and extra spaces and text after '...' go."""
     lines = (re.sub(r"[\d,]*\d(\.\d+)?(e[-+]?\d+)?", "#", line) for line in text.splitlines())
     lines = (re.sub(r"([─━])\1+", r"\1", re.sub(r"\s+", " ", line)) for line in lines)
     return [kept for line in lines if (kept := line.partition("...")[0].strip())]

@@ -62,7 +62,7 @@ def damage_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def json_items(value: Any) -> list[tuple[Any, Any]]:
-    """All (container, key) pairs of a JSON value, at every depth."""
+    """List all (container, key) pairs of a JSON value, at every depth."""
     keys: Any = value if isinstance(value, dict) else range(len(value))
     inner = [value[key] for key in keys if isinstance(value[key], dict | list)]
     return [(value, key) for key in keys] + [item for part in inner for item in json_items(part)]
@@ -129,7 +129,7 @@ def replace_file(path: Path, rng: random.Random) -> None:
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Damage one file of an input; returns the file's name and the kind of damage."""
+    """Damage one file of an input; return the file's name and the kind of damage."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     victim = rng.choice([file for file in files if file.name != ".lock"])
     if rng.random() < 0.06:
@@ -145,7 +145,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 
 def attack(kind: str, rng: random.Random, valid: Path, folder: Path) -> str | None:
-    """Damage a copy of a valid input and read it; returns the error line, None if readable."""
+    """Damage a copy of a valid input and read it; return the error line, or None if readable."""
     target = folder / kind
     copy_input = shutil.copytree if (valid / kind).is_dir() else shutil.copy
     copy_input(valid / kind, target)
@@ -165,7 +165,7 @@ def attack(kind: str, rng: random.Random, valid: Path, folder: Path) -> str | No
 
 
 def peak_memory() -> int:
-    """Peak memory of this process since the last `reset_peak_memory`, in bytes."""
+    """Return the peak memory since the last `reset_peak_memory`, in bytes."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -100,7 +100,7 @@ def read_run(path: Path) -> None:
 
 
 def image(mode: str = "RGB", **options: Any) -> Kind:
-    """A format and mode of images; the suffix of the file gives the format."""
+    """Make the kind of images of a Pillow mode; the suffix of the file gives the format."""
     return Kind(lambda path: photo(0, 60, 45).convert(mode).save(path, **options), read_image)
 
 

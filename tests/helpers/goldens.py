@@ -73,7 +73,7 @@ def golden_input(file: str, key: str) -> np.ndarray:
 
 
 def rule_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Value of the PyTorch parameter or statistic `name` in the golden runs."""
+    """Return the value of the PyTorch parameter or statistic `name` in the golden runs."""
     if name.endswith("num_batches_tracked"):
         return np.asarray(1)
     noise = normal(seed, name, shape)
@@ -96,14 +96,14 @@ def rule_state_dict(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[s
 
 
 def official_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the released checkpoint of a variant, such as 'active_tiny'."""
+    """Return keys and shapes of the released checkpoint of a variant, such as 'active_tiny'."""
     shapes = load_json("official_keys.json")[ORIGINAL_NAMES[name]]
     return {key: tuple(shape) for key, shape in shapes.items()}
 
 
 @functools.cache
 def torch_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """PyTorch keys and shapes of a flax model."""
+    """Return the PyTorch keys and shapes of a flax model."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros(()), leaf.shape), variables)
@@ -111,7 +111,7 @@ def torch_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def rule_variables(model: nn.Module, seed: int = 0) -> dict[str, Any]:
-    """Flax variables of `model` in the golden runs, in the dtype of its parameters."""
+    """Return the flax variables of `model` in the golden runs, in the dtype of its parameters."""
     dtype = jnp.promote_types(model.dtype, jnp.float32)
     variables = from_torch(rule_state_dict(torch_shapes(model), seed), model)
     return jax.tree.map(
@@ -120,7 +120,7 @@ def rule_variables(model: nn.Module, seed: int = 0) -> dict[str, Any]:
 
 
 def relative_error(ours: Any, golden: np.ndarray) -> float:
-    """Norm of the difference of two arrays, divided by the norm of the golden."""
+    """Return the norm of the difference of two arrays, divided by the norm of the golden."""
     ours = np.asarray(ours, np.float64)
     assert ours.shape == golden.shape, f"shape {ours.shape}, golden {golden.shape}"
     return float(np.linalg.norm(ours - golden) / np.linalg.norm(golden))

@@ -94,7 +94,7 @@ def wait_for(moment: str, workdir: Path, rng: random.Random, alive: subprocess.P
 
 
 def marked_processes() -> list[Path]:
-    """Folders in /proc of the processes that were started with the current value of `MARK`."""
+    """List the /proc folders of the processes that were started with the current `MARK`."""
     mark = f"{MARK}={os.environ[MARK]}".encode()
     folders = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -109,7 +109,7 @@ def marked_processes() -> list[Path]:
 
 
 def shared_memory(folders: Sequence[Path]) -> set[Path]:
-    """Files in /dev/shm that processes, given by folders in /proc, have mapped or open."""
+    """Return files in /dev/shm that the processes with these /proc folders have mapped or open."""
     names = set()
     for folder in folders:
         try:
@@ -149,7 +149,7 @@ def check_survivor(process: subprocess.Popen[str], errors: str, victim: int, pid
 
 
 def check_readable(workdir: Path) -> int:
-    """Read every checkpoint whole; returns the newest step saved, 0 if there is none."""
+    """Read every checkpoint whole; return the newest saved step, 0 if there is none."""
     steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     for step in steps:
         leaves = jax.tree.leaves(processes.saved_state(workdir, step))
@@ -159,7 +159,7 @@ def check_readable(workdir: Path) -> int:
 
 
 def kill_once(start: Start, workdir: Path, kill: Kill, rng: random.Random) -> str:
-    """Start a run, kill it and check that all its processes exit; returns a description."""
+    """Start a run, kill it and check that all its processes exit; return a description."""
     os.environ[MARK] = str(uuid4())
     run = start(workdir)
     try:
@@ -199,7 +199,7 @@ def kill_repeatedly(start: Start, workdir: Path, kills: Sequence[Kill], rng: ran
 
 
 def stable_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a record file without values that depend on time or the machine."""
+    """Return the lines of a record file without values that depend on time or the machine."""
     lines = processes.lines(path)
     for line in lines:
         for key in ("images_per_second", "memory_gib"):
@@ -208,7 +208,7 @@ def stable_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def compare(ours: Path, expected: Path, step: int) -> int:
-    """Check that two runs have equal records and bitwise equal states; returns the array count."""
+    """Check that two runs have equal records and bitwise equal states; return the array count."""
     a, b = (jax.tree.leaves(processes.saved_state(path, step)) for path in (ours, expected))
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):

@@ -9,7 +9,7 @@ from sklearn.datasets import load_sample_image
 
 
 def photo(number: int, width: int, height: int) -> Image.Image:
-    """Crop of a sample photograph, a different one for each number."""
+    """Return a crop of a sample photograph, a different one for each number."""
     pixels = load_sample_image(("china.jpg", "flower.jpg")[number % 2])
     rng = np.random.default_rng(number)
     top = rng.integers(pixels.shape[0] - height + 1)
@@ -18,7 +18,7 @@ def photo(number: int, width: int, height: int) -> Image.Image:
 
 
 def encoded(image: Image.Image, file_format: str = "JPEG", **options: object) -> bytes:
-    """Bytes of an image file."""
+    """Encode an image file."""
     file = io.BytesIO()
     image.save(file, file_format, **options)
     return file.getvalue()
@@ -34,7 +34,7 @@ def save_photos(folder: Path, classes: list[str], count: int, size: tuple[int, i
 
 
 def save_odd_images(folder: Path) -> list[str]:
-    """Save two class folders with one image of each unusual kind; returns sorted file names."""
+    """Save two class folders with one image of each unusual kind; return sorted file names."""
     rotated = Image.Exif()
     rotated[0x0112] = 6
     picture = photo(0, 90, 60)

@@ -1,4 +1,4 @@
-"""Checkpoints hold the whole state as it was, while training goes on."""
+"""Checkpoints hold the whole state at the save, while training goes on."""
 
 import re
 import resource
@@ -35,7 +35,7 @@ def config(**changes: Any) -> ConfigDict:
 
 
 def shapes() -> TrainState:
-    """A state of shapes, each array whole on every device."""
+    """Make the shapes of a state whose arrays are replicated on every device."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=EVERYWHERE),
         jax.eval_shape(new_state),
@@ -52,7 +52,7 @@ def test_a_state_comes_back_as_it_was_at_the_save(tmp_path: Path, steps_after: i
     def loss(variables: dict[str, Any], *_: object) -> Any:
         return sum(leaf.sum() for leaf in jax.tree.leaves(variables["params"])), {}
 
-    # Donation lets a step write into the very buffers that are being saved.
+    # Donation lets the next step write into the buffers that are being saved.
     rate = optax.constant_schedule(0.1)
     settings = config(ema_decay=0.9)
     train_step = make_train_step(ToyTask(loss), OPTIMIZER, rate, settings, sharding.make_mesh())
@@ -80,7 +80,7 @@ def test_an_empty_directory_has_no_state(tmp_path: Path):
 
 
 def save_all(directory: Path, accuracies: Sequence[float | None], **changes: Any) -> set[str]:
-    """Saves at the steps 1, 2 and so on; the names of the checkpoints that are left."""
+    """Save at steps 1, 2 and so on; return the names of the checkpoints that are kept."""
     with Checkpoints(directory, config(**changes)) as checkpoints:
         for step, accuracy in enumerate(accuracies, 1):
             state = new_state().replace(step=jnp.asarray(step))
@@ -132,7 +132,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_stays(tmp_path: Path):
 
 
 def restore(directory: Path) -> int:
-    """The step that a run goes on from."""
+    """Return the step from which a run would resume."""
     with Checkpoints(directory, config()) as checkpoints:
         restored = checkpoints.restore(shapes())
     assert restored is not None
@@ -141,7 +141,7 @@ def restore(directory: Path) -> int:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three checkpoints, of which the oldest is the best."""
+    """Save three checkpoints, of which the oldest is the best."""
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
     assert save_all(directory, [80.0, None, 70.0]) == {"1", "2", "3"}
     return directory
@@ -149,12 +149,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def directory(saved: Path, tmp_path: Path) -> Path:
-    """A copy of `saved`."""
+    """Copy the directory `saved`."""
     return Path(shutil.copytree(saved, tmp_path / "checkpoints"))
 
 
 def test_no_flipped_bit_of_a_checkpoint_is_restored(directory: Path):
-    """Whichever file it is in, the checkpoint is named, and the newest good one is offered."""
+    """A flipped bit in any file is found; the error names this and the newest good checkpoint."""
     message = rf"/3 cannot be read: .*; remove it to go on from {directory}/2$"
     expected = shapes()
     with Checkpoints(directory, config()) as checkpoints:
@@ -166,7 +166,7 @@ def test_no_flipped_bit_of_a_checkpoint_is_restored(directory: Path):
 
 
 def test_a_flipped_bit_of_an_older_checkpoint_is_found_before_training(directory: Path):
-    """A run needs its best checkpoint when all steps are done."""
+    """This matters because a run reads its best checkpoint after the last step."""
     message = rf"/1 cannot be read: .*; remove it to go on from {directory}/3$"
     expected = shapes()
     with Checkpoints(directory, config()) as checkpoints:
@@ -241,7 +241,7 @@ def test_weights_that_are_not_finite_are_not_gone_on_from(directory: Path):
 def test_a_checkpoint_that_does_not_fit_is_one_line(
     directory: Path, caplog: pytest.LogCaptureFixture
 ):
-    """A limit on the size of files stands for the full disk: writing fails in the same places."""
+    """A limit on file sizes simulates a full disk: writing fails in the same places."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save() -> None:
@@ -292,11 +292,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(tmp_path
         with Checkpoints(directory, config()) as checkpoints:
             assert checkpoints.restore(shapes()) is None
             checkpoints.begin(has_records)
-        deadline = time.monotonic() + 60  # orbax clears up in a thread of its own
+        deadline = time.monotonic() + 60  # orbax cleans up in another thread
         while list(directory.glob("*-tmp")) and time.monotonic() < deadline:
             time.sleep(0.01)
         for name in ("1.orbax-checkpoint-tmp", "1.written.orbax-checkpoint-tmp"):
-            (directory / name).mkdir()  # what the kill left
+            (directory / name).mkdir()  # left by the kill
     assert save_all(directory, [None]) == {"1"}
     assert {path.name for path in directory.iterdir()} == {"1"}
 

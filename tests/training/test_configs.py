@@ -1,4 +1,4 @@
-"""Every config file: it can be read, it can work, and the original's recipe is in it."""
+"""Every config file can be read, has valid settings, and has those of the original's recipe."""
 
 import re
 from pathlib import Path
@@ -141,7 +141,7 @@ def test_no_number_of_several_may_be_huge(key: str, value: tuple[float, ...]):
         check_config(config)
 
 
-# SPEC of the original's ADE20K experiments; of Semantic FPN it published the iterations alone.
+# Settings of the original's ADE20K experiments; for Semantic FPN, it published only the steps.
 ADE20K: dict[str, Any] = {
     "batch_size": 16,
     "ema_decay": 0.0,

@@ -1,4 +1,4 @@
-"""A model directory as the start of a run, and as its end."""
+"""Runs that start from a model directory, and the model directory that a run writes."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ Saying = list[str]
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory of ten classes, in half precision."""
+    """Write a model directory of ten classes, in half precision."""
     directory = tmp_path_factory.mktemp("models") / "micro"
     card = ModelCard(MODEL, Preprocessing(), ("model",), "model")
     variables = goldens.rule_variables(MODEL)
@@ -130,7 +130,7 @@ def test_the_result_of_a_run_is_loaded_as_any_model(ema_decay: float, tmp_path: 
 
 
 def segment(pretrained: Path, num_classes: int, **changes: Any) -> tuple[Any, Saying, Any]:
-    """The start of a segmentation run, and its model."""
+    """Start a segmentation run; return its variables, its messages and its model."""
     widths = {"head.channels": 16, "head.aux_channels": 8}
     settings = config(pretrained, **{"task": "segmentation", **widths, **changes})
     variables, said = start(settings, num_classes)

@@ -69,7 +69,7 @@ def test_layer_decay_scales_the_whole_update(weight_decay: float):
 def test_a_gradient_longer_than_the_bound_is_shortened_to_it():
     model, params = am.ActiveMLP(**goldens.MICRO), {"head": {"kernel": jnp.arange(12.0)}}
     config = settings(clip_norm=1.0, b1=0.0, b2=0.0, eps=1e8, weight_decay=0.0)
-    optimizer = make_optimizer(config, lambda _: 1e8, model)  # with this eps: the gradient itself
+    optimizer = make_optimizer(config, lambda _: 1e8, model)  # updates equal the gradient
 
     def length(factor: float) -> float:
         scale = factor / float(optax.tree.norm(params))

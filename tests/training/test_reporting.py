@@ -1,4 +1,4 @@
-"""What a run tells: to files, to the terminal, and to other trackers."""
+"""Reports of a run to files, the terminal and other trackers."""
 
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ from activemlp_jax.utils.hardware import CHIPS, peak_flops
 
 
 def report(workdir: Path | None, peak: float | None = None) -> tuple[list[dict[str, Any]], str]:
-    """Ten steps and an epoch's end, every fourth step on record; what a tracker and a log got."""
+    """Report ten steps, recording every fourth, and an epoch; return tracker records and log."""
     config = default_config()
     config.log_every_steps = 4
     tracked: list[dict[str, Any]] = []
@@ -91,7 +91,7 @@ def test_a_run_of_one_step_an_epoch_says_what_to_lower(batch_size: int, lower: i
     ("schedule", "rising"), [("steps", "40"), ("epochs", "40"), ("poly", "1,500")]
 )
 def test_a_run_tells_that_its_warm_up_is_longer_than_itself(schedule: str, rising: str):
-    config = default_config()  # five epochs to warm up, or 1,500 steps
+    config = default_config()  # its warm-up has five epochs, or 1,500 steps
     config.optimizer.schedule = schedule
     steps = int(rising.replace(",", ""))
     told = f"but its warm-up takes {rising} steps, more than the run"

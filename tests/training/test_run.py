@@ -1,4 +1,4 @@
-"""What a run says of its weights, in the model directory and in the model card made of it."""
+"""The model directory and the model card of a run describe its weights."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ from activemlp_jax.weights.model_card import ModelCard
 
 
 def prepared(workdir: Path, config_name: str = "digits", **changes: Any) -> Run:
-    """A run of a micro model on the 1,437 digits to learn from, in 11 steps an epoch."""
+    """Prepare a run of a micro model on the 1,437 training digits, with 11 steps per epoch."""
     config = default_config()
     config.model.update(BACKBONE | {"mlp_ratios": (2.0,) * 4})
     config.update_from_flattened_dict({"epochs": 40, **changes})
@@ -40,7 +40,7 @@ def train_again(run: Run) -> None:
 
 
 def test_records_without_checkpoints_are_no_beginning_and_stay(tmp_path: Path):
-    """As where the disk of the checkpoints is not mounted."""
+    """Checkpoints can be missing because their disk is not mounted."""
     run = prepared(tmp_path / "run")
     with claim_workdir(run.workdir, run.config):
         for step in (11, 22):
@@ -66,7 +66,7 @@ def test_a_broken_record_is_named_before_anything_is_forgotten(name: str, tmp_pa
 
 
 def readme(run: Run, source: dict[str, Any]) -> str:
-    """The model card that is exported of weights of this source."""
+    """Return the model card of exported weights with this `source`."""
     task, variables = run.trainer.task, run.trainer.state.variables
     card = ModelCard(task.model, task.preprocessing, ("ema",), "ema", run.class_names, source)
     run.workdir.mkdir(exist_ok=True)
@@ -75,20 +75,20 @@ def readme(run: Run, source: dict[str, Any]) -> str:
 
 
 def section(text: str, heading: str) -> str:
-    """The text under a heading."""
+    """Return the text under a heading."""
     return text.split(f"\n## {heading}\n\n")[1].split("\n\n## ")[0]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """From the weights of another model."""
+    """Prepare a run that starts from the weights of another model."""
     place = tmp_path_factory.mktemp("runs")
     return prepared(place / "run", init_from=str(save_classifier(place / "letters")))
 
 
 @pytest.fixture(scope="module")
 def directory(run: Run) -> Path:
-    """The model directory of the run's last step, with some weights."""
+    """Write the model directory of the run's last step, with weights of a golden run."""
     variables = jax.tree.map(np.asarray, goldens.rule_variables(run.trainer.model))
     state = run.trainer.first_state(variables).replace(step=jnp.asarray(run.trainer.steps))
     write_model_directory(run, "model", state, 97.5)
@@ -163,7 +163,7 @@ def test_any_key_but_the_data_may_be_missing(run: Run, key: str):
 
 
 def test_a_directory_of_an_earlier_version_is_loaded_and_exported(directory: Path, tmp_path: Path):
-    """Its source has three keys, and it has no digests."""
+    """Directories of earlier versions have a source of three keys, and no digests."""
     old = shutil.copytree(directory, tmp_path / "old")
     content = json.loads((old / "model.json").read_text())
     kept = ("trained_on", "epoch", "test_accuracy")

@@ -1,4 +1,4 @@
-"""Learning rates: the original's by epochs, and a smooth one by steps."""
+"""Learning rate schedules: the original's, and a smooth one by steps."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def test_the_epoch_schedule_is_the_originals_in_all_300_epochs(
     golden = goldens.load_json("lr_schedule.json")
     config = settings(
         schedule="epochs",
-        # The golden's peak is scaled already; ours is scaled to the batch.
+        # The golden peak is already scaled; ours is scaled by the batch size.
         learning_rate=golden["base_lr"] * 512 / batch_size,
         reference_batch_size=512,
         warmup_learning_rate=golden["warmup_lr"],

@@ -1,4 +1,4 @@
-"""The optimizer, the averaged weights and the step against the original's training."""
+"""The optimizer, the averaged weights and the step, compared with the original's training."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from activemlp_jax.training.step import TrainState, global_norm, make_train_step
 
 
 def make_step(loss: Any, optimizer: Any, inputs: Any = None, **changes: Any) -> Any:
-    """A step without an average, but for `changes` of the config."""
+    """Make a step that keeps no average, with `changes` to the config."""
     config = default_config()
     config.update({"ema_decay": 0.0, **changes})
     task = ToyTask(loss, inputs) if inputs else ToyTask(loss)
@@ -97,7 +97,7 @@ def test_no_average_is_kept_where_the_decay_is_zero():
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
 def test_an_average_that_warms_up_follows_from_the_first_steps(decay: float):
-    """Against a loop over numbers; the weight goes down by 1 a step, from 3."""
+    """The average equals that of a loop over numbers; the weight falls from 3 by 1 per step."""
     optimizer = optax.sgd(1.0)
     state = TrainState.create({"params": {"w": jnp.full((), 3.0)}}, optimizer, decay)
     step = jax.jit(make_step(sum_of("w"), optimizer, ema_decay=decay, ema_warmup=True))
@@ -125,12 +125,12 @@ def test_an_average_that_warms_up_has_the_dtype_of_the_weights():
 
 
 def sum_of(name: str) -> Any:
-    """The loss that is the sum of a parameter."""
+    """Return a loss, the sum of the parameter `name`."""
     return lambda variables, *_: (variables["params"][name].sum(), {})
 
 
 def test_what_a_model_keeps_beside_parameters_moves_and_is_averaged():
-    """A running mean, and a count, which has no average."""
+    """Here these are a running mean, and a count, which is not averaged."""
 
     def loss(variables: Any, batch: Any, key: jax.Array) -> Any:
         del key

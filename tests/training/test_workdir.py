@@ -26,7 +26,7 @@ def config(**changes: Any) -> Any:
 
 
 def claim(directory: Path, config: Any) -> None:
-    """Claimed, and let go again."""
+    """Claim a directory, and release it."""
     with claim_workdir(directory, config):
         pass
 
@@ -62,7 +62,7 @@ def test_a_setting_that_a_run_of_an_earlier_version_lacks_has_its_default(
 
 
 def test_a_run_of_an_earlier_version_may_come_back_with_former_names_of_keys(tmp_path: Path):
-    """`mix`, `random_erasing` and parts of `data` are now in `augment`; AdamW had no name."""
+    """The keys of `augment` were in `mix`, `random_erasing` and `data`, and AdamW had no name."""
     settings = {
         "augment.flip": 0.25, "augment.crop.min_area": 0.3, "augment.warp.bend": 0.1,
         "augment.mix_group_size": 4, "augment.random_erasing": 0.5, "augment.scene.min_scale": 0.6,
@@ -146,7 +146,7 @@ def test_a_figure_over_no_examples_is_left_out_of_a_record(tmp_path: Path):
         ('{"epoch": 2, "st', [1]),
         ('{"epoch": 2, "step": 2', [1]),
         ("\0\0\0", [1]),
-        ('{"epoch": 2, "step": 20}', [1, 2]),  # all but the end of its line
+        ('{"epoch": 2, "step": 20}', [1, 2]),  # a whole record without the end of its line
     ],
 )
 def test_what_a_kill_left_of_the_last_line_does_not_count(
@@ -188,7 +188,7 @@ def test_a_line_that_is_no_record_is_named_and_nothing_is_forgotten(
     good = [json.dumps({"epoch": epoch, "step": 10 * epoch}).encode() for epoch in (1, 3)]
     number = {"first": 0, "middle": 1}.get(place, 2)
     if place == "last without its end" and kind in ("an empty line", "another bracket"):
-        return  # which may be what a kill left
+        return  # a kill may leave such a last line
     content = b"\n".join([*good[:number], line, *good[number:]])
     (tmp_path / EPOCHS_FILE).write_bytes(content + b"\n" * (place != "last without its end"))
     before = contents(tmp_path)
@@ -224,7 +224,7 @@ def test_a_config_json_that_is_none_is_refused(content: str, tmp_path: Path):
 
 
 def test_a_kill_while_the_directory_was_claimed_does_not_block_it(tmp_path: Path):
-    for name in (".config.json.partial", "config.json.partial"):  # an earlier version's is the last
+    for name in (".config.json.partial", "config.json.partial"):  # the last is an earlier version's
         (tmp_path / name).write_text("{")
     claim(tmp_path, config())
     assert (tmp_path / "config.json").exists()

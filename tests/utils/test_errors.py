@@ -1,4 +1,4 @@
-"""Errors are one line, whatever they quote, and say the same as the pages."""
+"""Errors are one line, whatever they quote, and agree with the documentation."""
 
 import os
 import re

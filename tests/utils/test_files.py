@@ -1,4 +1,4 @@
-"""Files are read only where they are regular and small enough, and written whole or not at all."""
+"""Only regular files of limited size are read, and files are written whole or not at all."""
 
 import os
 import signal
@@ -132,7 +132,7 @@ def test_a_link_is_replaced_and_what_it_leads_to_is_kept():
     Path("folder/mine").touch()
     Path("link").symlink_to("file")
     Path("link_to_folder").symlink_to("folder")
-    partial_path(Path("link")).symlink_to("file")  # set up to be written through
+    partial_path(Path("link")).symlink_to("file")  # a link that a careless writer would follow
     with write_aside(Path("link")) as aside:
         aside.write_text("new")
     with write_directory_aside(Path("link_to_folder")) as aside:
@@ -179,7 +179,7 @@ def test_a_kill_between_removing_and_renaming_loses_nothing(renames: int):
     Path("folder/mine").touch()
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(renames)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert Path("folder").exists() == (renames == 0)  # the kill came between the two
+    assert Path("folder").exists() == (renames == 0)  # killed before the first rename
     with pytest.raises(ValueError, match="another failure"), write_directory_aside(Path("folder")):
         raise ValueError("another failure")
     assert names() == ["file", "folder"]
@@ -203,7 +203,7 @@ def test_a_failed_rename_puts_the_directory_back(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one_whole():
-    """While one process replaces a file over and over, another never reads a part."""
+    """While one process replaces a file repeatedly, another never reads part of it."""
     script = """
         from pathlib import Path
         from activemlp_jax.utils.files import write_aside

@@ -1,4 +1,4 @@
-"""JSON of others is parsed within limits; what is beyond them is one line that says which."""
+"""JSON is parsed within limits, and an error of one line names the limit that is exceeded."""
 
 import json
 import re

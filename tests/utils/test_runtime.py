@@ -1,4 +1,4 @@
-"""What commands set for their whole process."""
+"""Settings that commands make for their whole process."""
 
 import gc
 import os
@@ -12,7 +12,7 @@ from activemlp_jax.utils.runtime import collect_garbage_rarely
 
 CACHE_DIR = "JAX_COMPILATION_CACHE_DIR"
 
-# What half of the calls of a program that takes 64 MiB ask of the system at most, in pages.
+# Prints the median number of page faults of calls of a program that needs 64 MiB.
 FAULTS = """
 import resource, statistics, sys
 import jax
@@ -63,7 +63,7 @@ def test_compiled_programs_are_kept_in_the_users_cache_or_where_told(
 
 @pytest.fixture
 def threshold():
-    """Whatever a test sets is undone."""
+    """Restore the garbage collector's thresholds after a test."""
     before = gc.get_threshold()
     yield
     gc.set_threshold(*before)

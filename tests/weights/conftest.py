@@ -1,4 +1,4 @@
-"""Conversions of the same few models, many times over."""
+"""Settings for tests that convert the same few models many times."""
 
 import functools
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ variable_shapes = functools.cache(torch_names.variable_shapes)
 
 @pytest.fixture(scope="module", autouse=True)
 def each_model_is_traced_once() -> Iterator[None]:
-    """Finding its shapes takes most of the time of a conversion."""
+    """Cache the shapes of models, because computing them takes most of a conversion's time."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (torch_names, model_directory):
             patch.setattr(module, "variable_shapes", variable_shapes)

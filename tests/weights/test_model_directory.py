@@ -1,4 +1,4 @@
-"""Model directories: written whole or not at all, and read with what is wrong named."""
+"""Model directories are written whole or not at all; errors in reading name what is wrong."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ MODEL = am.ActiveMLP(**goldens.MICRO)
 
 
 class Task(NamedTuple):
-    """What a model directory needs of what was trained."""
+    """The fields of a task that writing a model directory reads."""
 
     model: am.ActiveMLP
     preprocessing: Preprocessing
@@ -46,7 +46,7 @@ def variables(seed: int) -> Any:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with both kinds of weights."""
+    """Write a model directory with both kinds of weights."""
     directory = tmp_path_factory.mktemp("models") / "micro"
     preprocessing = Preprocessing(64, 1.25, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     card = ModelCard(MODEL, preprocessing, ("ema", "model"), "ema", NAMES, {"epoch": 3})
@@ -114,7 +114,7 @@ def test_a_segmentation_model_is_read_back_with_its_statistics(head: str, tmp_pa
 
 
 def rewrite(directory: Path, **changes: Any) -> None:
-    """Change what the model.json says, and have the digests say so."""
+    """Change model.json, and update the digests to match."""
     path = directory / "model.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     write_digests(directory)
@@ -273,7 +273,7 @@ def test_weights_that_are_not_finite_are_not_used(tmp_path: Path):
 
 
 def write_result(directory: Path) -> None:
-    """Write a model as training does."""
+    """Write a model directory in the same way as training."""
     task = Task(MODEL, Preprocessing())
     results.write_result(directory, task, {"model": variables(2)}, NAMES, {})  # type: ignore[arg-type]
 
@@ -291,7 +291,7 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(written: Path, tmp_path: 
 def test_a_full_disk_is_one_line_and_what_was_there_stays(
     limit: int, copied: Path, caplog: pytest.LogCaptureFixture
 ):
-    """A limit on the size of files stands for the full disk: writing fails in the same places."""
+    """A limit on file sizes simulates a full disk: writing fails in the same places."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""PyTorch files that are refused: in one line, with little memory, and without running them."""
+"""Bad PyTorch files are refused in one line, with little memory, and without running code."""
 
 import argparse
 import io
@@ -30,7 +30,7 @@ def micro_state_dict() -> dict[str, torch.Tensor]:
 
 
 def refusal(path: Path) -> str:
-    """The one line with which a file is refused, which takes little memory."""
+    """Read a file that must be refused with little memory; return the error line."""
     tracemalloc.start()
     try:
         with pytest.raises(UserError) as error:
@@ -46,7 +46,7 @@ def refusal(path: Path) -> str:
 
 
 class RunsCommand:
-    """A pickle that runs `command` where it is loaded without care."""
+    """An object whose pickle runs `command` when it is loaded without restrictions."""
 
     def __init__(self, command: str):
         self.command = command
@@ -76,13 +76,13 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_not_run(
     assert "hostile.pth needs posix.system to be read" in refusal(path)
     assert not proof.exists(), "the command was run"
 
-    if form == "pickle":  # the file is a live one: this is what it does to the careless
+    if form == "pickle":  # shows that the file works: unrestricted loading runs the command
         pickle.loads(path.read_bytes())
         assert proof.exists()
 
 
 class Settings:
-    """A class of somebody's own."""
+    """A class that is not part of PyTorch."""
 
 
 def nested_tensor() -> torch.Tensor:
@@ -98,7 +98,7 @@ def broken(key: str, value: Any) -> dict[str, Any]:
 def archive(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of two members with one name
+        warnings.simplefilter("ignore")  # about two members with one name
         with zipfile.ZipFile(file, "w", compression) as written:
             for name, content in members:
                 written.writestr(name, content)
@@ -106,13 +106,13 @@ def archive(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) 
 
 
 def floats(key: str, count: int) -> bytes:
-    """The instructions of a pickle that name a storage."""
+    """Return pickle instructions that refer to a storage."""
     claimed = count.to_bytes(8, "little")
     words = (b"X\x07\0\0\0storage", b"ctorch\nFloatStorage\n", b"X\x01\0\0\0" + key.encode())
     return b"(" + b"".join(words) + b"X\x03\0\0\0cpu\x8a\x08" + claimed
 
 
-STEPS = b"K\0K\x01\x85K\x01\x85\x89}t"  # offset 0, shape (1,), stride (1,), and all of it a tuple
+STEPS = b"K\0K\x01\x85K\x01\x85\x89}t"  # a tuple of offset 0, shape (1,), stride (1,)
 CLAIMS = b"ctorch._utils\n_rebuild_tensor_v2\n(" + floats("0", 10**12)
 BEGINNING = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
 A_WEIGHT = b"\x80\x02}X\x08\0\0\0a.weight"

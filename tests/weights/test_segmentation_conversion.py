@@ -1,4 +1,4 @@
-"""The real `convert_torch_weights.py` on segmentation checkpoints: in, out, and back."""
+"""The real `convert_torch_weights.py` on segmentation checkpoints, in both directions."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.fixture
 def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command in this process, which is quicker; gives what it printed."""
+    """Return a function that runs the command in this process and returns its output."""
 
     def run(*arguments: str | Path) -> str:
         monkeypatch.setattr(sys, "argv", ["convert_torch_weights.py", *map(str, arguments)])
@@ -53,7 +53,7 @@ def convert(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def refuse(convert: Any, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command, which must refuse in one line; gives the line."""
+    """Return a function that runs the command, which must fail, and returns its error line."""
 
     def run(*arguments: str | Path) -> str:
         with pytest.raises(SystemExit) as stopped:
@@ -67,7 +67,7 @@ def refuse(convert: Any, capsys: pytest.CaptureFixture[str]) -> Any:
 
 @pytest.fixture(scope="module")
 def upernet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The model directory of the micro checkpoint, and what a process printed as it made it."""
+    """Convert the micro checkpoint in a process; return the model directory and the output."""
     directory = tmp_path_factory.mktemp("models") / "upernet"
     command = [sys.executable, "convert_torch_weights.py", MICRO_CHECKPOINT, directory, "--verify"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -76,7 +76,7 @@ def upernet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def write_fpn(directory: Path, kinds: tuple[str, ...], **fields: Any) -> Path:
-    """A model directory of the micro Semantic FPN; the weights of each kind differ."""
+    """Write a model directory of the micro Semantic FPN; the weights of each kind differ."""
     model = am.ActiveSegmentor(**goldens.SEG_MICRO["fpn"])
     weights = {
         kind: jax.tree.map(np.asarray, goldens.rule_variables(model, seed))
@@ -117,7 +117,7 @@ def test_the_directory_says_all_that_the_file_did(upernet: tuple[Path, str]):
 
 
 def test_converted_weights_are_the_files(upernet: tuple[Path, str]):
-    """That these give the original's logits, the tests of the file say."""
+    """The tests of reading the file check that these weights give the original's logits."""
     _, variables = am.load_pretrained(upernet[0])
     jax.tree.map(
         np.testing.assert_array_equal, variables, am.load_torch_checkpoint(MICRO_CHECKPOINT)
@@ -171,7 +171,7 @@ def test_what_a_state_dict_cannot_say_survives_the_way_there_and_back(
 
 
 def test_names_lose_the_spaces_around_them(tmp_path: Path, convert: Any):
-    """As one of mmsegmentation's for ADE20K ends with a space."""
+    """One of mmsegmentation's class names for ADE20K ends with a space."""
     names = {"CLASSES": ("bed ", *"bcdefg")}
     torch.save({"meta": names, "state_dict": original()}, tmp_path / "named.pth")
     convert(tmp_path / "named.pth", tmp_path / "out")
@@ -247,7 +247,7 @@ def test_a_wrong_command_line_is_said_clearly(
 
 
 def broken(**changes: Any) -> dict[str, Any]:
-    """The checkpoint with changed weights; None takes a key away."""
+    """Return the checkpoint with changed weights; None removes a key."""
     weights = {**original(), **{key.replace("__", "."): v for key, v in changes.items()}}
     return {"state_dict": {key: value for key, value in weights.items() if value is not None}}
 

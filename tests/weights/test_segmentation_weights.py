@@ -1,4 +1,4 @@
-"""Segmentation weights of PyTorch: names both ways, what a file may hold, a second writing."""
+"""Segmentation weights of PyTorch: names in both directions, files, and the PyTorch reference."""
 
 import functools
 from pathlib import Path
@@ -20,13 +20,13 @@ from activemlp_jax.weights.torch_files import read_checkpoint, write_checkpoint
 from activemlp_jax.weights.torch_names import infer_model
 from activemlp_jax.weights.verify import torch_model
 
-HEADS = {"upernet": 13, "fpn": 7}  # and the batch norms of each
+HEADS = {"upernet": 13, "fpn": 7}  # heads and their number of batch norms
 MICRO_CHECKPOINT = goldens.DATA / "seg_micro_upernet_checkpoint.pth"
 COUNT = "decode_head.bottleneck.bn.num_batches_tracked"
 
 
 def official_shapes(head: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the original's active_large under the head."""
+    """Return keys and shapes of the original's active_large with this head."""
     shapes = goldens.load_json(f"official_seg_keys_ActiveLarge_{head}.json")
     return {key: tuple(shape) for key, shape in shapes.items()}
 
@@ -41,7 +41,7 @@ def micro_shapes(head: str) -> dict[str, tuple[int, ...]]:
 
 
 def micro_weights(head: str = "upernet") -> dict[str, torch.Tensor]:
-    """As a file would hold them: float32, and counts of int64."""
+    """Return micro weights with the dtypes of a file: float32, and int64 for counts."""
     arrays = goldens.rule_state_dict(micro_shapes(head))
     return {
         key: torch.tensor(value, dtype=torch.float32 if value.dtype.kind == "f" else torch.int64)
@@ -131,7 +131,7 @@ def test_weights_of_another_model_are_refused():
 
 
 def test_the_originals_checkpoint_has_the_weights_of_the_golden_runs_bit_for_bit():
-    """That these give the original's logits, the tests of the model say."""
+    """The tests of the model check that these weights give the original's logits."""
     ours = am.load_torch_checkpoint(MICRO_CHECKPOINT)
     jax.tree.map(np.testing.assert_array_equal, ours, goldens.rule_variables(micro("upernet")))
 
@@ -210,7 +210,7 @@ def test_a_value_that_no_weight_has_is_named(suffix: str, key: str, value: Any, 
     assert "\n" not in str(error.value)
 
 
-# --- the second writing
+# --- the PyTorch reference
 
 
 def pytorch_logits(head: str, state_dict: dict[str, np.ndarray], images: np.ndarray) -> Any:

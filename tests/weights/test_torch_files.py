@@ -1,4 +1,4 @@
-"""PyTorch and safetensors files: what is read of them, and what is written."""
+"""Reading and writing PyTorch and safetensors files."""
 
 import resource
 from pathlib import Path

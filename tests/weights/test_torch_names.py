@@ -1,4 +1,4 @@
-"""PyTorch state dicts to flax variables and back: complete, exact, and strict."""
+"""Conversion of PyTorch state dicts to flax variables and back is complete, exact and strict."""
 
 import tracemalloc
 from typing import Any
@@ -99,7 +99,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_key(changes: Any, message:
 
 
 def sized(*shape: int) -> np.ndarray:
-    """An array of any shape that takes no memory."""
+    """Make an array of any shape that takes no memory."""
     return np.broadcast_to(np.zeros((), np.float32), shape)
 
 

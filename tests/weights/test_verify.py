@@ -1,4 +1,4 @@
-"""Two writings of one network, flax and PyTorch, on fresh weights and images."""
+"""The flax and PyTorch implementations agree on weights and images that no golden has."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ import activemlp_jax as am
 from activemlp_jax.models.active_mlp import VARIANTS
 from activemlp_jax.torch_reference.active_mlp import TorchActiveMLP
 
-SEED = 7  # other weights than those of the goldens
+SEED = 7  # gives other weights than those of the goldens
 
 
 def torch_model(name: str, state_dict: dict[str, np.ndarray]) -> TorchActiveMLP:
