@@ -60,7 +60,7 @@ class Operation:
     signed: bool = False
 
     def __call__(self, picture: Picture, magnitude: float) -> Picture:
-        """Apply the operation to an RGB picture; `magnitude` is 0 to 10, or from -10 if `signed`."""
+        """Apply the operation to an RGB picture; `magnitude` is up to 10, from -10 if `signed`."""
         return self.apply(picture, self.level(magnitude / MAX_MAGNITUDE))
 
 
