@@ -229,7 +229,7 @@ def message_templates() -> list[re.Pattern[str]]:
             texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
             if sum(len(text) for text in texts if isinstance(text, str)) >= 24:
                 filled = (re.escape(text) if isinstance(text, str) else ".*" for text in texts)
-                found.append(re.compile(f"(?:[^:]+: )?(?:{''.join(filled)})"))
+                found.append(re.compile(f"(?:[^:]+: |\\S+ )?(?:{''.join(filled)})"))
     return found
 
 
