@@ -1,7 +1,12 @@
 """Settings for all tests: compilation cache, strict shapes, fast tests first."""
 
+import contextlib
+import gc
 import os
+import resource
 import signal
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -45,3 +50,22 @@ def float64():
     """Enable float64 arrays and computations in a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def full_disk():
+    """A context that limits the size of files in bytes: writing fails where a full disk fails."""
+
+    @contextlib.contextmanager
+    def limit(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    yield limit
+    with warnings.catch_warnings():  # Orbax never awaits some coroutines of a failed write
+        warnings.simplefilter("ignore")
+        gc.collect()

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 # Optimization does not pay off, because tests run a program only a few times. Without LLVM's
 # passes and with the older code generator, programs compile in a quarter of the time.
 COMPILE_QUICKLY = {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
 }
 
 # A model that trains in seconds.

@@ -1,7 +1,6 @@
 """Checkpoints hold the whole state at the save, while training goes on."""
 
 import re
-import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -239,23 +238,16 @@ def test_weights_that_are_not_finite_are_not_gone_on_from(directory: Path):
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line(
-    directory: Path, caplog: pytest.LogCaptureFixture
+    directory: Path, full_disk: Any, caplog: pytest.LogCaptureFixture
 ):
-    """A limit on file sizes simulates a full disk: writing fails in the same places."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
     def save() -> None:
-        with Checkpoints(directory, config()) as checkpoints:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+        with Checkpoints(directory, config()) as checkpoints, full_disk(300):
             checkpoints.save(new_state(), 4, [])
             checkpoints.wait()
 
     whole = rf"File too large.*; the newest whole one is {directory}/3$"
-    try:
-        with pytest.raises(UserError, match=whole) as error:
-            save()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(UserError, match=whole) as error:
+        save()
     assert "\n" not in str(error.value)
     assert not caplog.records, "orbax logs tracebacks"
     assert restore(directory) == 3

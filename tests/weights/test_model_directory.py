@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -289,18 +288,11 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(written: Path, tmp_path: 
 
 @pytest.mark.parametrize("limit", [100, 50_000], ids=["at the first file", "at the arrays"])
 def test_a_full_disk_is_one_line_and_what_was_there_stays(
-    limit: int, copied: Path, caplog: pytest.LogCaptureFixture
+    limit: int, copied: Path, full_disk: Any, caplog: pytest.LogCaptureFixture
 ):
-    """A limit on file sizes simulates a full disk: writing fails in the same places."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(
-            UserError, match=r"no model can be written in .*File too large"
-        ) as error:
-            write_result(copied)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = r"no model can be written in .*File too large"
+    with pytest.raises(UserError, match=message) as error, full_disk(limit):
+        write_result(copied)
     assert "\n" not in str(error.value)
     assert not caplog.records, "orbax logs tracebacks"
     assert_same(am.load_pretrained(copied)[1], variables(1))

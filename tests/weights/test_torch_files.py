@@ -1,6 +1,5 @@
 """Reading and writing PyTorch and safetensors files."""
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +167,12 @@ def test_pytorch_reads_what_is_written_for_it(tmp_path: Path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_on_a_full_disk_the_older_file_stays(suffix: str, tmp_path: Path):
+def test_on_a_full_disk_the_older_file_stays(suffix: str, full_disk: Any, tmp_path: Path):
     weights = {"model": {"a.weight": np.ones(100_000, np.float32)}}
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(b"older")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises((UserError, OSError), match=r"File too large"):
-            write_checkpoint(path, weights, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises((UserError, OSError), match=r"File too large"), full_disk(100_000):
+        write_checkpoint(path, weights, {})
     assert path.read_bytes() == b"older"
     assert list(tmp_path.iterdir()) == [path]
 
