@@ -13,7 +13,7 @@ from pathlib import Path
 
 from activemlp_jax.command_line import Parser
 from activemlp_jax.data.preprocessing import Preprocessing, ScenePreprocessing
-from activemlp_jax.models.active_mlp import create_model, list_models
+from activemlp_jax.models.active_mlp import VARIANTS, list_models
 from activemlp_jax.models.segmentor import Model, backbone, variant_name
 from activemlp_jax.utils.digests import sha256
 from activemlp_jax.utils.errors import UserError, errors_in_one_line, install_command, one_line
@@ -106,9 +106,11 @@ def main() -> None:
 def _check_expected(arguments: argparse.Namespace, inferred: Model) -> Model:
     """Return the `inferred` model with the number of classes that the command line asks for."""
     if arguments.model not in (None, variant_name(inferred)):
-        expected = describe_architecture(create_model(arguments.model))
+        fields = VARIANTS[arguments.model]
+        expected = inferred.clone(**({"backbone": fields} if model_type(inferred).head else fields))
         raise ValueError(
-            f"the weights are of {describe_architecture(inferred)}, expected {expected}"
+            f"the weights are of {describe_architecture(inferred)}, expected "
+            f"{describe_architecture(expected)}"
         )
     if arguments.num_classes is None:
         return inferred
@@ -188,7 +190,7 @@ def _print_summary(card: ModelCard, checkpoint: TorchCheckpoint) -> None:
     # Names and the epoch come from the file, which may hold control characters.
     print("  model:  ", one_line(f"{name}, {parameters:,} parameters, {classes}"))
     print("  weights:", one_line(f"{kinds}, {types}; {progress}"))
-    print("  images: ", card.preprocessing.describe().removeprefix("images "))
+    print("  images: ", card.preprocessing.describe().removeprefix("images ").removeprefix("of "))
 
 
 def _verify(directory: Path, checkpoint: TorchCheckpoint) -> None:

@@ -48,7 +48,11 @@ STAGES = ("depths", "embed_dims", "share_dims", "mlp_ratios")  # four numbers, o
 
 def model_type(model: Model) -> ModelType:
     """Return the entry of `MODEL_TYPES` for a model."""
-    return next(entry for kind, entry in MODEL_TYPES.items() if isinstance(model, kind))
+    for kind, entry in MODEL_TYPES.items():
+        if isinstance(model, kind):
+            return entry
+    known = ", ".join(kind.__name__ for kind in MODEL_TYPES)
+    raise TypeError(f"the model is a {type(model).__name__}, expected one of {known}")
 
 
 def architecture(model: Model) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def build_model(fields: Any, num_classes: int) -> Model:
 def _check_fields(fields: Any, name: str, keys: Collection[str]) -> dict[str, Any]:
     """Check the keys and numbers of an architecture; return it with lists as tuples."""
     check_keys(fields, name, keys, keys)
-    for field in LIMITS.keys() & set(keys):
+    for field in filter(LIMITS.__contains__, keys):
         value, path = fields[field], f"{name}.{field}"
         if field in STAGES:
             check(isinstance(value, list | tuple) and len(value) == 4, path, value, "four numbers")

@@ -113,6 +113,8 @@ class Tensor:
         last = self.offset + sum((n - 1) * stride for n, stride in axes)
         if storage.values is None:
             storage.values = np.fromfile(path, np.uint8, storage.size, offset=storage.position)
+            if len(storage.values) != storage.size:
+                raise ValueError("the file became shorter")
         # numpy checks this too, but its arithmetic can overflow.
         if (last + 1) * itemsize > len(storage.values):
             raise ValueError("its values are not all in the file")

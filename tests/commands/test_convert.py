@@ -75,7 +75,7 @@ def test_conversion_prints_what_it_found(micro: tuple[Path, str]):
     for part in (
         "depths (2, 3, 4, 2), 69,162 parameters, 10 classes",
         "averaged (EMA) and raw, float32; epoch 3",
-        "64 pixels",
+        "  images:  64 pixels\n",
         f"wrote {directory}; the averaged (EMA) weights are its default",
     ):
         assert part in output
