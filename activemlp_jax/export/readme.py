@@ -206,7 +206,7 @@ def _training_and_quality(
     """Describe the weights' training, their measured quality, and what their license depends on."""
 
     def known(key: str, text: str = "{}") -> str:
-        """Return `text` with `{}` replaced by the value of `key`, or '' if there is no such key."""
+        """Return `text` with `{}` replaced by the value of `key`, or '' if the key is missing."""
         return text.format(_count(source[key])) if key in source else ""
 
     length, data = _length(source), known("trained_on")

@@ -33,7 +33,7 @@ def class_colors(count: int) -> np.ndarray:
 
 
 def paint(labels: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Map `labels` `[H, W]` to colors `[H, W, 3]` uint8; `IGNORED` is black if it is no class."""
+    """Map `labels` `[H, W]` to uint8 `[H, W, 3]`; `IGNORED` is black unless it is a class."""
     table = np.zeros((max(len(colors), IGNORED + 1), 3), np.uint8)
     table[: len(colors)] = colors
     return table[labels]
